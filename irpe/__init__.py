@@ -1,0 +1,42 @@
+"""Image relative position encoding (iRPE) for vision transformers. `irpe.irpe` is the file to copy."""
+
+from ._version import __version__
+from .equip import equip, unequip
+from .irpe import (
+    METHOD,
+    RPEConfig,
+    SingleRPEConfig,
+    build_rpe,
+    get_bucket_ids_2d,
+    get_num_buckets,
+    get_offset_ids_2d,
+    get_rpe_config,
+    get_single_rpe_config,
+    iRPE,
+    iRPE_Cross,
+    piecewise_index,
+    rpe_attention,
+    rpe_config_from_string,
+    rpe_config_to_string,
+)
+
+__all__ = [
+    "METHOD",
+    "RPEConfig",
+    "SingleRPEConfig",
+    "__version__",
+    "build_rpe",
+    "equip",
+    "get_bucket_ids_2d",
+    "get_num_buckets",
+    "get_offset_ids_2d",
+    "get_rpe_config",
+    "get_single_rpe_config",
+    "iRPE",
+    "iRPE_Cross",
+    "piecewise_index",
+    "rpe_attention",
+    "rpe_config_from_string",
+    "rpe_config_to_string",
+    "unequip",
+]

@@ -1,0 +1,748 @@
+"""Image relative position encoding (iRPE): contextual and bias encodings on queries, keys and values.
+
+Wu, Peng, Chen, Fu, Chao: "Rethinking and Improving Relative Position Encoding for Vision Transformer", ICCV 2021,
+arXiv 2107.14222. This file needs torch and nothing else, and may be copied into any project; with the directory
+`rpe_ops/` beside it (or installed) it uses the operators found there.
+
+    config = get_rpe_config(ratio=1.9, method="product", mode="ctx", shared_head=True, skip=1, rpe_on="k")
+    rpe_q, rpe_k, rpe_v = build_rpe(config, head_dim=64, num_heads=6)      # modules, or None where there is none
+    attn += rpe_k(q)                                                       # inside forward: q scaled, (B, H, L, D)
+    out = rpe_attention(q, k, v, rpe_q, rpe_k, rpe_v)                      # or the whole attention in one call
+
+Read it from top to bottom: configuration, positions to buckets, the two operators, the modules, attention.
+Letters: B batch, H heads, L tokens, D head_dim, N buckets, h and w height and width of the map of tokens, skip the
+number of tokens in front of the map, L = skip + h*w. H' is the number of tables: 1 when heads share one, else H.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+import operator
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+RPE_OPS_MISSING = ""  # why the operators of `rpe_ops` are not used
+try:  # the directory copied beside this file, then the installed one
+    from .rpe_ops import reference as _reference
+    from .rpe_ops import rpe_index as _operators
+except ImportError as beside:
+    try:
+        from rpe_ops import reference as _reference
+        from rpe_ops import rpe_index as _operators
+    except ImportError as installed:
+        _reference = _operators = None  # type: ignore[assignment]
+        RPE_OPS_MISSING = f"beside irpe.py: {beside}; installed: {installed}"
+
+
+class METHOD(enum.IntEnum):
+    """How the offset of two tokens becomes a bucket (the numbers are those of the reference release)."""
+
+    EUCLIDEAN = 0
+    QUANT = 1
+    PRODUCT = 3
+    CROSS = 4
+    CROSS_ROWS = 41
+    CROSS_COLS = 42
+
+    def __repr__(self) -> str:
+        return f"METHOD.{self.name}"
+
+
+_METHOD_NAMES = {method: "euc" if method is METHOD.EUCLIDEAN else method.name.lower() for method in METHOD}
+_METHODS = {name: method for method, name in _METHOD_NAMES.items()}
+_MODES = {"ctx": "contextual", "contextual": "contextual", "bias": "bias"}
+
+
+def _as_method(method: str | int) -> METHOD:
+    if isinstance(method, str):
+        if method.lower() not in _METHODS:
+            raise ValueError(f"unknown method {method!r}; expected one of {', '.join(_METHODS)}, or a METHOD")
+        return _METHODS[method.lower()]
+    if method not in METHOD.__members__.values():
+        raise ValueError(f"unknown method {method!r}; expected a METHOD, or one of {', '.join(_METHODS)}")
+    return METHOD(method)
+
+
+def _check_piecewise(alpha: float, beta: float, gamma: float) -> None:
+    if not (all(map(math.isfinite, (alpha, beta, gamma))) and 0 < alpha <= beta and alpha < gamma):
+        raise ValueError(
+            f"alpha={alpha}, beta={beta}, gamma={gamma}: expected finite numbers with 0 < alpha <= beta and "
+            "alpha < gamma (a positive ratio gives alpha=ratio, beta=2*ratio, gamma=8*ratio)"
+        )
+
+
+def _as_int(value: Any, name: str, least: int) -> Any:
+    """`value` as an int that is at least `least`; symbolic sizes of torch.compile and torch.export pass as they are."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        try:
+            value = operator.index([] if isinstance(value, bool) else value)
+        except TypeError:
+            raise TypeError(f"{name}={value!r} is a {type(value).__name__}; expected an int") from None
+    if value < least:
+        raise ValueError(f"{name}={value}; expected at least {least}")
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class SingleRPEConfig:
+    """One encoding, made by `get_single_rpe_config`; alpha, beta, gamma are those of `piecewise_index`."""
+
+    method: METHOD
+    mode: str
+    shared_head: bool
+    skip: int
+    alpha: float
+    beta: float
+    gamma: float
+
+    def __post_init__(self) -> None:
+        mode = _MODES.get(self.mode) if isinstance(self.mode, str) else None
+        if mode is None:
+            raise ValueError(f"unknown mode {self.mode!r}; expected one of {', '.join(_MODES)}")
+        _check_piecewise(self.alpha, self.beta, self.gamma)
+        object.__setattr__(self, "method", _as_method(self.method))
+        object.__setattr__(self, "mode", mode)
+        object.__setattr__(self, "shared_head", bool(self.shared_head))
+        object.__setattr__(self, "skip", _as_int(self.skip, "skip", 0))
+
+    @property
+    def num_buckets(self) -> int:
+        """Number of columns N of each table: the mapping's own buckets, and one more where skip > 0."""
+        return get_num_buckets(self.method, self.alpha, self.beta, self.gamma) + (self.skip > 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values that JSON can hold; `from_dict` gives an equal configuration back."""
+        return dataclasses.asdict(self) | {"method": _METHOD_NAMES[self.method]}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> SingleRPEConfig:
+        """The configuration that `to_dict` wrote."""
+        return cls(**fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class RPEConfig:
+    """Encodings on queries, keys and values, each a `SingleRPEConfig` or None; they may differ from each other."""
+
+    rpe_q: SingleRPEConfig | None = None
+    rpe_k: SingleRPEConfig | None = None
+    rpe_v: SingleRPEConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.rpe_v is not None and self.rpe_v.mode == "bias":
+            raise ValueError('mode="bias" does not exist on values; use mode="ctx" there, or leave "v" out of rpe_on')
+
+    def to_dict(self) -> dict[str, Any]:
+        """The three encodings as nested plain values that JSON can hold."""
+        return {name: None if one is None else one.to_dict() for name, one in vars(self).items()}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> RPEConfig:
+        """The configuration that `to_dict` wrote."""
+        return cls(**{name: None if one is None else SingleRPEConfig.from_dict(one) for name, one in fields.items()})
+
+
+def get_single_rpe_config(
+    ratio: float = 1.9, method: str | METHOD = "product", mode: str = "ctx", shared_head: bool = True, skip: int = 0
+) -> SingleRPEConfig:
+    """Configuration of one encoding; the arguments are explained at `get_rpe_config`."""
+    if not isinstance(ratio, (int, float)) or not math.isfinite(ratio) or ratio <= 0:
+        raise ValueError(f"ratio={ratio!r}; expected a finite number above 0, such as 1.9")
+    ratio = float(ratio)
+    return SingleRPEConfig(_as_method(method), mode, shared_head, skip, ratio, 2 * ratio, 8 * ratio)
+
+
+def get_rpe_config(
+    ratio: float = 1.9,
+    method: str | METHOD = "product",
+    mode: str = "ctx",
+    shared_head: bool = True,
+    skip: int = 0,
+    rpe_on: str = "k",
+) -> RPEConfig:
+    """Configuration of image RPE on queries, keys and values.
+
+    # contextual product encodings on keys, all heads share one table, one class token: the paper's default
+    >>> get_rpe_config(ratio=1.9, method="product", mode="ctx", shared_head=True, skip=1, rpe_on="k").rpe_k.num_buckets
+    50
+
+    # biases by row and by column, on queries and keys, each head its own, no class token
+    >>> config = get_rpe_config(ratio=20, method="cross", mode="bias", shared_head=False, rpe_on="qk")
+
+    # different encodings on keys and values
+    >>> config = RPEConfig(rpe_k=get_single_rpe_config(method="product"), rpe_v=get_single_rpe_config(method="cross"))
+
+    Args:
+        ratio: scale of the piecewise index g (Eq. 18): alpha = ratio, beta = 2*ratio, gamma = 8*ratio, in tokens
+            (in squared tokens for `quant`). Offsets up to alpha have their own bucket, farther ones share them
+            logarithmically, and from gamma on all fall in bucket int(beta). At 14x14 tokens the paper uses 1.9 for
+            product (49 buckets), 20 for euc and cross, 33 for quant.
+        method: how the offset (dr, dc) of two tokens becomes a bucket (Sec. 3.2):
+            "euc"      g(round(sqrt(dr^2 + dc^2))): the distance, without direction;
+            "quant"    g(dr^2 + dc^2): the squared distance, which separates close neighbours better;
+            "cross"    g(dr) and g(dc) in two tables whose encodings are added;
+            "product"  the pair (g(dr), g(dc)): every direction has a bucket of its own.
+        mode: "ctx" (or "contextual") looks buckets up in q @ table, so the encoding depends on content;
+            "bias" adds one learned number for each bucket.
+        shared_head: True gives all heads one table, False each head its own.
+        skip: number of tokens in front of the map (class, distillation, register tokens). Every pair with one of
+            them has a bucket of its own, the last one.
+        rpe_on: where encodings are added, a non-empty set of the letters q, k, v: "k", "qk", "qkv", ...
+
+    Returns:
+        `RPEConfig` with rpe_q, rpe_k, rpe_v, each a `SingleRPEConfig` or None.
+
+    Raises:
+        ValueError: unknown method, mode or letter; ratio not finite or not positive; negative skip; bias on values.
+
+    The values have a string form, see `rpe_config_from_string`.
+    """
+    if not isinstance(rpe_on, str) or not rpe_on or len(set(rpe_on)) < len(rpe_on) or set(rpe_on) - set("qkv"):
+        raise ValueError(f'rpe_on={rpe_on!r}; expected a non-empty set of the letters q, k, v, such as "k" or "qkv"')
+    single = get_single_rpe_config(ratio, method, mode, shared_head, skip)
+    return RPEConfig(**{f"rpe_{letter}": single for letter in rpe_on})
+
+
+def rpe_config_from_string(text: str, *, skip: int = 0) -> RPEConfig:
+    """`"rpe-{ratio}-{method}-{mode}-{shared_head 0 or 1}-{rpe_on}"` as a configuration; `skip` comes beside it.
+
+    >>> rpe_config_from_string("rpe-2.0-product-ctx-1-k", skip=1) == get_rpe_config(2.0, "product", "ctx", True, 1, "k")
+    True
+
+    Raises:
+        ValueError: the text has another form, or one of its values is not what `get_rpe_config` takes.
+    """
+    match = re.fullmatch(r"rpe-([^-]+)-([^-]+)-([^-]+)-([01])-([^-]+)", text)
+    try:
+        if match is None:
+            raise ValueError("it has another form")
+        ratio, method, mode, shared_head, rpe_on = match.groups()
+        return get_rpe_config(float(ratio), method, mode, shared_head == "1", skip, rpe_on)
+    except ValueError as error:
+        raise ValueError(
+            f"{text!r}: {error}; expected rpe-RATIO-METHOD-MODE-SHARED-ON such as 'rpe-2.0-product-ctx-1-k'"
+        ) from None
+
+
+def rpe_config_to_string(config: RPEConfig) -> str:
+    """The string form of a configuration, without its `skip`: the inverse of `rpe_config_from_string`.
+
+    >>> rpe_config_to_string(get_rpe_config(2.0, rpe_on="qk"))
+    'rpe-2.0-product-ctx-1-qk'
+
+    Raises:
+        ValueError: the configurations on q, k and v differ, or alpha : beta : gamma is not 1 : 2 : 8.
+    """
+    singles = {name[-1]: one for name, one in vars(config).items() if one is not None}
+    one = next(iter(singles.values()), None)
+    if one is None or any(other != one for other in singles.values()):
+        raise ValueError(f"{config} has no string form: q, k and v have different configurations, or none")
+    if (one.beta, one.gamma) != (2 * one.alpha, 8 * one.alpha):
+        raise ValueError(f"{config} has no string form: alpha : beta : gamma is not 1 : 2 : 8")
+    mode = "ctx" if one.mode == "contextual" else one.mode
+    return f"rpe-{one.alpha}-{_METHOD_NAMES[one.method]}-{mode}-{int(one.shared_head)}-{''.join(singles)}"
+
+
+def piecewise_index(
+    relative_position: Tensor, alpha: float, beta: float, gamma: float, dtype: torch.dtype = torch.long
+) -> Tensor:
+    """g(x) = round(x) if |x| <= alpha, else sign(x) * trunc(min(beta, round(alpha + (beta - alpha) * t))),
+    with t = ln(|x| / alpha) / ln(gamma / alpha).
+
+    >>> piecewise_index(torch.tensor([-9, -1, 0, 2, 40]), alpha=2, beta=4, gamma=16, dtype=torch.long)
+    tensor([-3, -1,  0,  2,  4])
+
+    Eq. 18 of the paper; `round` is half-to-even. Computed in float64 whatever the input, so every device agrees.
+
+    Args:
+        relative_position: real offsets of any shape, in tokens.
+        alpha, beta, gamma: end of the exact part, largest index, offset that reaches it; alpha <= beta, alpha < gamma.
+        dtype: of the result.
+    """
+    _check_piecewise(alpha, beta, gamma)
+    x = relative_position.double()
+    far = alpha + (x.abs().clamp(min=alpha) / alpha).log() / math.log(gamma / alpha) * (beta - alpha)
+    far = x.sign() * far.round().clamp(max=beta).trunc()
+    return torch.where(x.abs() <= alpha, x.round(), far).to(dtype)
+
+
+def get_num_buckets(method: str | METHOD, alpha: float, beta: float, gamma: float) -> int:
+    """(2b + 1)^2 for product and 2b + 1 otherwise, with b = int(beta); for cross in each of the two tables.
+
+    >>> get_num_buckets("product", 1.9, 3.8, 15.2)
+    49
+
+    The skip bucket is not counted.
+    """
+    _check_piecewise(alpha, beta, gamma)
+    side = 2 * int(beta) + 1
+    return side * side if _as_method(method) == METHOD.PRODUCT else side
+
+
+def get_offset_ids_2d(
+    method: str | METHOD,
+    height: int,
+    width: int,
+    alpha: float,
+    beta: float,
+    gamma: float,
+    dtype: torch.dtype = torch.long,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """ids[h-1+dr, w-1+dc] = bucket of the offset (dr, dc) = (row, column of the query) - (row, column of the key).
+
+    >>> get_offset_ids_2d("product", 2, 2, 1.9, 3.8, 15.2)
+    tensor([[16, 17, 18],
+            [23, 24, 25],
+            [30, 31, 32]])
+
+    Args:
+        method: any but cross, whose two tables are `METHOD.CROSS_ROWS` and `METHOD.CROSS_COLS`.
+        height, width: of the map, in tokens, at least 1.
+        alpha, beta, gamma: as in `piecewise_index`.
+
+    Returns:
+        (2h - 1, 2w - 1) ids, the offset 0 in the middle. Everything else about positions follows from this small map.
+    """
+    method = _as_method(method)
+    height, width = _as_int(height, "height", 1), _as_int(width, "width", 1)
+    b = int(beta)
+    dr = torch.arange(1 - height, height, device=device).unsqueeze(1)  # (2h-1, 1)
+    dc = torch.arange(1 - width, width, device=device).unsqueeze(0)  # (1, 2w-1)
+
+    def g(x: Tensor) -> Tensor:
+        return piecewise_index(x, alpha, beta, gamma, dtype) + b
+
+    if method == METHOD.EUCLIDEAN:
+        return g((dr * dr + dc * dc).double().sqrt().round())
+    if method == METHOD.QUANT:
+        return g(dr * dr + dc * dc)
+    if method == METHOD.PRODUCT:
+        return g(dr) * (2 * b + 1) + g(dc)
+    if method == METHOD.CROSS:
+        raise ValueError("cross has two maps: ask for METHOD.CROSS_ROWS and METHOD.CROSS_COLS")
+    return g(dr + 0 * dc) if method == METHOD.CROSS_ROWS else g(0 * dr + dc)
+
+
+def get_bucket_ids_2d(
+    method: str | METHOD,
+    height: int,
+    width: int,
+    skip: int,
+    alpha: float,
+    beta: float,
+    gamma: float,
+    dtype: torch.dtype = torch.long,
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, int]:
+    """ids[i, j] = bucket of query token i and key token j; the last bucket where one of them is a skip token.
+
+    >>> ids, num_buckets = get_bucket_ids_2d("product", height=14, width=9, skip=1, alpha=1.9, beta=3.8, gamma=15.2)
+    >>> ids.shape, num_buckets
+    (torch.Size([127, 127]), 50)
+
+    Args:
+        method: any but cross, whose two tables are `METHOD.CROSS_ROWS` and `METHOD.CROSS_COLS`.
+        height, width: of the map, in tokens, at least 1; tokens are in row-major order.
+        skip: number of tokens in front of the map.
+        alpha, beta, gamma: as in `piecewise_index`.
+
+    Returns:
+        ids (L, L) with L = skip + height*width, and the number of buckets with the skip bucket counted.
+    """
+    skip = _as_int(skip, "skip", 0)
+    offsets = get_offset_ids_2d(method, height, width, alpha, beta, gamma, dtype, device)
+    row, col = torch.arange(height, device=device), torch.arange(width, device=device)
+    dr = row.view(-1, 1, 1, 1) - row.view(1, 1, -1, 1) + (height - 1)  # (h, 1, h, 1)
+    dc = col.view(1, -1, 1, 1) - col.view(1, 1, 1, -1) + (width - 1)  # (1, w, 1, w)
+    ids = offsets[dr, dc].reshape(height * width, height * width)
+    num_buckets = get_num_buckets(method, alpha, beta, gamma)
+    if skip:
+        ids = F.pad(ids, (skip, 0, skip, 0), value=num_buckets)
+        num_buckets += 1
+    return ids, num_buckets
+
+
+_IDS_MAX_BYTES = 256 * 2**20  # more than that is dropped
+_ids: OrderedDict[tuple, Tensor] = OrderedDict()  # least recently used first
+_ids_lock = threading.Lock()
+
+
+def _cached_bucket_ids(*key: Any) -> Tensor:
+    """(L, L) int64 ids of `key` = (method, height, width, skip, alpha, beta, gamma, device), from the cache.
+
+    Built on the CPU with every mode switched off: neither a FakeTensor of a trace nor an inference tensor can get in,
+    all devices agree on rounding, and the copy to a GPU has ended when the ids are handed out.
+    """
+    with _ids_lock:
+        if key in _ids:
+            _ids.move_to_end(key)
+            return _ids[key]
+    with _disable_current_modes(), torch.inference_mode(False):
+        ids = get_bucket_ids_2d(*key[:-1])[0].to(key[-1])
+    with _ids_lock:
+        _ids[key] = ids
+        used = sum(one.nbytes for one in _ids.values())
+        while used > _IDS_MAX_BYTES and len(_ids) > 1:
+            used -= _ids.popitem(last=False)[1].nbytes
+    return ids
+
+
+# torch.compile and torch.export call it while they trace, and keep the ids as a constant of the graph (this mark is
+# what torch.compiler.assume_constant_result sets; calling that would import the whole compiler)
+_cached_bucket_ids._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _bucket_ids(config: SingleRPEConfig, height: int, width: int, x: Tensor) -> Tensor:
+    """(L, L) ids on x's device: from the cache, or as part of the graph that is being traced with symbolic sizes."""
+    key = (config.method, height, width, config.skip, config.alpha, config.beta, config.gamma)
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import has_static_value
+
+        in_graph = not (has_static_value(height) and has_static_value(width))
+    else:
+        in_graph = isinstance(x, FakeTensor)
+    if in_graph:
+        return get_bucket_ids_2d(*key, device=x.device)[0]
+    return _cached_bucket_ids(*key, x.device)
+
+
+def _grid(tokens: int, skip: int, height: int | None, width: int | None) -> tuple[int, int]:
+    """(height, width) of the map behind `tokens` tokens, checked; a square where they are not given."""
+    if (height is None) != (width is None):
+        raise ValueError(f"height={height}, width={width}: give both or neither")
+    if height is None or width is None:
+        rest = operator.index(tokens) - skip
+        side = math.isqrt(max(rest, 0))
+        if rest < 1 or side * side != rest:
+            raise ValueError(
+                f"{tokens} tokens with skip={skip} leave {rest} for the map, which is not a square: "
+                "pass height= and width=, or set skip in the configuration"
+            )
+        return side, side
+    height, width = _as_int(height, "height", 1), _as_int(width, "width", 1)
+    if skip + height * width != tokens:
+        raise ValueError(
+            f"skip={skip} + height={height} * width={width} is {skip + height * width} tokens; the input has {tokens}"
+        )
+    return height, width
+
+
+def _rpe_index(input: Tensor, index: Tensor) -> Tensor:
+    """Y[b, h, i, j] = input[b, h, i, index[i, j]]: (B, H, Lq, N), (Lq, Lk) -> (B, H, Lq, Lk)."""
+    if _operators is not None and not torch.compiler.is_exporting():
+        return _operators.rpe_index(input, index)
+    return input.gather(-1, index.expand(*input.shape[:2], *index.shape))
+
+
+def _rpe_bucket_sum(input: Tensor, index: Tensor, num_buckets: int) -> Tensor:
+    """S[b, h, i, n] = sum of input[b, h, i, j] over j with index[i, j] = n: (B, H, Lq, Lk) -> (B, H, Lq, N)."""
+    if _operators is not None and not torch.compiler.is_exporting():
+        return _operators.rpe_bucket_sum(input, index, num_buckets)
+    zeros = input.new_zeros(*input.shape[:3], num_buckets)
+    return zeros.scatter_add(-1, index.expand(input.shape), input)
+
+
+class iRPE(nn.Module):
+    """y[b,h,i,j] = (x @ W)[b,h,i,ids[i,j]], or bias[h,ids[i,j]]; on values y[b,h,i] = sum_j x[b,h,i,j] W[h,ids[i,j]].
+
+    >>> rpe_k = iRPE(head_dim=64, num_heads=6, rpe_config=get_single_rpe_config(skip=1))
+    >>> rpe_k(torch.randn(2, 6, 1 + 14 * 9, 64), height=14, width=9).shape
+    torch.Size([2, 6, 127, 127])
+
+    The encoding of the paper's Sec. 3.2, for every mapping but cross (see `iRPE_Cross`). Tables start at zero, so a new
+    module changes nothing. Weights are summed by bucket before they meet W: O(L^2 + L N D), never a (L, L, D) tensor.
+
+    Args:
+        head_dim: D.
+        num_heads: H', the number of tables; 1 when all heads share one.
+        mode, method: those of `rpe_config` unless given.
+        transposed: True for an encoding on keys or queries, False for the one on values.
+        num_buckets: N; derived, and checked when given.
+        initializer: called with the zero table, changes it in place; tables stay zero without one.
+        rpe_config: `SingleRPEConfig`; the default of `get_single_rpe_config` when absent.
+        device, dtype: of the table.
+
+    The parameter is `lookup_table_bias` (H', N), or `lookup_table_weight` (H', D, N), on values (H', N, D).
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        num_heads: int = 8,
+        mode: str | None = None,
+        method: str | METHOD | None = None,
+        transposed: bool = True,
+        num_buckets: int | None = None,
+        initializer: Callable[[Tensor], Any] | None = None,
+        rpe_config: SingleRPEConfig | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        given = get_single_rpe_config() if rpe_config is None else rpe_config
+        config = SingleRPEConfig(  # field by field: a configuration from a second copy of this file is as good
+            given.method if method is None else _as_method(method),
+            given.mode if mode is None else mode,
+            given.shared_head,
+            given.skip,
+            given.alpha,
+            given.beta,
+            given.gamma,
+        )
+        if config.method == METHOD.CROSS:
+            raise ValueError("method cross has two tables: use iRPE_Cross, or build_rpe, which chooses")
+        if config.mode == "bias" and not transposed:
+            raise ValueError('mode="bias" does not exist on values; use mode="ctx" there')
+        if num_buckets is not None and num_buckets != config.num_buckets:
+            raise ValueError(f"num_buckets={num_buckets}, but the configuration has {config.num_buckets}: leave it out")
+        self.head_dim = _as_int(head_dim, "head_dim", 1)
+        self.num_heads = _as_int(num_heads, "num_heads", 1)
+        self.rpe_config = config
+        self.method, self.mode, self.num_buckets = config.method, config.mode, config.num_buckets
+        self.transposed = transposed
+        self.initializer = initializer
+        shape: tuple[int, ...] = (self.num_heads, self.num_buckets)
+        if self.mode == "contextual":
+            shape = (self.num_heads, self.head_dim, self.num_buckets)
+            if not transposed:
+                shape = (self.num_heads, self.num_buckets, self.head_dim)
+        self._table_name = "lookup_table_bias" if self.mode == "bias" else "lookup_table_weight"
+        self.register_parameter(self._table_name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        self.reset_parameters()
+
+    @property
+    def table(self) -> nn.Parameter:
+        """The one parameter, under either of its names."""
+        return getattr(self, self._table_name)
+
+    def reset_parameters(self) -> None:
+        """Set the table to zero, then call the initializer if there is one."""
+        with torch.no_grad():
+            self.table.zero_()
+            if self.initializer is not None:
+                self.initializer(self.table)
+
+    def tables(self, x: Tensor, height: int | None = None, width: int | None = None) -> list[tuple[Tensor, Tensor]]:
+        """Pairs (table, ids) that x is encoded with: one here, two for cross. This is what a fused kernel needs.
+
+        Returns:
+            table: x @ W (B, H, L, N), in bias mode (1, H', L, N); on values W (H', N, D). ids: (L, L).
+        """
+        self._check(x)
+        tokens = x.shape[2]
+        ids = _bucket_ids(self.rpe_config, *_grid(tokens, self.rpe_config.skip, height, width), x)
+        if not self.transposed:
+            return [(self.table, ids)]
+        if self.mode == "bias":
+            return [(self.table[None, :, None, :].expand(1, -1, tokens, -1), ids)]
+        return [(x @ self.table, ids)]
+
+    def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
+        """Encoding of x; what x is and what comes out depends on where the encoding is.
+
+        Args:
+            x: on keys the scaled queries and on queries the scaled keys, (B, H, L, D); on values the attention
+                weights (B, H, L, L). Floating point, on the table's device, and of its dtype outside autocast.
+            height, width: of the map in tokens; without them L - skip has to be a square.
+
+        Returns:
+            (B, H, L, L) to be added to the attention (for the one on queries transposed first), (1, H', L, L) in bias
+            mode; on values (B, H, L, D) to be added to the output.
+        """
+        ((table, ids),) = self.tables(x, height, width)
+        if self.transposed:
+            return _rpe_index(table, ids)
+        return _rpe_bucket_sum(x, ids, self.num_buckets) @ table
+
+    def _check(self, x: Tensor) -> None:
+        where, expected = ("q or k", "(B, H, L, D)") if self.transposed else ("v", "(B, H, L, L)")
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"the input is {got}; expected a real floating-point tensor {expected}")
+        if x.dim() != 4:
+            raise ValueError(f"the input has shape {tuple(x.shape)}; an encoding on {where} expects {expected}")
+        last = self.head_dim if self.transposed else x.shape[2]
+        if x.shape[3] != last:
+            raise ValueError(f"the input has shape {tuple(x.shape)}; expected {expected} with last size {last}")
+        if self.num_heads not in (1, x.shape[1]):
+            raise ValueError(f"the input has {x.shape[1]} heads, but there are tables for {self.num_heads}")
+        if x.device != self.table.device:
+            raise ValueError(f"the input is on {x.device}, the table on {self.table.device}: move one of them")
+        if x.dtype != self.table.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(
+                f"the input is {x.dtype}, the table {self.table.dtype}: convert one of them, or use autocast"
+            )
+
+    def extra_repr(self) -> str:
+        where = "on queries or keys" if self.transposed else "on values"
+        return (
+            f"{_METHOD_NAMES[self.method]}, {self.mode}, {where}, head_dim={self.head_dim}, num_heads={self.num_heads}"
+            f", num_buckets={self.num_buckets}, skip={self.rpe_config.skip}, alpha={self.rpe_config.alpha:g}"
+        )
+
+
+class iRPE_Cross(nn.Module):
+    """y = rp_rows(x) + rp_cols(x): the cross method, one `iRPE` for row offsets and one for column offsets.
+
+    >>> config = get_single_rpe_config(20, "cross", skip=1)
+    >>> iRPE_Cross("cross", head_dim=64, num_heads=1, rpe_config=config)(torch.randn(2, 6, 50, 64)).shape
+    torch.Size([2, 6, 50, 50])
+
+    Arguments, inputs and outputs are those of `iRPE`; `method` is cross.
+    """
+
+    def __init__(
+        self, method: str | METHOD, head_dim: int, num_heads: int = 8, mode: str | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__()
+        if _as_method(method) != METHOD.CROSS:
+            raise ValueError(f"method {method!r} has one table: use iRPE")
+        self.rp_rows = iRPE(head_dim, num_heads, mode, METHOD.CROSS_ROWS, **kwargs)
+        self.rp_cols = iRPE(head_dim, num_heads, mode, METHOD.CROSS_COLS, **kwargs)
+        self.method, self.mode, self.transposed = METHOD.CROSS, self.rp_rows.mode, self.rp_rows.transposed
+
+    def tables(self, x: Tensor, height: int | None = None, width: int | None = None) -> list[tuple[Tensor, Tensor]]:
+        """The pairs (table, ids) of rows and of columns, see `iRPE.tables`."""
+        return self.rp_rows.tables(x, height, width) + self.rp_cols.tables(x, height, width)
+
+    def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
+        """rp_rows(x) + rp_cols(x), see `iRPE.forward`."""
+        return self.rp_rows(x, height, width) + self.rp_cols(x, height, width)
+
+
+RPEModule = iRPE | iRPE_Cross
+
+
+def build_rpe(
+    config: RPEConfig | None,
+    head_dim: int,
+    num_heads: int,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[RPEModule | None, RPEModule | None, RPEModule | None]:
+    """(rpe_q, rpe_k, rpe_v): the modules of a configuration, None where there is no encoding.
+
+    >>> build_rpe(get_rpe_config(skip=1), head_dim=64, num_heads=6)[1].lookup_table_weight.shape
+    torch.Size([1, 64, 50])
+
+    Args:
+        config: from `get_rpe_config`; None gives (None, None, None).
+        head_dim, num_heads: D and H of the attention, at least 1.
+        device, dtype: of the tables.
+    """
+    head_dim, num_heads = _as_int(head_dim, "head_dim", 1), _as_int(num_heads, "num_heads", 1)
+    if config is None:
+        return None, None, None
+    if not all(hasattr(config, f"rpe_{letter}") for letter in "qkv"):
+        raise TypeError(f"config is {config!r}; expected what get_rpe_config returns, or None")
+
+    def build(single: SingleRPEConfig | None, transposed: bool) -> RPEModule | None:
+        if single is None:
+            return None
+        num_tables = 1 if single.shared_head else num_heads
+        rest: dict[str, Any] = dict(transposed=transposed, rpe_config=single, device=device, dtype=dtype)
+        if single.method == METHOD.CROSS:
+            return iRPE_Cross(METHOD.CROSS, head_dim, num_tables, **rest)
+        return iRPE(head_dim, num_tables, **rest)
+
+    return build(config.rpe_q, True), build(config.rpe_k, True), build(config.rpe_v, False)
+
+
+def rpe_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpe_q: RPEModule | None = None,
+    rpe_k: RPEModule | None = None,
+    rpe_v: RPEModule | None = None,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    scale: float | None = None,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """p = dropout(softmax(scale q k^T + rpe_k(scale q) + rpe_q(scale k)^T + mask)), out = p v + rpe_v(p).
+
+    >>> q, k, v = torch.randn(3, 2, 6, 1 + 14 * 9, 64)
+    >>> rpe_q, rpe_k, rpe_v = build_rpe(get_rpe_config(skip=1, rpe_on="qkv"), head_dim=64, num_heads=6)
+    >>> rpe_attention(q, k, v, rpe_q, rpe_k, rpe_v, height=14, width=9).shape
+    torch.Size([2, 6, 127, 64])
+
+    Args:
+        q, k, v: (B, H, Lq, D), (B, H, Lk, D), (B, H, Lk, D), any strides, q not scaled yet. With an encoding Lq = Lk.
+        rpe_q, rpe_k, rpe_v: what `build_rpe` returned, modules or None.
+        height, width: of the map in tokens; without them L - skip has to be a square.
+        scale: of the dot products, D ** -0.5 by default.
+        attn_mask: broadcasts to (B, H, Lq, Lk). Boolean: True takes part. Floating: added to the scores. A row without
+            any key gets zero weights, so its output is 0 (as `F.scaled_dot_product_attention` has it), never NaN.
+        dropout_p: probability that an attention weight is dropped; pass 0.0 in evaluation.
+        backend: None chooses; "eager" is the formula in plain torch; "reference" the law of `rpe_ops`, in float32 or
+            float64. A name is honoured or refused.
+
+    Returns:
+        (B, H, Lq, D).
+    """
+    for name, rpe, transposed in (("rpe_q", rpe_q, True), ("rpe_k", rpe_k, True), ("rpe_v", rpe_v, False)):
+        if rpe is not None and rpe.transposed is not transposed:
+            raise ValueError(f"{name} is an encoding for {'keys or queries' if rpe.transposed else 'values'}: {rpe}")
+    if (rpe_q is not None or rpe_k is not None or rpe_v is not None) and q.shape[2] != k.shape[2]:
+        raise ValueError(f"{q.shape[2]} queries and {k.shape[2]} keys; an encoding expects the same tokens for both")
+    if attn_mask is not None and attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+        raise TypeError(f"attn_mask is {attn_mask.dtype}; expected bool (True takes part) or floating point (added)")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if backend == "reference":
+        if _reference is None:
+            raise ValueError(f'backend="reference" needs rpe_ops, which is absent ({RPE_OPS_MISSING})')
+        on_q = [] if rpe_q is None else rpe_q.tables(k * scale, height, width)
+        on_k = [] if rpe_k is None else rpe_k.tables(q * scale, height, width)
+        weights_like = q[:1, :, :, :1].expand(-1, -1, -1, k.shape[2])
+        on_v = [] if rpe_v is None else rpe_v.tables(weights_like, height, width)
+        out, sums = _reference.rpe_attention(
+            q,
+            k,
+            v,
+            on_q,
+            on_k,
+            [(ids, table.shape[-2]) for table, ids in on_v],
+            scale=scale,
+            attn_mask=attn_mask,
+            dropout_p=dropout_p,
+        )
+        for (table, _), bucket_sums in zip(on_v, sums, strict=True):
+            out = out + bucket_sums @ table
+        return out
+    if backend not in (None, "eager"):
+        raise ValueError(f'unknown backend {backend!r}; expected None, "eager" or "reference"')
+    q = q * scale
+    scores = q @ k.transpose(-2, -1)  # (B, H, Lq, Lk)
+    if rpe_k is not None:
+        scores = scores + rpe_k(q, height, width)
+    if rpe_q is not None:
+        scores = scores + rpe_q(k * scale, height, width).transpose(-2, -1)
+    if attn_mask is None:
+        weights = scores.softmax(-1)
+    else:
+        if attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros_like(attn_mask, dtype=scores.dtype).masked_fill(~attn_mask, -math.inf)
+        empty = (attn_mask == -math.inf).all(-1, keepdim=True)  # rows without a key: kept finite, then cleared
+        scores = scores + attn_mask.masked_fill(empty, 0.0).to(scores.dtype)
+        weights = scores.softmax(-1).masked_fill(empty, 0.0)
+    weights = F.dropout(weights, dropout_p)
+    out = weights @ v
+    return out if rpe_v is None else out + rpe_v(weights, height, width)
