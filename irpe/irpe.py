@@ -34,14 +34,14 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 RPE_OPS_MISSING = ""  # why the operators of `rpe_ops` are not used
 try:  # the directory copied beside this file, then the installed one
-    from .rpe_ops import reference as _reference
+    from .rpe_ops import reference as _reference  # type: ignore[import-not-found]
     from .rpe_ops import rpe_index as _operators
 except ImportError as beside:
     try:
         from rpe_ops import reference as _reference
         from rpe_ops import rpe_index as _operators
     except ImportError as installed:
-        _reference = _operators = None  # type: ignore[assignment]
+        _reference = _operators = None
         RPE_OPS_MISSING = f"beside irpe.py: {beside}; installed: {installed}"
 
 
@@ -77,8 +77,7 @@ def _as_method(method: str | int) -> METHOD:
 def _check_piecewise(alpha: float, beta: float, gamma: float) -> None:
     if not (all(map(math.isfinite, (alpha, beta, gamma))) and 0 < alpha <= beta and alpha < gamma):
         raise ValueError(
-            f"alpha={alpha}, beta={beta}, gamma={gamma}: expected finite numbers with 0 < alpha <= beta and "
-            "alpha < gamma (a positive ratio gives alpha=ratio, beta=2*ratio, gamma=8*ratio)"
+            f"alpha={alpha}, beta={beta}, gamma={gamma}; expected finite numbers, 0 < alpha <= beta and alpha < gamma"
         )
 
 
@@ -220,8 +219,7 @@ def rpe_config_from_string(text: str, *, skip: int = 0) -> RPEConfig:
     >>> rpe_config_from_string("rpe-2.0-product-ctx-1-k", skip=1) == get_rpe_config(2.0, "product", "ctx", True, 1, "k")
     True
 
-    Raises:
-        ValueError: the text has another form, or one of its values is not what `get_rpe_config` takes.
+    A text of another form, or with a value that `get_rpe_config` refuses, is a ValueError.
     """
     match = re.fullmatch(r"rpe-([^-]+)-([^-]+)-([^-]+)-([01])-([^-]+)", text)
     try:
@@ -241,8 +239,7 @@ def rpe_config_to_string(config: RPEConfig) -> str:
     >>> rpe_config_to_string(get_rpe_config(2.0, rpe_on="qk"))
     'rpe-2.0-product-ctx-1-qk'
 
-    Raises:
-        ValueError: the configurations on q, k and v differ, or alpha : beta : gamma is not 1 : 2 : 8.
+    Configurations that differ between q, k and v have none (ValueError), nor has alpha : beta : gamma but 1 : 2 : 8.
     """
     singles = {name[-1]: one for name, one in vars(config).items() if one is not None}
     one = next(iter(singles.values()), None)
@@ -250,7 +247,7 @@ def rpe_config_to_string(config: RPEConfig) -> str:
         raise ValueError(f"{config} has no string form: q, k and v have different configurations, or none")
     if (one.beta, one.gamma) != (2 * one.alpha, 8 * one.alpha):
         raise ValueError(f"{config} has no string form: alpha : beta : gamma is not 1 : 2 : 8")
-    mode = "ctx" if one.mode == "contextual" else one.mode
+    mode = one.mode.replace("contextual", "ctx")
     return f"rpe-{one.alpha}-{_METHOD_NAMES[one.method]}-{mode}-{int(one.shared_head)}-{''.join(singles)}"
 
 
@@ -322,17 +319,19 @@ def get_offset_ids_2d(
     dc = torch.arange(1 - width, width, device=device).unsqueeze(0)  # (1, 2w-1)
 
     def g(x: Tensor) -> Tensor:
-        return piecewise_index(x, alpha, beta, gamma, dtype) + b
+        return piecewise_index(x, alpha, beta, gamma) + b
 
     if method == METHOD.EUCLIDEAN:
-        return g((dr * dr + dc * dc).double().sqrt().round())
-    if method == METHOD.QUANT:
-        return g(dr * dr + dc * dc)
-    if method == METHOD.PRODUCT:
-        return g(dr) * (2 * b + 1) + g(dc)
-    if method == METHOD.CROSS:
+        ids = g((dr * dr + dc * dc).double().sqrt().round())
+    elif method == METHOD.QUANT:
+        ids = g(dr * dr + dc * dc)
+    elif method == METHOD.PRODUCT:
+        ids = g(dr) * (2 * b + 1) + g(dc)
+    elif method == METHOD.CROSS:
         raise ValueError("cross has two maps: ask for METHOD.CROSS_ROWS and METHOD.CROSS_COLS")
-    return g(dr + 0 * dc) if method == METHOD.CROSS_ROWS else g(0 * dr + dc)
+    else:
+        ids = g(dr + 0 * dc) if method == METHOD.CROSS_ROWS else g(0 * dr + dc)
+    return ids.to(dtype)
 
 
 def get_bucket_ids_2d(
@@ -433,9 +432,8 @@ def _grid(tokens: int, skip: int, height: int | None, width: int | None) -> tupl
         return side, side
     height, width = _as_int(height, "height", 1), _as_int(width, "width", 1)
     if skip + height * width != tokens:
-        raise ValueError(
-            f"skip={skip} + height={height} * width={width} is {skip + height * width} tokens; the input has {tokens}"
-        )
+        total = skip + height * width
+        raise ValueError(f"skip={skip} + height={height} * width={width} = {total} tokens, but the input has {tokens}")
     return height, width
 
 
@@ -465,8 +463,7 @@ class iRPE(nn.Module):
     module changes nothing. Weights are summed by bucket before they meet W: O(L^2 + L N D), never a (L, L, D) tensor.
 
     Args:
-        head_dim: D.
-        num_heads: H', the number of tables; 1 when all heads share one.
+        head_dim, num_heads: D, and H' the number of tables (1 when all heads share one).
         mode, method: those of `rpe_config` unless given.
         transposed: True for an encoding on keys or queries, False for the one on values.
         num_buckets: N; derived, and checked when given.
@@ -506,27 +503,23 @@ class iRPE(nn.Module):
             raise ValueError("method cross has two tables: use iRPE_Cross, or build_rpe, which chooses")
         if config.mode == "bias" and not transposed:
             raise ValueError('mode="bias" does not exist on values; use mode="ctx" there')
-        if num_buckets is not None and num_buckets != config.num_buckets:
+        if num_buckets not in (None, config.num_buckets):
             raise ValueError(f"num_buckets={num_buckets}, but the configuration has {config.num_buckets}: leave it out")
-        self.head_dim = _as_int(head_dim, "head_dim", 1)
-        self.num_heads = _as_int(num_heads, "num_heads", 1)
+        head_dim, num_heads = _as_int(head_dim, "head_dim", 1), _as_int(num_heads, "num_heads", 1)
+        self.head_dim, self.num_heads = head_dim, num_heads
         self.rpe_config = config
         self.method, self.mode, self.num_buckets = config.method, config.mode, config.num_buckets
-        self.transposed = transposed
-        self.initializer = initializer
-        shape: tuple[int, ...] = (self.num_heads, self.num_buckets)
-        if self.mode == "contextual":
-            shape = (self.num_heads, self.head_dim, self.num_buckets)
-            if not transposed:
-                shape = (self.num_heads, self.num_buckets, self.head_dim)
-        self._table_name = "lookup_table_bias" if self.mode == "bias" else "lookup_table_weight"
-        self.register_parameter(self._table_name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        self.transposed, self.initializer = transposed, initializer
+        inner = (head_dim, self.num_buckets) if transposed else (self.num_buckets, head_dim)
+        shape = (num_heads, self.num_buckets) if self.mode == "bias" else (num_heads, *inner)
+        name = "lookup_table_bias" if self.mode == "bias" else "lookup_table_weight"
+        self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         self.reset_parameters()
 
     @property
     def table(self) -> nn.Parameter:
         """The one parameter, under either of its names."""
-        return getattr(self, self._table_name)
+        return self.lookup_table_bias if self.mode == "bias" else self.lookup_table_weight
 
     def reset_parameters(self) -> None:
         """Set the table to zero, then call the initializer if there is one."""
@@ -538,8 +531,7 @@ class iRPE(nn.Module):
     def tables(self, x: Tensor, height: int | None = None, width: int | None = None) -> list[tuple[Tensor, Tensor]]:
         """Pairs (table, ids) that x is encoded with: one here, two for cross. This is what a fused kernel needs.
 
-        Returns:
-            table: x @ W (B, H, L, N), in bias mode (1, H', L, N); on values W (H', N, D). ids: (L, L).
+        table is x @ W, (B, H, L, N), in bias mode (1, H', L, N), on values W, (H', N, D); ids are (L, L).
         """
         self._check(x)
         tokens = x.shape[2]
@@ -582,9 +574,7 @@ class iRPE(nn.Module):
         if x.device != self.table.device:
             raise ValueError(f"the input is on {x.device}, the table on {self.table.device}: move one of them")
         if x.dtype != self.table.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(
-                f"the input is {x.dtype}, the table {self.table.dtype}: convert one of them, or use autocast"
-            )
+            raise TypeError(f"the input is {x.dtype}, the table {self.table.dtype}: convert one, or use autocast")
 
     def extra_repr(self) -> str:
         where = "on queries or keys" if self.transposed else "on values"
@@ -601,7 +591,7 @@ class iRPE_Cross(nn.Module):
     >>> iRPE_Cross("cross", head_dim=64, num_heads=1, rpe_config=config)(torch.randn(2, 6, 50, 64)).shape
     torch.Size([2, 6, 50, 50])
 
-    Arguments, inputs and outputs are those of `iRPE`; `method` is cross.
+    Arguments, inputs and outputs are those of `iRPE`.
     """
 
     def __init__(
@@ -692,11 +682,11 @@ def rpe_attention(
         attn_mask: broadcasts to (B, H, Lq, Lk). Boolean: True takes part. Floating: added to the scores. A row without
             any key gets zero weights, so its output is 0 (as `F.scaled_dot_product_attention` has it), never NaN.
         dropout_p: probability that an attention weight is dropped; pass 0.0 in evaluation.
-        backend: None chooses; "eager" is the formula in plain torch; "reference" the law of `rpe_ops`, in float32 or
-            float64. A name is honoured or refused.
+        backend: "eager" is the formula in plain torch; "sdpa" hands the sum of encodings and mask to
+            `F.scaled_dot_product_attention` (nothing on values); "reference" is the law of `rpe_ops`. A name is
+            honoured or refused. None takes "sdpa" where nothing is trained and there is no rpe_v, else "eager".
 
-    Returns:
-        (B, H, Lq, D).
+    Returns (B, H, Lq, D).
     """
     for name, rpe, transposed in (("rpe_q", rpe_q, True), ("rpe_k", rpe_k, True), ("rpe_v", rpe_v, False)):
         if rpe is not None and rpe.transposed is not transposed:
@@ -727,22 +717,32 @@ def rpe_attention(
         for (table, _), bucket_sums in zip(on_v, sums, strict=True):
             out = out + bucket_sums @ table
         return out
-    if backend not in (None, "eager"):
-        raise ValueError(f'unknown backend {backend!r}; expected None, "eager" or "reference"')
-    q = q * scale
-    scores = q @ k.transpose(-2, -1)  # (B, H, Lq, Lk)
+    if backend not in (None, "eager", "sdpa"):
+        raise ValueError(f'unknown backend {backend!r}; expected None, "eager", "sdpa" or "reference"')
+    if backend == "sdpa" and rpe_v is not None:
+        raise ValueError('backend="sdpa" returns no attention weights, which an encoding on values needs; use "eager"')
+    bias = empty = None  # what is added to the scores, (B, H, Lq, Lk); rows without a key, (B, H, Lq, 1)
+    scaled_q = q * scale
     if rpe_k is not None:
-        scores = scores + rpe_k(q, height, width)
+        bias = rpe_k(scaled_q, height, width)
     if rpe_q is not None:
-        scores = scores + rpe_q(k * scale, height, width).transpose(-2, -1)
-    if attn_mask is None:
-        weights = scores.softmax(-1)
-    else:
+        on_q = rpe_q(k * scale, height, width).transpose(-2, -1)
+        bias = on_q if bias is None else bias + on_q
+    if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
-            attn_mask = torch.zeros_like(attn_mask, dtype=scores.dtype).masked_fill(~attn_mask, -math.inf)
-        empty = (attn_mask == -math.inf).all(-1, keepdim=True)  # rows without a key: kept finite, then cleared
-        scores = scores + attn_mask.masked_fill(empty, 0.0).to(scores.dtype)
-        weights = scores.softmax(-1).masked_fill(empty, 0.0)
+            attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, -math.inf)
+        empty = (attn_mask == -math.inf).all(-1, keepdim=True)
+        attn_mask = attn_mask.masked_fill(empty, 0.0).to(q.dtype)  # such rows stay finite, and are cleared below
+        bias = attn_mask if bias is None else bias + attn_mask
+    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias))
+    if backend == "sdpa" or (backend is None and rpe_v is None and not trains):
+        bias = None if bias is None else bias.to(q.dtype)
+        out = F.scaled_dot_product_attention(q, k, v, bias, dropout_p, scale=scale)
+        return out if empty is None else out.masked_fill(empty, 0.0)
+    scores = scaled_q @ k.transpose(-2, -1)
+    weights = (scores if bias is None else scores + bias).softmax(-1)
+    if empty is not None:
+        weights = weights.masked_fill(empty, 0.0)
     weights = F.dropout(weights, dropout_p)
     out = weights @ v
     return out if rpe_v is None else out + rpe_v(weights, height, width)
