@@ -314,6 +314,7 @@ def get_offset_ids_2d(
     """
     method = _as_method(method)
     height, width = _as_int(height, "height", 1), _as_int(width, "width", 1)
+    _check_piecewise(alpha, beta, gamma)
     b = int(beta)
     dr = torch.arange(1 - height, height, device=device).unsqueeze(1)  # (2h-1, 1)
     dc = torch.arange(1 - width, width, device=device).unsqueeze(0)  # (1, 2w-1)
@@ -519,7 +520,7 @@ class iRPE(nn.Module):
     @property
     def table(self) -> nn.Parameter:
         """The one parameter, under either of its names."""
-        return self.lookup_table_bias if self.mode == "bias" else self.lookup_table_weight
+        return getattr(self, "lookup_table_bias" if self.mode == "bias" else "lookup_table_weight")
 
     def reset_parameters(self) -> None:
         """Set the table to zero, then call the initializer if there is one."""

@@ -1,0 +1,66 @@
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = Path(__file__).parent / "golden"
+
+FORBID = """
+import builtins
+_import = builtins.__import__
+def _guarded(name, globals=None, locals=None, fromlist=(), level=0):
+    if level == 0 and name.split(".")[0] in {forbidden!r}:
+        raise ModuleNotFoundError(f"No module named {{name!r}} (forbidden by the test)", name=name)
+    return _import(name, globals, locals, fromlist, level)
+import torch  # imports what it likes; the guard is for what comes after
+builtins.__import__ = _guarded
+"""
+
+
+@pytest.fixture
+def run_python(tmp_path):
+    """Runs code in a fresh interpreter that sees nothing of this checkout but what the test puts on its path."""
+
+    def run(code, *, cwd=tmp_path, path=(), forbid=(), check=True, timeout=240):
+        prefix = FORBID.format(forbidden=set(forbid)) if forbid else ""
+        # -P keeps the working directory off sys.path, -c code would put it there otherwise
+        paths = f"import sys; sys.path[:0] = {[str(p) for p in path]!r}\n"
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", paths + prefix + textwrap.dedent(code)],
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        if check and done.returncode:
+            pytest.fail(f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}")
+        return done
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+def load_golden(name):
+    """(arrays, meta) of tests/golden/{name}.npz; meta is None where the file has none."""
+    arrays = dict(np.load(GOLDEN / f"{name}.npz"))
+    meta = json.loads(str(arrays.pop("meta"))) if "meta" in arrays else None
+    return arrays, meta
+
+
+def relative_error(actual, expected):
+    """Largest difference over the largest entry of `expected`, computed in float64."""
+    expected = torch.as_tensor(expected).double()
+    actual = actual.detach().double()
+    assert actual.shape == expected.shape
+    largest = expected.abs().max()
+    return ((actual - expected).abs().max() / largest).item() if largest > 0 else actual.abs().max().item()
