@@ -1,0 +1,342 @@
+"""Pictures: bucket maps of the four methods, learned encodings, accuracy curves. Without matplotlib's global state."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from .irpe import METHOD, get_bucket_ids_2d, get_offset_ids_2d, get_single_rpe_config
+
+RATIOS = {"euc": 20.0, "quant": 33.0, "cross": 20.0, "product": 1.9}  # the paper's, at 14x14 tokens
+_TITLES = {
+    METHOD.EUCLIDEAN: "Euclidean",
+    METHOD.QUANT: "Quantization",
+    METHOD.CROSS_ROWS: "Cross: rows",
+    METHOD.CROSS_COLS: "Cross: columns",
+    METHOD.PRODUCT: "Product",
+}
+_SKIP_COLOR = (0.62, 0.62, 0.62)
+_COLORS = ("#7f7f7f", "#d95f02", "#1b6ca8", "#6a3d9a", "#1b9e77", "#a6761d")  # of the sides in curves
+
+
+class BucketMap(NamedTuple):
+    """The buckets of one table: which method and ratio, at which size."""
+
+    method: METHOD
+    ratio: float
+    height: int
+    width: int
+    skip: int
+
+    @property
+    def piecewise(self) -> tuple[float, float, float]:
+        """alpha, beta, gamma."""
+        return self.ratio, 2 * self.ratio, 8 * self.ratio
+
+    def used(self) -> int:
+        """Number of buckets that some pair of tokens falls in, the one of the skip tokens among them."""
+        offsets = get_offset_ids_2d(self.method, self.height, self.width, *self.piecewise)
+        return len(offsets.unique()) + (self.skip > 0)
+
+    def around(self, query: tuple[int, int]) -> Tensor:
+        """(h, w): the bucket of every key for the query token at (row, column)."""
+        ids, _ = get_bucket_ids_2d(self.method, self.height, self.width, self.skip, *self.piecewise)
+        token = self.skip + query[0] * self.width + query[1]
+        return ids[token, self.skip :].view(self.height, self.width)
+
+    def offsets(self) -> Tensor:
+        """(2h-1, 2w-1): the bucket of the key that lies (row, column) - (h-1, w-1) away from the query."""
+        return get_offset_ids_2d(self.method, self.height, self.width, *self.piecewise).flip(0, 1)
+
+    def colors(self, ids: Tensor) -> np.ndarray:
+        """(rows, columns, 3) in [0, 1]: one color for each bucket, the same at every size."""
+        b = int(self.piecewise[1])
+        if self.method in (METHOD.EUCLIDEAN, METHOD.QUANT):
+            far = ids.double() - b  # 0 at the query
+            largest = max(1.0, float(self.offsets().max()) - b)
+            return _fade(far.numpy() / largest, (ids % 2).numpy())
+        if self.method == METHOD.PRODUCT:
+            row, column = ids // (2 * b + 1) - b, ids % (2 * b + 1) - b
+        else:
+            zero = torch.zeros_like(ids)
+            row, column = (ids - b, zero) if self.method == METHOD.CROSS_ROWS else (zero, ids - b)
+        largest = max(1.0, float(self._largest_step()))
+        return _compass(row.numpy() / largest, column.numpy() / largest, ((row + column) % 2).numpy())
+
+    def _largest_step(self) -> int:
+        b = int(self.piecewise[1])
+        ids = self.offsets()
+        if self.method == METHOD.PRODUCT:
+            return int(torch.maximum((ids // (2 * b + 1) - b).abs(), (ids % (2 * b + 1) - b).abs()).max())
+        return int((ids - b).abs().max())
+
+
+def bucket_maps(
+    method: str, height: int, width: int, *, ratio: float | None = None, skip: int = 0
+) -> tuple[BucketMap, ...]:
+    """The tables of a method: one, or two for cross.
+
+    >>> sum(one.used() for one in bucket_maps("cross", 14, 14, skip=1))
+    56
+
+    Args:
+        ratio: the paper's for 14x14 when absent (`RATIOS`).
+
+    Raises:
+        ValueError, TypeError: unknown method, a size below 1, a ratio that is not positive, a negative skip.
+    """
+    config = get_single_rpe_config(RATIOS.get(method, 1.9) if ratio is None else ratio, method, skip=skip)
+    tables = (METHOD.CROSS_ROWS, METHOD.CROSS_COLS) if config.method == METHOD.CROSS else (config.method,)
+    maps = tuple(BucketMap(one, config.alpha, height, width, config.skip) for one in tables)
+    maps[0].offsets()  # raises for wrong sizes
+    return maps
+
+
+def _oklab(lightness: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """sRGB of the perceptual color space Oklab (Ottosson 2020), clipped to what a screen can show."""
+    cone = np.stack(
+        [
+            lightness + 0.3963377774 * a + 0.2158037573 * b,
+            lightness - 0.1055613458 * a - 0.0638541728 * b,
+            lightness - 0.0894841775 * a - 1.2914855480 * b,
+        ],
+        -1,
+    )
+    matrix = np.array(
+        [
+            [4.0767416621, -3.3077115913, 0.2309699292],
+            [-1.2684380046, 2.6097574011, -0.3413193965],
+            [-0.0041960863, -0.7034186147, 1.7076147010],
+        ]
+    )
+    linear = np.clip(cone**3 @ matrix.T, 0, 1)
+    return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+def _compass(row: np.ndarray, column: np.ndarray, odd: np.ndarray) -> np.ndarray:
+    """Hue by direction, strength by distance, both in -1..1; odd buckets a little darker than their neighbours."""
+    distance = np.minimum(1.0, np.hypot(row, column))
+    squeeze = distance / np.maximum(np.hypot(row, column), 1e-9)  # the corners keep the chroma of the edges
+    lightness = 0.95 - 0.30 * distance - 0.05 * odd
+    return _oklab(lightness, 0.17 * column * squeeze, -0.17 * row * squeeze)
+
+
+def _fade(far: np.ndarray, odd: np.ndarray) -> np.ndarray:
+    """From pale yellow at 0 over green to dark blue at 1; odd buckets a little darker than their neighbours."""
+    angle = np.deg2rad(100 + 165 * far)
+    chroma = 0.06 + 0.09 * np.sin(np.pi * np.clip(far, 0, 1))
+    return _oklab(0.96 - 0.62 * far - 0.035 * odd, chroma * np.cos(angle), chroma * np.sin(angle))
+
+
+def _borders(ax: Axes, ids: Tensor) -> None:
+    """A thin line wherever two neighbouring cells are in different buckets."""
+    rows, columns = np.nonzero((ids[1:] != ids[:-1]).numpy())
+    lines = [[(c - 0.5, r + 0.5), (c + 0.5, r + 0.5)] for r, c in zip(rows, columns, strict=True)]
+    rows, columns = np.nonzero((ids[:, 1:] != ids[:, :-1]).numpy())
+    lines += [[(c + 0.5, r - 0.5), (c + 0.5, r + 0.5)] for r, c in zip(rows, columns, strict=True)]
+    ax.add_collection(LineCollection(lines, colors="white", linewidths=0.7, capstyle="projecting"))
+
+
+def _bare(ax: Axes) -> None:
+    ax.set_xticks([])
+    ax.set_yticks([])
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+
+
+def draw_bucket_map(ax: Axes, one: BucketMap, query: tuple[int, int] | None) -> None:
+    """The buckets of all keys for one query (row, column), marked by a ring; of all offsets for None."""
+    ids = one.offsets() if query is None else one.around(query)
+    center = (one.height - 1, one.width - 1) if query is None else query
+    ax.imshow(one.colors(ids), interpolation="nearest")
+    _borders(ax, ids)
+    size = min(ax.get_window_extent().width / ids.shape[1], ax.get_window_extent().height / ids.shape[0])
+    ax.plot(center[1], center[0], "o", ms=max(2.5, 0.3 * size), mfc="white", mec="black", mew=1.2)
+    _bare(ax)
+    if query is not None and one.skip:
+        shown = min(one.skip, one.width)
+        for k in range(shown):
+            ax.add_patch(Rectangle((k - 0.5, -2.1), 0.94, 1.0, color=_SKIP_COLOR, lw=0))
+        words = "skip token" if one.skip == 1 else f"{one.skip} skip tokens"
+        ax.text(shown - 0.2, -1.6, f"{words}: one bucket", va="center", ha="left", fontsize=8, color="0.35")
+        ax.set_ylim(one.height - 0.5, -2.3)
+
+
+def draw_buckets(path: Path, groups: Sequence[tuple[BucketMap, ...]], query: tuple[int, int] | None = None) -> Path:
+    """One column for each table: above the map around one query token, below the map of all offsets.
+
+    Args:
+        path: of the PNG to write; its folder is made.
+        groups: what `bucket_maps` returned, for each method; all of one size.
+        query: (row, column) of the token, near the middle when absent.
+    """
+    height, width = groups[0][0].height, groups[0][0].width
+    query = (height * 3 // 7, width * 3 // 7) if query is None else query
+    if not (0 <= query[0] < height and 0 <= query[1] < width):
+        raise ValueError(f"the query at row {query[0]}, column {query[1]} is not on the map of {height}x{width} tokens")
+    columns = [(one, group) for group in groups for one in group]
+    cell = 2.7  # inches
+    tall = cell * min(2.0, max(0.35, height / width))
+    figure = Figure(figsize=(cell * max(2, len(columns)) + 0.4, 2 * tall + 1.5), dpi=150, layout="constrained")
+    figure.suptitle(f"Buckets of image relative position encoding on a map of {height}×{width} tokens", fontsize=13)
+    axes = figure.subplots(2, len(columns), squeeze=False)
+    for k, (one, group) in enumerate(columns):
+        draw_bucket_map(axes[0, k], one, query)
+        draw_bucket_map(axes[1, k], one, None)
+        axes[0, k].set_title(_heading(one, group), fontsize=10.5)
+    axes[0, 0].set_ylabel(f"one query (○), at\nrow {query[0]}, column {query[1]}", fontsize=9.5)
+    axes[1, 0].set_ylabel(f"all offsets,\n{2 * height - 1}×{2 * width - 1}", fontsize=9.5)
+    return _save(figure, path)
+
+
+def _heading(one: BucketMap, group: tuple[BucketMap, ...]) -> str:
+    total = sum(each.used() for each in group)
+    count = f"{one.used()} buckets" if len(group) == 1 else f"{one.used()} of {total} buckets"
+    return f"{_TITLES[one.method]}, ratio {one.ratio:g}\n{count}"
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
+
+
+def draw_curves(path: Path, results: Sequence[dict[str, Any]], height: int) -> Path:
+    """Test accuracy over epochs, one panel for each width: mean of the seeds as a line, their range as a band.
+
+    Args:
+        results: those of `irpe.train.fit_all`, with a "title" each; one line for each title.
+        height: of the canvases, in pixels, for the titles.
+    """
+    widths = list(results[0]["accuracy"])
+    figure = Figure(figsize=(4.2 * len(widths), 4.2), dpi=130, layout="constrained")
+    axes = figure.subplots(1, len(widths), squeeze=False, sharey=True)[0]
+    for number, title in enumerate(dict.fromkeys(one["title"] for one in results)):
+        group = [one for one in results if one["title"] == title]
+        color = _COLORS[number % len(_COLORS)]
+        for ax, width in zip(axes, widths, strict=True):
+            values = np.array([one["accuracy"][width] for one in group])  # (seeds, points)
+            ax.plot(group[0]["measured_at"], values.mean(0), color=color, label=title, lw=1.8)
+            ax.fill_between(group[0]["measured_at"], values.min(0), values.max(0), color=color, alpha=0.18, lw=0)
+    for number, (ax, width) in enumerate(zip(axes, widths, strict=True)):
+        ax.set_title(f"tested on {height}×{width}" + (" (the training size)" if number == 0 else ""), fontsize=11)
+        ax.set_xlabel("epoch")
+        ax.set_ylim(0, 100)
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("test accuracy in percent")
+    axes[0].legend(loc="lower right", fontsize=9, frameon=False)
+    return _save(figure, path)
+
+
+def draw_samples(path: Path, rows: Sequence[tuple[str, Tensor]]) -> Path:
+    """Sample images, one labelled row for each canvas.
+
+    Args:
+        rows: (label, images (N, height, width)), all with the same N and height.
+    """
+    count = len(rows[0][1])
+    figure = Figure(figsize=(0.95 * count + 1.2, 0.95 * len(rows) + 0.2), dpi=130, layout="constrained")
+    axes = figure.subplots(len(rows), count, squeeze=False)
+    for line, (label, images) in zip(axes, rows, strict=True):
+        for ax, image in zip(line, images, strict=True):
+            ax.imshow(image, cmap="gray_r", vmin=0, vmax=1)
+            ax.set_xticks([])
+            ax.set_yticks([])
+            ax.spines[:].set_color("0.7")
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=10)
+    return _save(figure, path)
+
+
+class Encodings(NamedTuple):
+    """What a trained model adds to its attention scores by offset.
+
+    mean: (blocks, H, 2h-1, 2w-1) for the mean query of many images; single: (examples, 2h-1, 2w-1) for single queries
+    of block `block` and head `head`; images: (examples, height, width), pixels; at: token (row, column) of each query;
+    patch: pixels along the side of a token. All maps have the query in the middle and a mean of 0, which softmax
+    does not see.
+    """
+
+    title: str
+    mean: np.ndarray
+    single: np.ndarray
+    images: np.ndarray
+    at: Sequence[tuple[int, int]]
+    block: int
+    head: int
+    patch: int
+
+
+def _draw_response(ax: Axes, values: np.ndarray, limit: float) -> Any:
+    picture = ax.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit)
+    ax.plot((values.shape[1] - 1) / 2, (values.shape[0] - 1) / 2, "o", ms=3.5, mfc="white", mec="black", mew=0.9)
+    _bare(ax)
+    return picture
+
+
+def draw_encodings(path: Path, one: Encodings) -> Path:
+    """Left: every block and head, for the mean query. Right: single queries of real images and what they ask for."""
+    blocks, heads = one.mean.shape[:2]
+    count = len(one.images)
+    figure = Figure(figsize=(1.55 * heads + 1.75 * count + 1.8, 1.5 * blocks + 1.3), dpi=130, layout="constrained")
+    figure.suptitle(f"{one.title}: what it adds to the attention score of a key, by the key's place", fontsize=12)
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=[1.55 * heads + 0.9, 1.75 * count])[0]
+    _draw_mean(left, one)
+    right.suptitle(f"single queries of test images, block {one.block + 1}, head {one.head + 1}", fontsize=10)
+    axes = right.subplots(2, count, squeeze=False)
+    limit = float(np.abs(one.single).max()) or 1.0
+    for k in range(count):
+        axes[0, k].imshow(one.images[k], cmap="gray_r", vmin=0, vmax=1)
+        row, column = (place * one.patch for place in one.at[k])
+        box = Rectangle((column - 0.5, row - 0.5), one.patch, one.patch, fill=False, ec="#d95f02", lw=2.2)
+        axes[0, k].add_patch(box)
+        _bare(axes[0, k])
+        picture = _draw_response(axes[1, k], one.single[k], limit)
+    right.colorbar(picture, ax=axes[1].tolist(), fraction=0.03, label="score")
+    return _save(figure, path)
+
+
+def _draw_mean(figure: Figure | SubFigure, one: Encodings) -> None:
+    blocks, heads = one.mean.shape[:2]
+    figure.suptitle("mean query of the test images", fontsize=10)
+    axes = figure.subplots(blocks, heads, squeeze=False)
+    limit = float(np.abs(one.mean).max()) or 1.0
+    for b in range(blocks):
+        for h in range(heads):
+            picture = _draw_response(axes[b, h], one.mean[b, h], limit)
+            if b == 0:
+                axes[b, h].set_title(f"head {h + 1}", fontsize=9)
+        axes[b, 0].set_ylabel(f"block {b + 1}", fontsize=9)
+    figure.colorbar(picture, ax=axes.ravel().tolist(), fraction=0.04, label="score")
+
+
+def draw_overview(path: Path, one: Encodings, size: int = 14) -> Path:
+    """The picture at the top of the README: bucket maps around one token, and encodings learned from digits."""
+    maps = [table for method in RATIOS for table in bucket_maps(method, size, size, skip=0)]
+    query = (size * 3 // 7, size * 3 // 7)
+    figure = Figure(figsize=(11.5, 5.3), dpi=110, layout="constrained")
+    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.12, 1])[:, 0]
+    top.suptitle("Which bucket the offset of query (○) and key falls in", fontsize=12)
+    for ax, table in zip(top.subplots(1, len(maps)), maps, strict=True):
+        draw_bucket_map(ax, table, query)
+        ax.set_title(_TITLES[table.method], fontsize=11)
+    blocks, heads = one.mean.shape[:2]
+    chosen = [(b, h) for b in range(blocks) for h in range(heads)]
+    strength = sorted(chosen, key=lambda place: -float(one.mean[place].std()))[:6]
+    bottom.suptitle(
+        f"What {one.title} learned from handwritten digits: added to the attention score, by the key's place"
+    )
+    axes = bottom.subplots(1, len(strength))
+    limit = max(float(np.abs(one.mean[place]).max()) for place in strength) or 1.0
+    for ax, (b, h) in zip(axes, sorted(strength), strict=True):
+        picture = _draw_response(ax, one.mean[b, h], limit)
+        ax.set_title(f"block {b + 1}, head {h + 1}", fontsize=10)
+    bottom.colorbar(picture, ax=axes.tolist(), fraction=0.02)
+    return _save(figure, path)
