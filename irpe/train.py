@@ -284,8 +284,8 @@ def queries_of(model: VisionTransformer, images: Tensor) -> Tensor:
 def encodings(result: dict[str, Any], examples: Sequence[int] = (0, 2, 4, 5, 7)) -> dict[str, Any] | None:
     """What a trained model's encodings on keys add to attention scores, by offset: the fields of `viz.Encodings`.
 
-    None where the side has no encoding on keys. The single queries are those of the block and head whose answers
-    differ most between queries: for one test image of each class in `examples`, the token with the strongest answer.
+    None where the side has no encoding on keys. Single queries are drawn for the two heads whose answers differ most
+    between queries: of one test image of each class in `examples`, the token with the strongest answer.
     """
     model = build_model(result["side"])
     model.load_state_dict({name: torch.from_numpy(one) for name, one in result["state"].items()})
@@ -307,17 +307,18 @@ def encodings(result: dict[str, Any], examples: Sequence[int] = (0, 2, 4, 5, 7))
         answers.append(answer.expand(len(q), q.shape[1], -1, -1, -1))
     y = torch.stack(answers)
     y = y - y.mean((-2, -1), keepdim=True)  # softmax does not see a constant
-    block, head = divmod(int(y.std((1, 3)).mean((-2, -1)).argmax()), y.shape[2])
+    spread = y.std((1, 3)).mean((-2, -1)).flatten()  # (blocks * H,)
+    shown = [divmod(int(place), y.shape[2]) for place in spread.argsort(descending=True)[:2]]
     images = [int((test.labels == label).nonzero()[0]) for label in examples]
-    tokens = [int(y[block, image, head].std((-2, -1)).argmax()) for image in images]
+    strength = torch.stack([y[b, images, h].std((-2, -1)) for b, h in shown]).sum(0)  # (examples, L)
+    tokens = [int(token) for token in strength.argmax(-1)]
     return {
         "title": title_of(result["side"]),
         "mean": y.mean((1, 3)).numpy(),
-        "single": torch.stack([y[block, i, head, t] for i, t in zip(images, tokens, strict=True)]).numpy(),
+        "single": torch.stack([y[b, images, h, tokens] for b, h in shown]).numpy(),
+        "shown": shown,
         "images": test.images[images, 0].numpy(),
         "at": [divmod(token, side) for token in tokens],
-        "block": block,
-        "head": head,
         "patch": digits.PATCH,
     }
 

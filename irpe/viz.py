@@ -243,14 +243,18 @@ def draw_samples(path: Path, rows: Sequence[tuple[str, Tensor]]) -> Path:
         rows: (label, images (N, height, width)), all with the same N and height.
     """
     count = len(rows[0][1])
-    figure = Figure(figsize=(0.95 * count + 1.2, 0.95 * len(rows) + 0.2), dpi=130, layout="constrained")
+    height, widest = rows[0][1].shape[1], max(images.shape[2] for _, images in rows)
+    scale = 0.085  # inches for a pixel, the same in all rows
+    size = (scale * (widest + 2) * count + 0.8, scale * (height + 2.5) * len(rows))
+    figure = Figure(figsize=size, dpi=130, layout="constrained")
     axes = figure.subplots(len(rows), count, squeeze=False)
     for line, (label, images) in zip(axes, rows, strict=True):
         for ax, image in zip(line, images, strict=True):
             ax.imshow(image, cmap="gray_r", vmin=0, vmax=1)
-            ax.set_xticks([])
-            ax.set_yticks([])
-            ax.spines[:].set_color("0.7")
+            border = Rectangle((-0.5, -0.5), image.shape[1], height, fill=False, ec="0.6", lw=0.8, clip_on=False)
+            ax.add_patch(border)
+            ax.set_xlim(-0.5, widest - 0.5)
+            _bare(ax)
         line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=10)
     return _save(figure, path)
 
@@ -258,10 +262,10 @@ def draw_samples(path: Path, rows: Sequence[tuple[str, Tensor]]) -> Path:
 class Encodings(NamedTuple):
     """What a trained model adds to its attention scores by offset.
 
-    mean: (blocks, H, 2h-1, 2w-1) for the mean query of many images; single: (examples, 2h-1, 2w-1) for single queries
-    of block `block` and head `head`; images: (examples, height, width), pixels; at: token (row, column) of each query;
-    patch: pixels along the side of a token. All maps have the query in the middle and a mean of 0, which softmax
-    does not see.
+    mean: (blocks, H, 2h-1, 2w-1) for the mean query of many images; single: (heads, examples, 2h-1, 2w-1) for single
+    queries, of the heads in `shown`, pairs (block, head); images: (examples, height, width), pixels; at: token (row,
+    column) of each query; patch: pixels along the side of a token. All maps have the query in the middle and a mean of
+    0, which softmax does not see.
     """
 
     title: str
@@ -269,8 +273,7 @@ class Encodings(NamedTuple):
     single: np.ndarray
     images: np.ndarray
     at: Sequence[tuple[int, int]]
-    block: int
-    head: int
+    shown: Sequence[tuple[int, int]]
     patch: int
 
 
@@ -285,21 +288,28 @@ def draw_encodings(path: Path, one: Encodings) -> Path:
     """Left: every block and head, for the mean query. Right: single queries of real images and what they ask for."""
     blocks, heads = one.mean.shape[:2]
     count = len(one.images)
-    figure = Figure(figsize=(1.55 * heads + 1.75 * count + 1.8, 1.5 * blocks + 1.3), dpi=130, layout="constrained")
-    figure.suptitle(f"{one.title}: what it adds to the attention score of a key, by the key's place", fontsize=12)
-    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=[1.55 * heads + 0.9, 1.75 * count])[0]
+    widths = [1.6 * heads + 0.9, 1.6 * count + 0.9]
+    figure = Figure(figsize=(sum(widths), 1.6 * max(blocks, 1 + len(one.shown)) + 0.8), dpi=130, layout="constrained")
+    figure.suptitle(f"{one.title}: added to the attention score of a key, by its place around the query (○)")
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=widths)[0]
     _draw_mean(left, one)
-    right.suptitle(f"single queries of test images, block {one.block + 1}, head {one.head + 1}", fontsize=10)
-    axes = right.subplots(2, count, squeeze=False)
+    right.suptitle("single queries of test images, in the two heads where they differ most", fontsize=10)
+    axes = right.subplots(1 + len(one.shown), count, squeeze=False)
     limit = float(np.abs(one.single).max()) or 1.0
     for k in range(count):
         axes[0, k].imshow(one.images[k], cmap="gray_r", vmin=0, vmax=1)
         row, column = (place * one.patch for place in one.at[k])
         box = Rectangle((column - 0.5, row - 0.5), one.patch, one.patch, fill=False, ec="#d95f02", lw=2.2)
         axes[0, k].add_patch(box)
+        axes[0, k].set_xlim(-1, one.images[k].shape[1])
+        axes[0, k].set_ylim(one.images[k].shape[0], -1)
         _bare(axes[0, k])
-        picture = _draw_response(axes[1, k], one.single[k], limit)
-    right.colorbar(picture, ax=axes[1].tolist(), fraction=0.03, label="score")
+        for line in range(len(one.shown)):
+            picture = _draw_response(axes[1 + line, k], one.single[line, k], limit)
+    axes[0, 0].set_ylabel("query (□)", fontsize=9)
+    for line, (block, head) in enumerate(one.shown):
+        axes[1 + line, 0].set_ylabel(f"block {block + 1}, head {head + 1}", fontsize=9)
+    right.colorbar(picture, ax=axes[1:].ravel().tolist(), fraction=0.03)
     return _save(figure, path)
 
 
@@ -314,7 +324,7 @@ def _draw_mean(figure: Figure | SubFigure, one: Encodings) -> None:
             if b == 0:
                 axes[b, h].set_title(f"head {h + 1}", fontsize=9)
         axes[b, 0].set_ylabel(f"block {b + 1}", fontsize=9)
-    figure.colorbar(picture, ax=axes.ravel().tolist(), fraction=0.04, label="score")
+    figure.colorbar(picture, ax=axes.ravel().tolist(), fraction=0.04)
 
 
 def draw_overview(path: Path, one: Encodings, size: int = 14) -> Path:
@@ -331,7 +341,7 @@ def draw_overview(path: Path, one: Encodings, size: int = 14) -> Path:
     chosen = [(b, h) for b in range(blocks) for h in range(heads)]
     strength = sorted(chosen, key=lambda place: -float(one.mean[place].std()))[:6]
     bottom.suptitle(
-        f"What {one.title} learned from handwritten digits: added to the attention score, by the key's place"
+        f"What {one.title} learned from digits: added to the attention score, by the key's place around the query"
     )
     axes = bottom.subplots(1, len(strength))
     limit = max(float(np.abs(one.mean[place]).max()) for place in strength) or 1.0
