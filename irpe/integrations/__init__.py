@@ -1,1 +1,1 @@
-"""Adapters of `irpe.equip`: one third-party library per file, and `grid`, which knows height and width."""
+"""Adapters of `irpe.equip`: one third-party library per file."""
