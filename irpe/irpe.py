@@ -75,7 +75,7 @@ def _as_method(method: str | int) -> METHOD:
 
 
 def _check_piecewise(alpha: float, beta: float, gamma: float) -> None:
-    if not (all(map(math.isfinite, (alpha, beta, gamma))) and 0 < alpha <= beta and alpha < gamma):
+    if not (0 < alpha <= beta < math.inf and alpha < gamma < math.inf):
         raise ValueError(
             f"alpha={alpha}, beta={beta}, gamma={gamma}; expected finite numbers, 0 < alpha <= beta and alpha < gamma"
         )
@@ -379,23 +379,24 @@ _ids: OrderedDict[tuple, Tensor] = OrderedDict()  # least recently used first
 _ids_lock = threading.Lock()
 
 
-def _cached_bucket_ids(*key: Any) -> Tensor:
-    """(L, L) int64 ids of `key` = (method, height, width, skip, alpha, beta, gamma, device), from the cache.
+def _cached_bucket_ids(mapping: str, height: int, width: int, device: torch.device) -> Tensor:
+    """(L, L) int64 ids from the cache.
 
     Built on the CPU with every mode switched off: neither a FakeTensor of a trace nor an inference tensor can get in,
     all devices agree on rounding, and the copy to a GPU has ended when the ids are handed out.
     """
+    key = (mapping, height, width, device)
     with _ids_lock:
         if key in _ids:
             _ids.move_to_end(key)
             return _ids[key]
     with _disable_current_modes(), torch.inference_mode(False):
-        ids = get_bucket_ids_2d(*key[:-1])[0].to(key[-1])
+        ids = _build_bucket_ids(mapping, height, width, torch.device("cpu")).to(device)
+    ids._dynamo_static_indices = {0, 1}  # type: ignore[attr-defined]  # torch.compile: these sizes never vary in a graph
     with _ids_lock:
         _ids[key] = ids
-        used = sum(one.nbytes for one in _ids.values())
-        while used > _IDS_MAX_BYTES and len(_ids) > 1:
-            used -= _ids.popitem(last=False)[1].nbytes
+        while sum(one.nbytes for one in _ids.values()) > _IDS_MAX_BYTES and len(_ids) > 1:
+            _ids.popitem(last=False)
     return ids
 
 
@@ -404,18 +405,21 @@ def _cached_bucket_ids(*key: Any) -> Tensor:
 _cached_bucket_ids._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _bucket_ids(config: SingleRPEConfig, height: int, width: int, x: Tensor) -> Tensor:
+def _build_bucket_ids(mapping: str, height: int, width: int, device: torch.device) -> Tensor:
+    method, skip, alpha, beta, gamma = mapping.split()
+    piecewise = float(alpha), float(beta), float(gamma)
+    return get_bucket_ids_2d(method, height, width, int(skip), *piecewise, device=device)[0]
+
+
+def _bucket_ids(mapping: str, height: int, width: int, x: Tensor) -> Tensor:
     """(L, L) ids on x's device: from the cache, or as part of the graph that is being traced with symbolic sizes."""
-    key = (config.method, height, width, config.skip, config.alpha, config.beta, config.gamma)
     if torch.compiler.is_compiling():
         from torch.fx.experimental.symbolic_shapes import has_static_value
 
         in_graph = not (has_static_value(height) and has_static_value(width))
     else:
         in_graph = isinstance(x, FakeTensor)
-    if in_graph:
-        return get_bucket_ids_2d(*key, device=x.device)[0]
-    return _cached_bucket_ids(*key, x.device)
+    return (_build_bucket_ids if in_graph else _cached_bucket_ids)(mapping, height, width, x.device)
 
 
 def _grid(tokens: int, skip: int, height: int | None, width: int | None) -> tuple[int, int]:
@@ -491,15 +495,9 @@ class iRPE(nn.Module):
     ) -> None:
         super().__init__()
         given = get_single_rpe_config() if rpe_config is None else rpe_config
-        config = SingleRPEConfig(  # field by field: a configuration from a second copy of this file is as good
-            given.method if method is None else _as_method(method),
-            given.mode if mode is None else mode,
-            given.shared_head,
-            given.skip,
-            given.alpha,
-            given.beta,
-            given.gamma,
-        )
+        chosen = (_as_method(given.method if method is None else method), given.mode if mode is None else mode)
+        # field by field: a configuration that a second copy of this file has made is as good
+        config = SingleRPEConfig(*chosen, given.shared_head, given.skip, given.alpha, given.beta, given.gamma)
         if config.method == METHOD.CROSS:
             raise ValueError("method cross has two tables: use iRPE_Cross, or build_rpe, which chooses")
         if config.mode == "bias" and not transposed:
@@ -509,6 +507,8 @@ class iRPE(nn.Module):
         head_dim, num_heads = _as_int(head_dim, "head_dim", 1), _as_int(num_heads, "num_heads", 1)
         self.head_dim, self.num_heads = head_dim, num_heads
         self.rpe_config = config
+        fields = (_METHOD_NAMES[config.method], config.skip, config.alpha, config.beta, config.gamma)
+        self._mapping = " ".join(map(str, fields))  # text: torch.compile would turn floats into inputs of the graph
         self.method, self.mode, self.num_buckets = config.method, config.mode, config.num_buckets
         self.transposed, self.initializer = transposed, initializer
         inner = (head_dim, self.num_buckets) if transposed else (self.num_buckets, head_dim)
@@ -536,7 +536,7 @@ class iRPE(nn.Module):
         """
         self._check(x)
         tokens = x.shape[2]
-        ids = _bucket_ids(self.rpe_config, *_grid(tokens, self.rpe_config.skip, height, width), x)
+        ids = _bucket_ids(self._mapping, *_grid(tokens, self.rpe_config.skip, height, width), x)
         if not self.transposed:
             return [(self.table, ids)]
         if self.mode == "bias":

@@ -29,8 +29,11 @@ def run_python(tmp_path):
 
     def run(code, *, cwd=tmp_path, path=(), forbid=(), check=True, timeout=240):
         prefix = FORBID.format(forbidden=set(forbid)) if forbid else ""
-        # -P keeps the working directory off sys.path, -c code would put it there otherwise
-        paths = f"import sys; sys.path[:0] = {[str(p) for p in path]!r}\n"
+        # -P keeps the working directory off sys.path; an editable installation of this checkout is hidden too
+        paths = (
+            f"import sys; sys.path[:] = {[str(p) for p in path]!r} + [p for p in sys.path if '__editable__' not in p]\n"
+            "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
+        )
         done = subprocess.run(
             [sys.executable, "-P", "-c", paths + prefix + textwrap.dedent(code)],
             cwd=cwd,

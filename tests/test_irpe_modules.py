@@ -214,8 +214,10 @@ def test_transposing_the_map_swaps_rows_and_columns_of_the_encoding():
     module = only(get_rpe_config(20, "cross", "bias", False), dtype=torch.float64)
     x = torch.randn(1, HEADS, 15, DIM, dtype=torch.float64)
     y = module(x, 3, 5).view(HEADS, 3, 5, 3, 5)
-    module.rp_rows, module.rp_cols = module.rp_cols, module.rp_rows
-    module.rp_rows.rpe_config, module.rp_cols.rpe_config = module.rp_cols.rpe_config, module.rp_rows.rpe_config
+    with torch.no_grad():
+        rows = module.rp_rows.table.clone()
+        module.rp_rows.table.copy_(module.rp_cols.table)
+        module.rp_cols.table.copy_(rows)
     torch.testing.assert_close(module(x, 5, 3).view(HEADS, 5, 3, 5, 3), y.permute(0, 2, 1, 4, 3))
 
 

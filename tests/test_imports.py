@@ -1,0 +1,77 @@
+"""The arrows of CONTRIBUTING.md, read from the sources' own import statements."""
+
+import ast
+import sys
+
+import pytest
+from conftest import ROOT
+
+THIRD_PARTY = {"timm", "matplotlib", "sklearn", "typer", "rich", "numpy", "PIL", "click"}
+# who may import what, by the longest prefix that fits; torch and the standard library are everyone's
+ALLOWED = {
+    "rpe_ops": {"rpe_ops"},
+    "irpe.irpe": {"rpe_ops", "irpe.rpe_ops"},
+    "irpe._version": set(),
+    "irpe.__init__": {"irpe._version", "irpe.equip", "irpe.irpe"},
+    "irpe.integrations.grid": set(),
+    "irpe.integrations.timm_vit": {"timm", "irpe.irpe", "irpe.integrations.grid"},
+    "irpe.equip": {"irpe.irpe", "irpe.integrations"},
+}
+ABOVE = {"irpe", "irpe.irpe", "irpe.equip", "irpe._version", "rpe_ops", *THIRD_PARTY}
+FILES = sorted([*(ROOT / "irpe").rglob("*.py"), *(ROOT / "rpe_ops").rglob("*.py")])
+
+
+def module_name(file):
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts)
+
+
+def imports(file):
+    """(module, at the top level of the file) for each import, relative ones resolved."""
+    package = module_name(file).split(".")[:-1]
+    tree = ast.parse(file.read_text())
+    top = set(
+        map(id, ast.walk(ast.Module([n for n in tree.body if not isinstance(n, ast.FunctionDef | ast.ClassDef)], [])))
+    )
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, id(node) in top
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            full = ".".join(part for part in (base, node.module) if part)
+            for alias in node.names:
+                file_of = ROOT / (full + "." + alias.name).replace(".", "/")
+                is_module = file_of.with_suffix(".py").exists() or file_of.is_dir()
+                yield (f"{full}.{alias.name}" if is_module else full), id(node) in top
+
+
+def within(name, allowed):
+    return any(name == one or name.startswith(one + ".") for one in allowed)
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_name)
+def test_import_direction(file):
+    name = module_name(file)
+    rule = max((prefix for prefix in ALLOWED if name == prefix or name.startswith(prefix + ".")), key=len, default=None)
+    for imported, at_top in imports(file):
+        root = imported.split(".")[0]
+        if root == "torch" or root in sys.stdlib_module_names:
+            continue
+        allowed = ALLOWED[rule] if rule else ABOVE | {n for n in map(module_name, FILES) if n != "irpe.__main__"}
+        assert within(imported, allowed), f"{name} imports {imported}"
+        if name == "irpe.equip" and "integrations" in imported:
+            assert not at_top, "equip imports adapters inside functions: a model's library may be absent"
+
+
+def test_the_rules_see_what_they_forbid(tmp_path):
+    """The reader itself: relative, nested and aliased imports are found."""
+    file = ROOT / "irpe" / "equip.py"
+    found = dict(imports(file))
+    assert found["irpe.irpe"] is True
+    assert found["irpe.integrations.timm_vit"] is False
+
+
+def test_backends_import_neither_each_other_nor_the_law():
+    for file in (ROOT / "rpe_ops").glob("*.py"):
+        if file.stem not in {"__init__", "reference"}:
+            assert "rpe_ops.reference" not in dict(imports(file)), file.name
