@@ -130,7 +130,7 @@ def train(
 
 def new_folder(out: Path, name: str, overwrite: bool) -> Path:
     """Makes and returns out/name; where that exists out/name-2, out/name-3, ..., or the same one when overwriting."""
-    if not name or Path(name).name != name:
+    if name in ("", ".", "..") or Path(name).name != name:
         raise ValueError(f"--name {name!r}; expected the name of one folder, which is made inside --out")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; expected a folder")

@@ -1,0 +1,189 @@
+"""irpe/train.py and irpe/digits.py: splits, canvases, worker processes, and a quick run from end to end."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("timm")
+pytest.importorskip("sklearn")
+
+from sklearn.datasets import load_digits
+from typer.testing import CliRunner
+
+from irpe import digits, train
+from irpe.__main__ import app
+
+TINY = dict(epochs=2, limit=64)
+
+
+def test_splits_are_disjoint_complete_and_stratified():
+    parts = digits.splits()
+    rows = {name: set(part.rows.tolist()) for name, part in parts.items()}
+    assert [len(rows[name]) for name in ("train", "test", "fit", "valid")] == [1200, 597, 900, 300]
+    assert not rows["train"] & rows["test"]
+    assert rows["train"] | rows["test"] == set(range(1797))
+    assert not rows["fit"] & rows["valid"]
+    assert rows["fit"] | rows["valid"] == rows["train"]
+    data = load_digits()
+    for part in parts.values():
+        assert len(part.rows) == len(set(part.rows.tolist()))
+        np.testing.assert_array_equal(part.images[:, 0].numpy() * 16, data.images[part.rows.numpy()])
+        np.testing.assert_array_equal(part.labels.numpy(), data.target[part.rows.numpy()])
+        share = part.labels.bincount(minlength=10) / len(part.labels)
+        assert (share - torch.from_numpy(data.target).bincount() / 1797).abs().max() < 0.005
+
+
+@pytest.mark.parametrize("width", digits.WIDTHS)
+def test_canvases_hold_the_digit_at_an_even_column_and_nothing_else(width):
+    test = digits.splits()["test"]
+    canvases = digits.on_canvas(test, width)
+    assert canvases.images.shape == (597, 1, 8, width)
+    assert torch.equal(canvases.labels, test.labels)
+    columns = []
+    for digit, canvas in zip(test.images[:, 0], canvases.images[:, 0], strict=True):
+        fits = []
+        for column in range(width - 7):
+            expected = torch.zeros(8, width)
+            expected[:, column : column + 8] = digit
+            if torch.equal(canvas, expected):
+                fits.append(column)
+        assert len(fits) == 1
+        columns += fits
+    assert set(columns) == set(range(0, width - 7, 2))
+    again = digits.on_canvas(digits.Digits(*(part[100:110] for part in test)), width)
+    assert torch.equal(again.images, canvases.images[100:110])  # a digit's place depends on nothing but the digit
+
+
+@pytest.mark.parametrize("width", [6, 9, 0])
+def test_canvases_of_wrong_width(width):
+    with pytest.raises(ValueError, match=f"width={width}; expected an even number"):
+        digits.on_canvas(digits.splits()["test"], width)
+
+
+@pytest.mark.parametrize("side", [train.NONE, train.ABSOLUTE, *train.RPE, "rpe-2.0-cross-bias-0-qk"])
+def test_models_take_every_canvas_and_decay_only_matrices(side):
+    model = train.build_model(side)
+    for width in digits.WIDTHS:
+        assert model(torch.rand(2, 1, 8, width)).shape == (2, 10)
+    decayed, spared = (group["params"] for group in train.parameter_groups(model))
+    assert len(decayed) + len(spared) == len(list(model.parameters()))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    assert all(parameter.ndim > 1 for parameter in decayed)
+    assert not any("lookup_table" in names[parameter] or "pos_embed" in names[parameter] for parameter in decayed)
+    assert [group["weight_decay"] for group in train.parameter_groups(model)] == [train.WEIGHT_DECAY, 0]
+
+
+def test_sides_differ_in_positions_alone():
+    counts = {side: sum(p.numel() for p in train.build_model(side).parameters()) for side in (*train.RATES,)}
+    bare = counts[train.NONE]
+    assert counts[train.ABSOLUTE] - bare == 16 * 48
+    assert counts[train.RPE[0]] - bare == 3 * 16 * 49
+    assert counts[train.RPE[1]] - bare == 3 * 3 * 16 * 49
+
+
+def test_without_positions_a_model_cannot_tell_where_the_patches_are():
+    image = torch.rand(1, 1, 8, 12)
+    swapped = torch.cat([image[..., 6:], image[..., :6]], -1)
+    for side, same in ((train.NONE, True), (train.ABSOLUTE, False), (train.RPE[0], False)):
+        torch.manual_seed(0)
+        model = train.build_model(side).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lookup_table" in name:
+                    parameter.normal_()
+        assert torch.allclose(model(image), model(swapped), atol=1e-5) is same
+
+
+def strip(result):
+    return {key: value for key, value in result.items() if "seconds" not in key and key != "state"}
+
+
+def test_results_do_not_depend_on_the_number_of_workers():
+    runs = [
+        train.Run(side, seed, 4e-3, **TINY) for side, seed in ((train.RPE[1], 0), (train.ABSOLUTE, 1), (train.NONE, 0))
+    ]
+    told = []
+    one = train.fit_all(runs, 1, lambda index, epoch: told.append((index, epoch)))
+    two = train.fit_all(runs, 2)
+    assert sorted(told) == [(index, epoch) for index in range(3) for epoch in (1, 2)]
+    for a, b, run in zip(one, two, runs, strict=True):
+        assert (a["side"], a["seed"], a["lr"]) == (run.side, run.seed, run.lr)
+        assert strip(a) == strip(b)
+        assert a["state"].keys() == b["state"].keys()
+        assert all(np.array_equal(a["state"][name], b["state"][name]) for name in a["state"])
+    assert any(np.abs(one[0]["state"][name]).max() > 0 for name in one[0]["state"] if "lookup_table" in name)
+
+
+def test_an_exception_in_a_worker_arrives_with_its_reason():
+    with pytest.raises(ValueError, match="it has another form"):
+        train.fit_all([train.Run("nonsense", 0, 4e-3, **TINY), train.Run(train.NONE, 0, 4e-3, **TINY)], 1)
+
+
+def test_summary_and_choice_of_the_rate():
+    def result(side, seed, lr, *final):
+        accuracy = {8: [0.0, final[0]], 16: [0.0, final[1]]}
+        return dict(side=side, seed=seed, lr=lr, accuracy=accuracy, parameters=7, seconds=2.0, cpu_seconds=1.0)
+
+    rows = train.summarise(
+        [result("none", 0, 1e-3, 70, 9), result("none", 1, 1e-3, 80, 9), result("none", 0, 2e-3, 75, 99),
+         result("none", 1, 2e-3, 75, 99), result("absolute", 0, 2e-3, 60, 1)]
+    )  # fmt: skip
+    assert [(row["side"], row["lr"], row["seeds"]) for row in rows] == [
+        ("none", 1e-3, [0, 1]), ("none", 2e-3, [0, 1]), ("absolute", 2e-3, [0])
+    ]  # fmt: skip
+    assert rows[0]["accuracy"][8] == {"mean": 75, "std": math.sqrt(50), "min": 70, "max": 80}
+    assert rows[2]["accuracy"][8]["std"] == 0
+    assert train.best_rates(rows) == {"none": 1e-3, "absolute": 2e-3}  # the wide canvas has no say
+
+
+@pytest.mark.parametrize("side", ["rpe-1.9-product-ctx-1-k", "rpe-20-cross-ctx-0-qk", "rpe-20-euc-bias-0-k"])
+def test_encodings_are_what_the_attention_adds(side):
+    torch.manual_seed(0)
+    model = train.build_model(side)
+    for name, parameter in model.named_parameters():
+        if "lookup_table" in name:
+            torch.nn.init.normal_(parameter)
+    state = {name: one.detach().numpy() for name, one in model.state_dict().items()}
+    learned = train.encodings({"side": side, "state": state})
+    assert learned["mean"].shape == (3, 3, 7, 7)
+    image = torch.from_numpy(learned["images"][1])[None, None]
+    row, column = learned["at"][1]
+    block, head = learned["shown"][0]
+    q = train.queries_of(model.eval(), image)[block]
+    y = train.attentions(model)[block].rpe_k(q, 4, 4)
+    y = y[0, head if y.shape[1] > 1 else 0, row * 4 + column].view(4, 4).detach().numpy()
+    drawn = learned["single"][0, 1, 3 - row : 7 - row, 3 - column : 7 - column]
+    np.testing.assert_allclose(drawn - drawn.mean(), y - y.mean(), atol=1e-5)
+
+
+def test_sides_without_an_encoding_on_keys_have_no_picture():
+    state = {name: one.numpy() for name, one in train.build_model("rpe-1.9-product-ctx-1-v").state_dict().items()}
+    assert train.encodings({"side": "rpe-1.9-product-ctx-1-v", "state": state}) is None
+
+
+def test_a_quick_run_writes_everything(tmp_path):
+    command = ["train", "--quick", "--epochs", "1", "--seeds", "2", "--out", str(tmp_path), "--name", "one"]
+    result = CliRunner().invoke(app, [*command, "--rpe", "rpe-2.0-product-ctx-1-k"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    for words in ("none", "learned absolute", "rpe-2.0-product-ctx-1-k", "8×12", "smoke run"):
+        assert words in result.output
+    names = {path.name for path in (tmp_path / "one").iterdir()}
+    assert names == {
+        "accuracy.png", "samples.png", "buckets.png", "irpe.png", "encodings-rpe-2.0-product-ctx-1-k.png",
+        "none-seed0.pt", "absolute-seed0.pt", "rpe-2.0-product-ctx-1-k-seed0.pt", "results.json",
+    }  # fmt: skip
+    assert all(name in result.output.replace("\n", "") for name in names)
+    record = json.loads((tmp_path / "one" / "results.json").read_text())
+    assert record["quick"] is True
+    assert record["versions"]["torch"] == torch.__version__ or record["versions"]["torch"] in torch.__version__
+    assert [(run["side"], run["seed"]) for run in record["runs"]] == [
+        (side, seed) for seed in (0, 1) for side in ("rpe-2.0-product-ctx-1-k", "absolute", "none")
+    ]
+    assert [row["side"] for row in record["summary"]] == ["none", "absolute", "rpe-2.0-product-ctx-1-k"]
+    model = train.build_model("rpe-2.0-product-ctx-1-k")
+    model.load_state_dict(torch.load(tmp_path / "one" / "rpe-2.0-product-ctx-1-k-seed0.pt", weights_only=True))
+    best = record["runs"][0]["accuracy"]["8"][-1]
+    assert train.accuracy(model, digits.splits()["test"]) == pytest.approx(best)
