@@ -88,7 +88,7 @@ def train(
     sides = (job.NONE, job.ABSOLUTE, *dict.fromkeys(rpe or job.RPE))
     rest: dict[str, Any] = dict(epochs=epochs)
     if tune:
-        rest.update(fit_on="fit", test_on="valid")
+        rest.update(fit_on="fit", test_on="valid", points=1)
     if quick:
         rest.update(epochs=min(epochs, 2), limit=256)
     # the dearest sides come first, so that the workers end at about the same time
@@ -105,13 +105,18 @@ def train(
     order = {side: k for k, side in enumerate(sides)}
     rows = sorted(job.summarise(results), key=lambda row: (order[row["side"]], row["lr"]))
     console.print(_table(rows, tune))
-    paths = [] if tune else _pictures(folder, sorted(results, key=lambda one: order[one["side"]]), rest["epochs"])
+    paths = [] if tune else _pictures(folder, sorted(results, key=lambda one: order[one["side"]]))
     record = {
         "quick": quick,
         "command": sys.argv[1:],
         "versions": job.versions(),
         "model": job.MODEL,
-        "recipe": {"weight_decay": job.WEIGHT_DECAY, "batch_size": runs[0].batch_size, **rest},
+        "recipe": {
+            "weight_decay": job.WEIGHT_DECAY,
+            "batch_size": runs[0].batch_size,
+            "optimizer": "AdamW, one-cycle",
+            **rest,
+        },
         "wall_seconds": wall,
         "cpu_seconds": sum(one["cpu_seconds"] for one in results),
         "summary": rows,
@@ -176,10 +181,11 @@ def _fit_with_progress(runs: Sequence[Any], workers: int | None) -> list[dict[st
 
 
 def _table(rows: Sequence[dict[str, Any]], tune: bool) -> Table:
-    seeds = len(rows[0]["seeds"])
+    count = len(rows[0]["seeds"])
+    seeds = "1 seed" if count == 1 else f"{count} seeds"
     images = "validation images" if tune else "test images"
     table = Table(
-        title=f"Right answers in percent on {images}: mean ± standard deviation, {seeds} seed{'s'[: seeds > 1]}",
+        title=f"Right answers in percent on {images}: mean ± standard deviation, {seeds}",
         caption="lr: peak learning rate; s: seconds of one run. Trained at 8×8 only; on 8×12 and 8×16 the digit is "
         "at a random even column, the same for all sides.",
         title_justify="left",
@@ -195,7 +201,7 @@ def _table(rows: Sequence[dict[str, Any]], tune: bool) -> Table:
     return table
 
 
-def _pictures(folder: Path, results: Sequence[dict[str, Any]], epochs: int) -> list[Path]:
+def _pictures(folder: Path, results: Sequence[dict[str, Any]]) -> list[Path]:
     """Draws and saves what belongs to a training: curves, samples, bucket maps, learned encodings, weights."""
     from . import digits, viz
     from . import train as job

@@ -54,6 +54,7 @@ class Run:
     fit_on: str = "train"
     test_on: str = "test"
     limit: int | None = None  # of images to fit on
+    points: int = 12  # how often accuracy is measured, about; always at the end
 
 
 def rate_of(side: str) -> float:
@@ -88,19 +89,24 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     return [dict(params=groups[True], weight_decay=WEIGHT_DECAY), dict(params=groups[False], weight_decay=0.0)]
 
 
+def standardised(images: Tensor) -> Tensor:
+    """Images in [0, 1] as models take them: about mean 0 and deviation 1 over all pixels of the digits."""
+    return (images - 0.3) / 0.38
+
+
 def accuracy(model: nn.Module, data: digits.Digits) -> float:
     """Share of right answers, in percent."""
     model.eval()
     with torch.inference_mode():
         right = sum(
-            int((model(images).argmax(-1) == labels).sum())
+            int((model(standardised(images)).argmax(-1) == labels).sum())
             for images, labels in zip(data.images.split(200), data.labels.split(200), strict=True)
         )
     return 100.0 * right / len(data.labels)
 
 
 def fit(run: Run, on_epoch: Callable[[int], None] = lambda epoch: None) -> dict[str, Any]:
-    """Trains one model and measures it about twenty times on the way, the last time at the end.
+    """Trains one model and measures it about `run.points` times on the way, the last time at the end.
 
     Nothing depends on what is measured: no early stop, no choice of an epoch. The result depends on `run` alone when
     torch has one thread.
@@ -113,7 +119,7 @@ def fit(run: Run, on_epoch: Callable[[int], None] = lambda epoch: None) -> dict[
     torch.manual_seed(run.seed)
     order = torch.Generator().manual_seed(run.seed)
     data = digits.splits()[run.fit_on]
-    images, labels = data.images[: run.limit], data.labels[: run.limit]
+    images, labels = standardised(data.images[: run.limit]), data.labels[: run.limit]
     tests = {width: digits.on_canvas(digits.splits()[run.test_on], width) for width in digits.WIDTHS}
     model = build_model(run.side)
     optimizer = torch.optim.AdamW(parameter_groups(model), lr=run.lr)
@@ -133,7 +139,7 @@ def fit(run: Run, on_epoch: Callable[[int], None] = lambda epoch: None) -> dict[
             schedule.step()
             total += loss.item() * len(batch)
         losses.append(total / len(labels))
-        if epoch % max(1, run.epochs // 20) == 0 or epoch == run.epochs:
+        if (run.epochs - epoch) % max(1, run.epochs // run.points) == 0:
             measured_at.append(epoch)
             for width, test in tests.items():
                 accuracies[width].append(accuracy(model, test))
@@ -260,7 +266,7 @@ def attentions(model: VisionTransformer) -> list[Any]:
 
 
 def queries_of(model: VisionTransformer, images: Tensor) -> Tensor:
-    """(blocks, B, H, L, D): the scaled queries of every attention."""
+    """(blocks, B, H, L, D): the scaled queries of every attention, for images in [0, 1]."""
     found = []
 
     def keep(attention: Any) -> Callable[..., None]:
@@ -274,7 +280,7 @@ def queries_of(model: VisionTransformer, images: Tensor) -> Tensor:
     handles = [attention.qkv.register_forward_hook(keep(attention)) for attention in attentions(model)]
     try:
         with torch.no_grad():
-            model(images)
+            model(standardised(images))
     finally:
         for handle in handles:
             handle.remove()

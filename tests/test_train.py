@@ -165,7 +165,20 @@ def test_sides_without_an_encoding_on_keys_have_no_picture():
 
 
 def test_a_quick_run_writes_everything(tmp_path):
-    command = ["train", "--quick", "--epochs", "1", "--seeds", "2", "--out", str(tmp_path), "--name", "one"]
+    command = [
+        "train",
+        "--quick",
+        "--epochs",
+        "1",
+        "--seeds",
+        "2",
+        "--workers",
+        "1",
+        "--out",
+        str(tmp_path),
+        "--name",
+        "one",
+    ]
     result = CliRunner().invoke(app, [*command, "--rpe", "rpe-2.0-product-ctx-1-k"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     for words in ("none", "learned absolute", "rpe-2.0-product-ctx-1-k", "8×12", "smoke run"):
