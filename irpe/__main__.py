@@ -230,7 +230,8 @@ def show(
     method: Annotated[
         list[str] | None, typer.Option(help="euc, quant, cross or product (repeatable); all four by default.")
     ] = None,
-    size: Annotated[tuple[int, int], typer.Option(metavar="HEIGHT WIDTH", help="Of the map, in tokens.")] = (14, 14),
+    height: Annotated[int, typer.Option(help="Of the map, in tokens.")] = 14,
+    width: Annotated[int, typer.Option(help="Of the map, in tokens.")] = 14,
     ratio: Annotated[
         float | None, typer.Option(help="Scale of the piecewise index; by default that of the paper for each method.")
     ] = None,
@@ -244,9 +245,9 @@ def show(
     from . import viz
 
     names = list(dict.fromkeys(method or viz.RATIOS))
-    if max(size) > 256:
-        raise typer.BadParameter(f"--size {size[0]} {size[1]}; expected at most 256 tokens along a side")
-    groups = [_checked(viz.bucket_maps, one, *size, ratio=ratio, skip=skip) for one in names]
+    if max(height, width) > 256:
+        raise typer.BadParameter(f"{height}x{width} tokens; expected at most 256 along a side")
+    groups = [_checked(viz.bucket_maps, one, height, width, ratio=ratio, skip=skip) for one in names]
     if out.suffix.lower() != ".png":
         raise typer.BadParameter(f"--out {out}; expected a file name that ends in .png")
     path = _checked(viz.draw_buckets, out, groups, query)

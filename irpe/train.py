@@ -16,6 +16,7 @@ import platform
 import queue
 import signal
 import statistics
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -160,9 +161,17 @@ _events: Any = None  # of a worker process: where it tells its progress
 
 def _start_worker(events: Any) -> None:
     global _events
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends the workers
     torch.set_num_threads(1)  # the operations are tiny, and sums come out the same however many workers there are
     _events = events
+
+
+def _end_with_parent() -> None:
+    """Ends this worker when its parent is gone without having said so (killed): it would wait for work for ever."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(index: int, run: Run) -> dict[str, Any]:

@@ -53,7 +53,22 @@ def test_show_draws_the_four_methods_and_prints_the_counts_of_the_paper(tmp_path
 def test_show_takes_one_method_any_size_ratio_and_token(tmp_path):
     path = tmp_path / "one.png"
     result = run(
-        "show", "--method", "product", "--size", 3, 9, "--ratio", 2.5, "--skip", 2, "--query", 2, 8, "--out", path
+        "show",
+        "--method",
+        "product",
+        "--height",
+        3,
+        "--width",
+        9,
+        "--ratio",
+        2.5,
+        "--skip",
+        2,
+        "--query",
+        2,
+        8,
+        "--out",
+        path,
     )
     assert result.exit_code == 0, result.output
     assert path.exists()
@@ -66,9 +81,9 @@ def test_show_takes_one_method_any_size_ratio_and_token(tmp_path):
     ("arguments", "sentence"),
     [
         (["show", "--method", "circle"], "unknown method 'circle'; expected one of euc, quant"),
-        (["show", "--size", 0, 14], "height=0; expected at least 1"),
-        (["show", "--size", 14, 0], "width=0; expected at least 1"),
-        (["show", "--size", 14, 100000], "expected at most 256 tokens"),
+        (["show", "--height", 0], "height=0; expected at least 1"),
+        (["show", "--width", 0], "width=0; expected at least 1"),
+        (["show", "--width", 100000], "expected at most 256 along a side"),
         (["show", "--ratio", -1], "ratio=-1.0; expected a finite number above 0"),
         (["show", "--ratio", "nan"], "ratio=nan; expected a finite number above 0"),
         (["show", "--skip", -1], "skip=-1; expected at least 0"),

@@ -2,6 +2,12 @@
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +22,7 @@ from typer.testing import CliRunner
 from irpe import digits, train
 from irpe.__main__ import app
 
+ROOT = Path(__file__).parent.parent
 TINY = dict(epochs=2, limit=64)
 
 
@@ -120,6 +127,30 @@ def test_results_do_not_depend_on_the_number_of_workers():
 def test_an_exception_in_a_worker_arrives_with_its_reason():
     with pytest.raises(ValueError, match="it has another form"):
         train.fit_all([train.Run("nonsense", 0, 4e-3, **TINY), train.Run(train.NONE, 0, 4e-3, **TINY)], 1)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks processes up in /proc")
+@pytest.mark.slow
+def test_workers_end_when_their_parent_is_killed(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import multiprocessing\n"
+        "from irpe import train\n"
+        "def tell(index, epoch):\n"
+        "    print(*[one.pid for one in multiprocessing.active_children()], flush=True)\n"
+        "if __name__ == '__main__':\n"
+        "    train.fit_all([train.Run('none', 0, 4e-3, epochs=1000, limit=64)], 1, tell)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        worker = int(parent.stdout.readline())
+        parent.kill()
+    for _ in range(100):
+        if not Path(f"/proc/{worker}").exists() or "zombie" in Path(f"/proc/{worker}/status").read_text():
+            return
+        time.sleep(0.1)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the worker outlived its parent")
 
 
 def test_summary_and_choice_of_the_rate():
