@@ -124,7 +124,8 @@ def train(
     }
     if tune:
         record["chosen"] = job.best_rates(rows)
-        console.print(f"chosen, by accuracy on the validation images at the training size: {record['chosen']}")
+        for side, rate in record["chosen"].items():
+            console.print(f"best at the training size, {job.title_of(side)}: lr {rate:g}")
     (folder / "results.json").write_text(json.dumps(record, indent=1) + "\n")
     for path in (*paths, folder / "results.json"):
         console.print(str(path), soft_wrap=True)
@@ -185,19 +186,19 @@ def _table(rows: Sequence[dict[str, Any]], tune: bool) -> Table:
     seeds = "1 seed" if count == 1 else f"{count} seeds"
     images = "validation images" if tune else "test images"
     table = Table(
-        title=f"Right answers in percent on {images}: mean ± standard deviation, {seeds}",
-        caption="lr: peak learning rate; s: seconds of one run. Trained at 8×8 only; on 8×12 and 8×16 the digit is "
-        "at a random even column, the same for all sides.",
+        title=f"Right answers on {images} in percent, mean ± deviation of {seeds}",
+        caption="weights: their number; lr: peak learning rate; s: seconds of one run. All were trained at 8×8 only; "
+        "on 8×12 and 8×16 the digit is at a random even column, the same for all.",
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
     )
-    table.add_column("positions", no_wrap=True)
-    for title in (*(f"8×{width}" for width in rows[0]["accuracy"]), "parameters", "lr", "s"):
+    table.add_column("positions")
+    for title in (*(f"8×{width}" for width in rows[0]["accuracy"]), "weights", "lr", "s"):
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
-        scores = [f"{one['mean']:.1f} ± {one['std']:.1f}" for one in row["accuracy"].values()]
-        table.add_row(row["title"], *scores, f"{row['parameters']:,}", f"{row['lr']:g}", f"{row['seconds']:.1f}")
+        scores = [f"{one['mean']:.1f}±{one['std']:.1f}" for one in row["accuracy"].values()]
+        table.add_row(row["title"], *scores, f"{row['parameters']:,}", f"{row['lr']:g}", f"{row['seconds']:.0f}")
     return table
 
 

@@ -37,7 +37,7 @@ from .irpe import get_offset_ids_2d, rpe_config_from_string
 NONE, ABSOLUTE = "none", "absolute"
 RPE = ("rpe-1.9-product-ctx-1-k", "rpe-1.9-product-ctx-1-qkv")
 MODEL: dict[str, Any] = dict(embed_dim=48, depth=3, num_heads=3, mlp_ratio=2.0)
-GRID = (1e-3, 2e-3, 4e-3, 8e-3)  # learning rates that every side was offered
+GRID = (2e-3, 4e-3, 8e-3, 1.6e-2)  # learning rates that every side was offered
 RATES = {NONE: 4e-3, ABSOLUTE: 4e-3, RPE[0]: 4e-3, RPE[1]: 4e-3}  # and what it chose
 WEIGHT_DECAY = 0.05
 TUNE_SEEDS = (100, 101)  # never among the reported ones, which count from 0
