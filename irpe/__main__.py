@@ -125,7 +125,7 @@ def train(
     if tune:
         record["chosen"] = job.best_rates(rows)
         for side, rate in record["chosen"].items():
-            console.print(f"best at the training size, {job.title_of(side)}: lr {rate:g}")
+            console.print(f"chosen for {job.title_of(side)}: lr {rate:g}")
     (folder / "results.json").write_text(json.dumps(record, indent=1) + "\n")
     for path in (*paths, folder / "results.json"):
         console.print(str(path), soft_wrap=True)

@@ -168,6 +168,10 @@ def test_summary_and_choice_of_the_rate():
     assert rows[0]["accuracy"][8] == {"mean": 75, "std": math.sqrt(50), "min": 70, "max": 80}
     assert rows[2]["accuracy"][8]["std"] == 0
     assert train.best_rates(rows) == {"none": 1e-3, "absolute": 2e-3}  # the wide canvas has no say
+    rows[1]["accuracy"][8]["mean"] = 76.0
+    assert train.best_rates(rows)["none"] == 1e-3
+    rows[1]["accuracy"][8]["mean"] = 76.1
+    assert train.best_rates(rows)["none"] == 2e-3
 
 
 @pytest.mark.parametrize("side", ["rpe-1.9-product-ctx-1-k", "rpe-20-cross-ctx-0-qk", "rpe-20-euc-bias-0-k"])
