@@ -413,12 +413,13 @@ def _build_bucket_ids(mapping: str, height: int, width: int, device: torch.devic
 
 def _bucket_ids(mapping: str, height: int, width: int, x: Tensor) -> Tensor:
     """(L, L) ids on x's device: from the cache, or as part of the graph that is being traced with symbolic sizes."""
+    in_graph = isinstance(x, FakeTensor)
     if torch.compiler.is_compiling():
         from torch.fx.experimental.symbolic_shapes import has_static_value
 
         in_graph = not (has_static_value(height) and has_static_value(width))
-    else:
-        in_graph = isinstance(x, FakeTensor)
+        if not in_graph:  # a size that was pinned after tracing had begun is still a symbol
+            height, width = operator.index(height), operator.index(width)
     return (_build_bucket_ids if in_graph else _cached_bucket_ids)(mapping, height, width, x.device)
 
 

@@ -1,4 +1,4 @@
-"""Small DeiTs of the reference release: state dicts load strictly into equipped timm models, and give the same numbers."""
+"""Small DeiTs of the reference release: their state dicts load strictly into equipped timm models, numbers agree."""
 
 import pytest
 import torch

@@ -162,6 +162,21 @@ def test_compile_fullgraph_with_dynamic_sizes_compiles_once(where):
     assert not source._ids
 
 
+def test_compile_with_sizes_that_are_pinned_after_they_were_read():
+    """As timm's patch embedding does it, which checks the image's size with torch._check."""
+    module = make(skip=0)
+
+    def f(x):
+        height, width = x.shape[2], x.shape[3]
+        torch._check(height == 2)
+        torch._check(width == 8)
+        return module(x.flatten(2, 3), height=height, width=width)
+
+    x = torch.randn(2, HEADS, 2, 8, DIM)
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=True)
+    torch.testing.assert_close(compiled(x), law(module, x.flatten(2, 3), 2, 8))
+
+
 def test_compile_of_squares_without_sizes_follows_the_token_count():
     module = make()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
