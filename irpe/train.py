@@ -303,7 +303,8 @@ def encodings(result: dict[str, Any], examples: Sequence[int] = (0, 2, 4, 5, 7))
     """What a trained model's encodings on keys add to attention scores, by offset: the fields of `viz.Encodings`.
 
     None where the side has no encoding on keys. Single queries are drawn for the two heads whose answers differ most
-    between queries: of one test image of each class in `examples`, the token with the strongest answer.
+    between queries: of one test image of each class in `examples`, the inked token whose answer is least like those
+    drawn before.
     """
     model = build_model(result["side"])
     model.load_state_dict({name: torch.from_numpy(one) for name, one in result["state"].items()})
@@ -328,8 +329,15 @@ def encodings(result: dict[str, Any], examples: Sequence[int] = (0, 2, 4, 5, 7))
     spread = y.std((1, 3)).mean((-2, -1)).flatten()  # (blocks * H,)
     shown = [divmod(int(place), y.shape[2]) for place in spread.argsort(descending=True)[:2]]
     images = [int((test.labels == label).nonzero()[0]) for label in examples]
-    strength = torch.stack([y[b, images, h].std((-2, -1)) for b, h in shown]).sum(0)  # (examples, L)
-    tokens = [int(token) for token in strength.argmax(-1)]
+    inked = F.avg_pool2d(test.images[images], digits.PATCH).flatten(1) > 0.3  # (examples, L)
+    block, head = shown[0]
+    tokens: list[int] = []
+    held = torch.zeros(1, 2 * side - 1, 2 * side - 1)
+    for image, allowed in zip(images, inked, strict=True):
+        distance = (y[block, image, head, :, None] - held).square().sum((-2, -1)).amin(-1)  # (L,), to the nearest
+        tokens.append(int(distance.where(allowed, -1).argmax()))
+        answer = y[block, image, head, tokens[-1]][None]
+        held = answer if len(tokens) == 1 else torch.cat([held, answer])
     return {
         "title": title_of(result["side"]),
         "mean": y.mean((1, 3)).numpy(),

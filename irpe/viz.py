@@ -284,6 +284,16 @@ def _draw_response(ax: Axes, values: np.ndarray, limit: float) -> Any:
     return picture
 
 
+def _draw_query(ax: Axes, one: Encodings, k: int) -> None:
+    """The image of example k with a box around the token that asks."""
+    ax.imshow(one.images[k], cmap="gray_r", vmin=0, vmax=1)
+    row, column = (place * one.patch for place in one.at[k])
+    ax.add_patch(Rectangle((column - 0.5, row - 0.5), one.patch, one.patch, fill=False, ec="#d95f02", lw=2.2))
+    ax.set_xlim(-1, one.images[k].shape[1])
+    ax.set_ylim(one.images[k].shape[0], -1)
+    _bare(ax)
+
+
 def draw_encodings(path: Path, one: Encodings) -> Path:
     """Left: every block and head, for the mean query. Right: single queries of real images and what they ask for."""
     blocks, heads = one.mean.shape[:2]
@@ -297,13 +307,7 @@ def draw_encodings(path: Path, one: Encodings) -> Path:
     axes = right.subplots(1 + len(one.shown), count, squeeze=False)
     limit = float(np.abs(one.single).max()) or 1.0
     for k in range(count):
-        axes[0, k].imshow(one.images[k], cmap="gray_r", vmin=0, vmax=1)
-        row, column = (place * one.patch for place in one.at[k])
-        box = Rectangle((column - 0.5, row - 0.5), one.patch, one.patch, fill=False, ec="#d95f02", lw=2.2)
-        axes[0, k].add_patch(box)
-        axes[0, k].set_xlim(-1, one.images[k].shape[1])
-        axes[0, k].set_ylim(one.images[k].shape[0], -1)
-        _bare(axes[0, k])
+        _draw_query(axes[0, k], one, k)
         for line in range(len(one.shown)):
             picture = _draw_response(axes[1 + line, k], one.single[line, k], limit)
     axes[0, 0].set_ylabel("query (□)", fontsize=9)
@@ -331,22 +335,22 @@ def draw_overview(path: Path, one: Encodings, size: int = 14) -> Path:
     """The picture at the top of the README: bucket maps around one token, and encodings learned from digits."""
     maps = [table for method in RATIOS for table in bucket_maps(method, size, size, skip=0)]
     query = (size * 3 // 7, size * 3 // 7)
-    figure = Figure(figsize=(11.5, 5.3), dpi=110, layout="constrained")
-    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.12, 1])[:, 0]
+    figure = Figure(figsize=(11.5, 4.8), dpi=110, layout="constrained")
+    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.5, 1])[:, 0]
     top.suptitle("Which bucket the offset of query (○) and key falls in", fontsize=12)
     for ax, table in zip(top.subplots(1, len(maps)), maps, strict=True):
         draw_bucket_map(ax, table, query)
         ax.set_title(_TITLES[table.method], fontsize=11)
-    blocks, heads = one.mean.shape[:2]
-    chosen = [(b, h) for b in range(blocks) for h in range(heads)]
-    strength = sorted(chosen, key=lambda place: -float(one.mean[place].std()))[:6]
+    count = min(4, len(one.images))
+    block, head = one.shown[0]
     bottom.suptitle(
-        f"What {one.title} learned from digits: added to the attention score, by the key's place around the query"
+        f"What {one.title} learned from digits: added to the score of a key at that place, for the query in the box "
+        f"(block {block + 1}, head {head + 1})"
     )
-    axes = bottom.subplots(1, len(strength))
-    limit = max(float(np.abs(one.mean[place]).max()) for place in strength) or 1.0
-    for ax, (b, h) in zip(axes, sorted(strength), strict=True):
-        picture = _draw_response(ax, one.mean[b, h], limit)
-        ax.set_title(f"block {b + 1}, head {h + 1}", fontsize=10)
+    axes = bottom.subplots(1, 2 * count)
+    limit = float(np.abs(one.single[0, :count]).max()) or 1.0
+    for k in range(count):
+        _draw_query(axes[2 * k], one, k)
+        picture = _draw_response(axes[2 * k + 1], one.single[0, k], limit)
     bottom.colorbar(picture, ax=axes.tolist(), fraction=0.02)
     return _save(figure, path)
