@@ -142,7 +142,9 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
         "    train.fit_all([train.Run('none', 0, 4e-3, epochs=1000, limit=64)], 1, tell)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment) as parent:
+    with subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+    ) as parent:
         worker = int(parent.stdout.readline())
         parent.kill()
     for _ in range(100):
