@@ -19,7 +19,8 @@ def equip(model: Model, config: RPEConfig | str) -> Model:
     The tables start at zero, so the outputs stay what they were until training moves them. All weights and state-dict
     keys stay; the tables come on top (`blocks.0.attn.rpe_k.lookup_table_weight`), on the device and of the dtype of
     the block. Height and width of the map, also for inputs of other sizes and shapes, and the number of prefix tokens
-    (class, distillation, register tokens) are the model's own: `skip` is set from it.
+    (class, distillation, register tokens) are the model's own: `skip` is set from it. The class of the model and of its
+    attentions becomes a subclass until `unequip`; blocks that are run one by one need `blocks_on_map` of the adapter.
 
     Args:
         model: a supported model, or a module that holds some, such as timm's features_only wrapper.
