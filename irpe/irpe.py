@@ -24,13 +24,13 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 RPE_OPS_MISSING = ""  # why the operators of `rpe_ops` are not used
 try:  # the directory copied beside this file, then the installed one
@@ -382,16 +382,16 @@ _ids_lock = threading.Lock()
 def _cached_bucket_ids(mapping: str, height: int, width: int, device: torch.device) -> Tensor:
     """(L, L) int64 ids from the cache.
 
-    Built on the CPU with every mode switched off: neither a FakeTensor of a trace nor an inference tensor can get in,
-    all devices agree on rounding, and the copy to a GPU has ended when the ids are handed out.
+    Built in a thread of their own, which no mode of the caller reaches: neither a FakeTensor nor an inference tensor
+    can get in, and no trace records how. Built on the CPU, so all devices agree on rounding.
     """
     key = (mapping, height, width, device)
     with _ids_lock:
         if key in _ids:
             _ids.move_to_end(key)
             return _ids[key]
-    with _disable_current_modes(), torch.inference_mode(False):
-        ids = _build_bucket_ids(mapping, height, width, torch.device("cpu")).to(device)
+    with ThreadPoolExecutor(1) as clean:
+        ids = clean.submit(lambda: _build_bucket_ids(mapping, height, width, torch.device("cpu")).to(device)).result()
     ids._dynamo_static_indices = {0, 1}  # type: ignore[attr-defined]  # torch.compile: these sizes never vary in a graph
     with _ids_lock:
         _ids[key] = ids

@@ -234,6 +234,24 @@ def test_export_of_a_module_and_use_of_it_afterwards(where, strict):
     assert list(program.state_dict) == ["lookup_table_weight"]
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("where", "kv")
+def test_jit_trace_holds_the_ids_as_a_constant(where):
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rpe = make(where)
+
+        def forward(self, x):
+            return self.rpe(x, 3, 4)
+
+    module = Fixed()
+    traced = torch.jit.trace(module, (sample(module.rpe, 3, 4),))
+    x = sample(module.rpe, 3, 4)
+    torch.testing.assert_close(traced(x), law(module.rpe, x, 3, 4))
+    assert "arange" not in str(traced.inlined_graph)
+
+
 @pytest.mark.parametrize("strict", [True, False])
 def test_export_with_dynamic_batch_and_training_gradients(strict):
     attention = Attention("qkv")
