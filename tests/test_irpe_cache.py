@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import irpe.irpe as source
@@ -154,7 +155,7 @@ def test_compile_fullgraph_with_static_sizes(where):
 @pytest.mark.parametrize("where", "kv")
 def test_compile_fullgraph_with_dynamic_sizes_compiles_once(where):
     module = make(where)
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(module, fullgraph=True, backend=counter, dynamic=True)
     for height, width in [(3, 4), (4, 5), (2, 7), (6, 5)]:
         check(module, height, width, compiled)
