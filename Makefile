@@ -27,8 +27,8 @@ asan: .venv/installed  ## the operators' tests against a build that stops at any
 	rm -rf build/asan && mkdir -p build/asan && cp -r rpe_ops build/asan && rm -rf build/asan/rpe_ops/build build/asan/rpe_ops/*.so
 	RPE_OPS_CUDA=0 RPE_OPS_CXXFLAGS="-O1 -g -fsanitize=address -fno-omit-frame-pointer" RPE_OPS_LDFLAGS=-fsanitize=address \
 	  $(BIN)/python build/asan/rpe_ops/setup.py build_ext --inplace
-	cd build/asan && LD_PRELOAD=$$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
-	  $(CURDIR)/$(BIN)/python -m pytest -q -p no:cacheprovider -m "not slow and not gpu" -k "not compile" \
+	cd build/asan && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  $(CURDIR)/$(BIN)/python -m pytest -q -s -p no:cacheprovider -m "not slow and not gpu" -k "not compile" \
 	  $(CURDIR)/tests/test_rpe_index.py $(CURDIR)/tests/test_rpe_index_kernels.py
 
 bench: .venv/ops  ## operators beside torch's own, as ratios; JSON in benchmarks/results/

@@ -4,9 +4,9 @@
     OMP_NUM_THREADS=2 python benchmarks/bench_rpe_index.py --dtypes float32 --out benchmarks/results
     python benchmarks/bench_rpe_index.py --device cuda --out results
 
-Forward: the table is read and (B, H, L, L) is written. Backward (`rpe_bucket_sum`): (B, H, L, L) is read. Every ratio is
-to `out.copy_(x)` of (B, H, L, L), which reads and writes it, in the same run; operators also allocate what they return.
-Results are compared with torch's before anything is timed.
+Forward: the table is read and (B, H, L, L) is written. Backward (`rpe_bucket_sum`): (B, H, L, L) is read. Every ratio
+is to `out.copy_(x)` of (B, H, L, L), which reads and writes it, in the same run; operators also allocate what they
+return. Results are compared with torch's before anything is timed.
 """
 
 import argparse

@@ -21,7 +21,8 @@ def backends() -> dict[str, str]:
         else:
             compiled[device] = f"runs: {what}, deterministic, float16 to float64, from {_native.LOADED[device]}"
     return compiled | {
-        "eager": f"runs on every device through gather and scatter_add of torch {torch.__version__} ({gpu or 'no CUDA device is visible'}); on CUDA "
+        "eager": f"runs on every device through gather and scatter_add of torch {torch.__version__} "
+        f"({gpu or 'no CUDA device is visible'}); on CUDA "
         "scatter_add uses atomics, so bucket sums may differ in their last bits from run to run, unless "
         "torch.use_deterministic_algorithms(True) is set",
         "reference": "runs on every device: the law, in float32 or float64; for tests, slow and with L x L tensors",

@@ -10,10 +10,7 @@ from conftest import ROOT
 from rpe_ops import _native, reference
 from rpe_ops.rpe_index import rpe_bucket_sum, rpe_index
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible")]
 
 
 def test_the_cuda_library_is_loaded():
