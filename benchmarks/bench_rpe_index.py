@@ -68,6 +68,7 @@ def measure(name: str, dtype: torch.dtype, device: str, rounds: int, flat: bool)
     check(x[:1], y[:1], ids, buckets)
     calls = {
         "copy": lambda: out.copy_(y),
+        "clone": lambda: y.clone(),
         "forward": lambda: rpe_index(x, ids),
         "backward": lambda: rpe_bucket_sum(y, ids, buckets),
         "gather": lambda: plain_index(x, ids),
@@ -114,7 +115,7 @@ def main() -> None:
                         measure(name, getattr(torch, dtype), options.device, options.rounds, not options.no_flat)
                     )
                 print(rows[-1], flush=True)
-    short = ["shape", "dtype", "N", "copy ms", "forward", "backward", "gather", "scatter_add"]
+    short = ["shape", "dtype", "N", "copy ms", "clone", "forward", "backward", "gather", "scatter_add"]
     if not options.no_flat:
         short += ["indexing", "its backward"]
     if options.device == "cuda":
