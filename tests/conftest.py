@@ -41,6 +41,7 @@ def run_python(tmp_path):
         done = subprocess.run(
             [sys.executable, "-P", "-c", paths + prefix + textwrap.dedent(code)],
             cwd=cwd,
+            env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
             capture_output=True,
             text=True,
             timeout=timeout,
