@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from irpe import RPEConfig, build_rpe, get_rpe_config, get_single_rpe_config, rpe_attention
+from rpe_ops import reference
 
 METHODS = ["euc", "quant", "product", "cross"]
 HEIGHT, WIDTH, SKIP, DIM, HEADS = 3, 4, 1, 8, 2
@@ -149,11 +150,12 @@ def test_values_see_the_weights_after_dropout():
     out = rpe_attention(q, k, v, *rpe, **SIZE, dropout_p=0.5)
     weights = (q * DIM**-0.5 @ k.transpose(-2, -1) + rpe[1](q * DIM**-0.5, **SIZE)).softmax(-1)
     torch.manual_seed(1)
-    weights = F.dropout(weights, 0.5)
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64)
+    weights = weights * reference.dropout_weights(seed, weights.shape, 0.5)
     torch.testing.assert_close(out, weights @ v + rpe[2](weights, **SIZE))
-    torch.manual_seed(1)
-    law = rpe_attention(q, k, v, *rpe, **SIZE, dropout_p=0.5, backend="reference")
-    torch.testing.assert_close(law, out)
+    for backend in ("eager", "reference"):
+        torch.manual_seed(1)
+        torch.testing.assert_close(rpe_attention(q, k, v, *rpe, **SIZE, dropout_p=0.5, backend=backend), out)
 
 
 def test_half_precision_keeps_its_dtype_and_is_as_exact_as_sdpa():
