@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _native
+
 _INDEX_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
@@ -14,21 +16,27 @@ def rpe_index(input: Tensor, index: Tensor) -> Tensor:
     >>> rpe_index(torch.randn(2, 6, 127, 50), torch.zeros(127, 127, dtype=torch.int32)).shape
     torch.Size([2, 6, 127, 127])
 
+    Compiled kernels run it where there are some (see `rpe_ops.backends()`), torch.gather elsewhere.
+
     Args:
-        input: (B, H, Lq, N), of any dtype.
+        input: (B, H, Lq, N), of any dtype and strides.
         index: (Lq, Lk), uint8, int16, int32 or int64, on input's device, values in [0, N).
 
     Returns:
         (B, H, Lq, Lk). Differentiable in input to any order; the gradient is `rpe_bucket_sum`.
 
     Raises:
-        TypeError, ValueError: dtype, shapes or devices that do not fit. A value outside [0, N) is torch.gather's error:
-        a RuntimeError that names it on a CPU, a device assert on a GPU.
+        TypeError, ValueError: dtype, shapes or devices that do not fit.
+        RuntimeError: a value outside [0, N), which is named, on a CPU. On a GPU it is a device assert.
 
     Source: the look-up p[I(i, j)] of iRPE, arXiv 2107.14222, Sec. 3.2.
     """
     _check(input, index)
-    return input.gather(-1, index.long().expand(*input.shape[:2], *index.shape))
+    if not _native.takes(input):
+        return input.gather(-1, index.long().expand(*input.shape[:2], *index.shape))
+    if torch.compiler.is_compiling():
+        return torch.ops.rpe_ops.rpe_index.default(input, index)
+    return _Index.apply(input, index)
 
 
 def rpe_bucket_sum(input: Tensor, index: Tensor, num_buckets: int) -> Tensor:
@@ -37,8 +45,11 @@ def rpe_bucket_sum(input: Tensor, index: Tensor, num_buckets: int) -> Tensor:
     >>> rpe_bucket_sum(torch.ones(2, 6, 127, 127), torch.zeros(127, 127, dtype=torch.int32), 50)[0, 0, 0, :2]
     tensor([127.,   0.])
 
+    Compiled kernels run it where there are some: float16 and bfloat16 are summed in float32, and the bits depend
+    neither on the number of threads nor on the run. Elsewhere torch.scatter_add does.
+
     Args:
-        input: (B, H, Lq, Lk), of any dtype.
+        input: (B, H, Lq, Lk), of any dtype and strides.
         index: (Lq, Lk), uint8, int16, int32 or int64, on input's device, values in [0, num_buckets).
         num_buckets: N.
 
@@ -46,41 +57,25 @@ def rpe_bucket_sum(input: Tensor, index: Tensor, num_buckets: int) -> Tensor:
         (B, H, Lq, N). Differentiable in input to any order; the gradient is `rpe_index`. No (Lq, Lk) temporary.
 
     Raises:
-        TypeError, ValueError: as `rpe_index`.
+        TypeError, ValueError, RuntimeError: as `rpe_index`.
     """
     _check(input, index)
     if index.shape[1] != input.shape[3]:
         raise ValueError(f"index has {index.shape[1]} columns, input {input.shape[3]}; expected the same Lk")
-    zeros = input.new_zeros(*input.shape[:3], num_buckets)
-    return zeros.scatter_add(-1, index.long().expand(input.shape), input)
+    if num_buckets < 0:
+        raise ValueError(f"num_buckets={num_buckets}; expected at least 0")
+    if not _native.takes(input):
+        zeros = input.new_zeros(*input.shape[:3], num_buckets)
+        return zeros.scatter_add(-1, index.long().expand(input.shape), input)
+    if torch.compiler.is_compiling():
+        return torch.ops.rpe_ops.rpe_bucket_sum.default(input, index, num_buckets)
+    return _BucketSum.apply(input, index, num_buckets)
 
 
-class RPEIndexFunction(torch.autograd.Function):
-    """`RPEIndexFunction.apply(input, index)` = `rpe_index(input, index)`: the name that projects outside call.
+class RPEIndexFunction:
+    """`RPEIndexFunction.apply(input, index)` = `rpe_index(input, index)`: the name that projects outside call."""
 
-    Works under torch.func.grad, vmap and jacrev; its gradient is differentiable again.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(input: Tensor, index: Tensor) -> Tensor:
-        return rpe_index(input, index)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        input, index = inputs
-        ctx.save_for_backward(index)
-        ctx.num_buckets = input.shape[3]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (index,) = ctx.saved_tensors
-        return rpe_bucket_sum(grad, index, ctx.num_buckets), None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        raise NotImplementedError("forward mode: call rpe_index, which supports it")
+    apply = staticmethod(rpe_index)
 
 
 def _check(input: Tensor, index: Tensor) -> None:
@@ -94,3 +89,96 @@ def _check(input: Tensor, index: Tensor) -> None:
         raise ValueError(f"index has {index.shape[0]} rows, input {input.shape[2]}; expected the same Lq")
     if index.device != input.device:
         raise ValueError(f"input is on {input.device}, index on {index.device}: move one of them")
+
+
+def _index_fake(input: Tensor, index: Tensor) -> Tensor:
+    return input.new_empty(*input.shape[:3], index.shape[1])
+
+
+def _bucket_sum_fake(input: Tensor, index: Tensor, num_buckets: int) -> Tensor:
+    return input.new_empty(*input.shape[:3], num_buckets)
+
+
+def _index_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    input, index = inputs
+    ctx.save_for_backward(index)
+    ctx.save_for_forward(index)
+    ctx.num_buckets = input.shape[3]
+
+
+def _bucket_sum_setup(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
+    _, index, ctx.num_buckets = inputs
+    ctx.save_for_backward(index)
+    ctx.save_for_forward(index)
+
+
+def _index_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    (index,) = ctx.saved_tensors
+    return rpe_bucket_sum(grad, index, ctx.num_buckets), None
+
+
+def _bucket_sum_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    (index,) = ctx.saved_tensors
+    return rpe_index(grad, index), None, None
+
+
+def _index_vmap(info: Any, in_dims: tuple, input: Tensor, index: Tensor) -> tuple[Tensor, int]:
+    return _vmap(rpe_index, info.batch_size, in_dims, input, index)
+
+
+def _bucket_sum_vmap(info: Any, in_dims: tuple, input: Tensor, index: Tensor, num_buckets: int) -> tuple[Tensor, int]:
+    return _vmap(rpe_bucket_sum, info.batch_size, in_dims, input, index, num_buckets)
+
+
+def _vmap(operator: Any, size: int, in_dims: tuple, input: Tensor, index: Tensor, *rest: int) -> tuple[Tensor, int]:
+    """The mapped dimension joins the batch; an index that is mapped too has to be taken one by one."""
+    if in_dims[1] is None:
+        mapped = input.movedim(in_dims[0], 0)  # (V, B, H, Lq, _)
+        return operator(mapped.flatten(0, 1), index, *rest).unflatten(0, mapped.shape[:2]), 0
+    inputs = [input] * size if in_dims[0] is None else input.unbind(in_dims[0])
+    if size == 0:
+        raise ValueError("a mapped index of size 0; expected at least one")
+    return torch.stack([operator(x, i, *rest) for x, i in zip(inputs, index.unbind(in_dims[1]), strict=True)]), 0
+
+
+class _Index(torch.autograd.Function):
+    """The compiled kernel under eager autograd, torch.func and forward mode, none of which reach a schema of C++."""
+
+    setup_context = staticmethod(_index_setup)
+    backward = staticmethod(_index_backward)
+    vmap = staticmethod(_index_vmap)
+
+    @staticmethod
+    def forward(input: Tensor, index: Tensor) -> Tensor:
+        return torch.ops.rpe_ops.rpe_index.default(input, index)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        (index,) = ctx.saved_tensors
+        return rpe_index(tangent, index)
+
+
+class _BucketSum(torch.autograd.Function):
+    """As `_Index`."""
+
+    setup_context = staticmethod(_bucket_sum_setup)
+    backward = staticmethod(_bucket_sum_backward)
+    vmap = staticmethod(_bucket_sum_vmap)
+
+    @staticmethod
+    def forward(input: Tensor, index: Tensor, num_buckets: int) -> Tensor:
+        return torch.ops.rpe_ops.rpe_bucket_sum.default(input, index, num_buckets)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        (index,) = ctx.saved_tensors
+        return rpe_bucket_sum(tangent, index, ctx.num_buckets)
+
+
+if _native.first_time():
+    torch.library.register_fake("rpe_ops::rpe_index", _index_fake)
+    torch.library.register_fake("rpe_ops::rpe_bucket_sum", _bucket_sum_fake)
+    torch.library.register_autograd("rpe_ops::rpe_index", _index_backward, setup_context=_index_setup)
+    torch.library.register_autograd("rpe_ops::rpe_bucket_sum", _bucket_sum_backward, setup_context=_bucket_sum_setup)
+    torch.library.register_vmap("rpe_ops::rpe_index", _index_vmap)
+    torch.library.register_vmap("rpe_ops::rpe_bucket_sum", _bucket_sum_vmap)

@@ -10,6 +10,7 @@ THIRD_PARTY = {"timm", "matplotlib", "sklearn", "typer", "rich", "numpy", "PIL",
 # who may import what, by the longest prefix that fits; torch and the standard library are everyone's
 ALLOWED = {
     "rpe_ops": {"rpe_ops"},
+    "rpe_ops.setup": {"setuptools"},
     "irpe.irpe": {"rpe_ops", "irpe.rpe_ops"},
     "irpe._version": set(),
     "irpe.__init__": {"irpe._version", "irpe.equip", "irpe.irpe"},

@@ -91,12 +91,13 @@ def test_func_transforms(function):
     )
 
 
-def test_forward_mode_is_right_or_refused():
-    x, _, index = inputs()
-    _, tangent = torch.func.jvp(lambda x: rpe_index(x, index), (x,), (x,))
-    torch.testing.assert_close(tangent, rpe_index(x, index))
-    with pytest.raises(NotImplementedError, match="rpe_index"):
-        torch.func.jvp(lambda x: RPEIndexFunction.apply(x, index), (x,), (x,))
+@pytest.mark.parametrize("function", [rpe_index, RPEIndexFunction.apply])
+def test_forward_mode(function):
+    x, y, index = inputs()
+    _, tangent = torch.func.jvp(lambda x: function(x, index), (x,), (2 * x,))
+    torch.testing.assert_close(tangent, 2 * rpe_index(x, index))
+    _, tangent = torch.func.jvp(lambda y: rpe_bucket_sum(y, index, 6), (y,), (2 * y,))
+    torch.testing.assert_close(tangent, 2 * rpe_bucket_sum(y, index, 6))
 
 
 @pytest.mark.parametrize("dynamic", [True, False])
