@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import _native
+
 Pairs = Sequence[tuple[Tensor, Tensor]]
 
 
 def why_not(q: Tensor, attn_mask: Tensor | None = None) -> str | None:
     """Why this backend cannot take such a call, as the end of a sentence; None where it can."""
-    if not hasattr(torch.ops.rpe_ops, "rpe_attention"):
-        return "needs the C++ operators, which are not built: cd rpe_ops && python setup.py install --user"
+    if "cpu" not in _native.LOADED:
+        return f"needs the C++ operators: {_native.MISSING['cpu']}"
     if q.device.type != "cpu":
         return f"runs on the CPU, and q is on {q.device}"
     if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
@@ -129,7 +131,7 @@ class RPEAttentionBackward(torch.autograd.Function):
         sums, rest = rest[:num_v], rest[num_v:]
         tables, plans = rest[: num_q + num_k], rest[num_q + num_k :]
         keys = [q.shape[2]] * num_q + [k.shape[2]] * (num_k + num_v)
-        ids = [_ids(*pair, n) for *pair, n in zip(plans[::2], plans[1::2], keys, strict=True)]
+        ids = [_ids(one, two, n) for one, two, n in zip(plans[::2], plans[1::2], keys, strict=True)]
         with torch.enable_grad():
             inputs = [x.detach().requires_grad_() for x in (q, k, v, *tables)]
             outer = [x.detach().requires_grad_() for x in (grad_out, *sums)]
@@ -199,11 +201,7 @@ def _fake_backward(
     return _empty_heads(q, q.shape[2]), _empty_heads(q, k.shape[2]), _empty_heads(q, k.shape[2]), grads_q, grads_k
 
 
-def _register() -> None:
-    if hasattr(torch.ops.rpe_ops, "rpe_attention"):
-        torch.library.register_fake("rpe_ops::rpe_attention_plan", _fake_plan)
-        torch.library.register_fake("rpe_ops::rpe_attention", _fake)
-        torch.library.register_fake("rpe_ops::rpe_attention_backward", _fake_backward)
-
-
-_register()
+if _native.first_time("rpe_attention"):
+    torch.library.register_fake("rpe_ops::rpe_attention_plan", _fake_plan)
+    torch.library.register_fake("rpe_ops::rpe_attention", _fake)
+    torch.library.register_fake("rpe_ops::rpe_attention_backward", _fake_backward)
