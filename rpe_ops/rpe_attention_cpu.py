@@ -36,29 +36,31 @@ def attention(
     mask, seed = settings["attn_mask"], settings["seed"]
     if mask is not None:
         mask = mask.expand(*q.shape[:3], k.shape[2])
-    plans = [plan for lut, ids in (*on_q, *on_k) for plan in _plan(ids, lut.shape[3])]
-    plans += [plan for ids, num_buckets in on_v for plan in _plan(ids, num_buckets)]
+    plans = [plan for lut, ids in on_q for plan in _plan(ids, lut.shape[3], True)]
+    plans += [plan for lut, ids in on_k for plan in _plan(ids, lut.shape[3], False)]
+    plans += [plan for ids, num_buckets in on_v for plan in _plan(ids, num_buckets, False)]
     numbers = (settings["scale"], settings["dropout_p"], len(on_q), len(on_k), settings["formula"])
     tables = [lut for lut, _ in (*on_q, *on_k)]
     out, _, *sums = RPEAttentionFunction.apply(q, k, v, mask, seed, numbers, *tables, *plans)
     return out, sums
 
 
-_plans: dict[tuple, tuple[Any, int, tuple[Tensor, Tensor]]] = {}
+_HEADER = 4  # numbers in front of a plan's columns
+_plans: dict[tuple, tuple[Any, int, tuple[Tensor, Tensor, Tensor]]] = {}
 _plans_lock = threading.Lock()
 
 
-def _plan(ids: Tensor, num_buckets: int) -> tuple[Tensor, Tensor]:
+def _plan(ids: Tensor, num_buckets: int, blocks: bool) -> tuple[Tensor, Tensor, Tensor]:
     """What the kernels read instead of ids: small ids of the columns that occur, and which these are. Kept with ids."""
     if torch.compiler.is_compiling() or type(ids) is not Tensor or ids.is_inference():
-        return torch.ops.rpe_ops.rpe_attention_plan(ids, num_buckets)
-    key = (id(ids), num_buckets)
+        return torch.ops.rpe_ops.rpe_attention_plan(ids, num_buckets, blocks)
+    key = (id(ids), num_buckets, blocks)
     with _plans_lock:
         known = _plans.get(key)
     if known is not None and known[0]() is ids and known[1] == ids._version:
         return known[2]
     with torch.inference_mode(False):
-        plan = torch.ops.rpe_ops.rpe_attention_plan(ids, num_buckets)
+        plan = torch.ops.rpe_ops.rpe_attention_plan(ids, num_buckets, blocks)
     alive = weakref.ref(ids, lambda _: _plans.pop(key, None))
     with _plans_lock:
         _plans[key] = (alive, ids._version, plan)
@@ -131,7 +133,7 @@ class RPEAttentionBackward(torch.autograd.Function):
         sums, rest = rest[:num_v], rest[num_v:]
         tables, plans = rest[: num_q + num_k], rest[num_q + num_k :]
         keys = [q.shape[2]] * num_q + [k.shape[2]] * (num_k + num_v)
-        ids = [_ids(one, two, n) for one, two, n in zip(plans[::2], plans[1::2], keys, strict=True)]
+        ids = [_ids(one, two, n) for one, two, n in zip(plans[::3], plans[1::3], keys, strict=True)]
         with torch.enable_grad():
             inputs = [x.detach().requires_grad_() for x in (q, k, v, *tables)]
             outer = [x.detach().requires_grad_() for x in (grad_out, *sums)]
@@ -152,13 +154,14 @@ class RPEAttentionBackward(torch.autograd.Function):
 
 def _arguments(mask: Tensor | None, seed: Tensor | None, numbers: tuple, rest: Sequence[Tensor]) -> tuple:
     scale, dropout_p, num_q, num_k = numbers[:4]
-    ends = [0, num_q, num_q + num_k, 3 * num_q + num_k, 3 * num_q + 3 * num_k, len(rest)]
+    ends = [0, num_q, num_q + num_k, 4 * num_q + num_k, 4 * (num_q + num_k), len(rest)]
     return *(list(rest[a:b]) for a, b in itertools.pairwise(ends)), mask, seed, scale, dropout_p
 
 
 def _ids(compact: Tensor, columns: Tensor, keys: int) -> tuple[Tensor, int]:
     """The ids, and N, that a plan was made of."""
-    return columns[1:][compact[:, :keys].long()], columns.shape[0] - 1
+    rows = compact.transpose(0, 1).flatten(1) if compact.dim() == 3 else compact
+    return columns[_HEADER:][rows[:, :keys].long()], columns.shape[0] - _HEADER
 
 
 def _vmap(function: Any, info: Any, in_dims: tuple, args: tuple) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -176,10 +179,13 @@ def _vmap(function: Any, info: Any, in_dims: tuple, args: tuple) -> tuple[tuple[
     return tuple(x.unflatten(0, (info.batch_size, -1)) for x in outputs), (0,) * len(outputs)
 
 
-def _fake_plan(ids: Tensor, num_buckets: int) -> tuple[Tensor, Tensor]:
+def _fake_plan(ids: Tensor, num_buckets: int, blocks: bool) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.uint8 if num_buckets <= 256 else torch.int32
-    compact = ids.new_empty(ids.shape[0], (ids.shape[1] + 15) // 16 * 16, dtype=dtype)
-    return compact, ids.new_empty(num_buckets + 1, dtype=torch.int32)
+    rows, columns = ids.shape
+    padded, segments = (columns + 15) // 16, torch.sym_min(columns // 4, 255)
+    compact = ids.new_empty((padded, rows, 16) if blocks else (rows, padded * 16), dtype=dtype)
+    groups = ids.new_empty(0 if blocks else rows, 2 * segments, dtype=torch.uint8)
+    return compact, ids.new_empty(num_buckets + _HEADER, dtype=torch.int32), groups
 
 
 def _empty_heads(q: Tensor, tokens: int) -> Tensor:
@@ -190,7 +196,7 @@ def _fake(
     q: Tensor, k: Tensor, v: Tensor, lut_q: list, lut_k: list, plan_q: list, plan_k: list, plan_v: list, *_: Any
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     precise = torch.float64 if q.dtype == torch.float64 else torch.float32
-    sums = [q.new_empty(*q.shape[:3], columns.shape[0] - 1) for columns in plan_v[1::2]]
+    sums = [q.new_empty(*q.shape[:3], columns.shape[0] - _HEADER) for columns in plan_v[1::3]]
     return _empty_heads(q, q.shape[2]), q.new_empty(q.shape[:3], dtype=precise), sums
 
 

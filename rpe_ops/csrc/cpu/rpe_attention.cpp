@@ -14,11 +14,12 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <mutex>
+#include <cstring>
 #include <new>
 #include <optional>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 // The instruction set is chosen at run time. Only gcc takes target pragmas; others get what their flags say.
@@ -124,25 +125,107 @@ void check_size(const Tensor& tensor, const char* name, const std::vector<int64_
   check(same, name, " has shape ", shape_of(tensor), "; expected (", expected, ")");
 }
 
+// A plan's columns begin with: how many occur, then first, segments and length of `Term`.
+constexpr int64_t kHeader = 4;
+
+int64_t most_segments(int64_t cols) { return std::min<int64_t>(255, cols / 4); }
+
+// The segments of a row of ids in order of their groups, then the groups' sizes; returns the number of groups,
+// or `most` when there are as many.
+int64_t group(const uint8_t* ids, int64_t first, int64_t segments, int64_t length, int64_t most, uint8_t* to) {
+  int64_t representatives[256], group_of[256], sizes[256], groups = 0;
+  for (int64_t s = 0; s < segments; ++s) {
+    const uint8_t* here = ids + first + s * length;
+    int64_t g = 0;
+    while (g < groups && std::memcmp(here, ids + first + representatives[g] * length, size_t(length)) != 0) ++g;
+    if (g == groups) {
+      if (groups + 1 >= most) return most;
+      representatives[groups] = s;
+      sizes[groups++] = 0;
+    }
+    group_of[s] = g;
+    ++sizes[g];
+  }
+  if (to != nullptr) {
+    for (int64_t g = 0, at = 0; g < groups; ++g) {
+      for (int64_t s = 0; s < segments; ++s) {
+        if (group_of[s] == g) to[at++] = uint8_t(s);
+      }
+    }
+    for (int64_t g = 0; g < segments; ++g) to[segments + g] = uint8_t(g < groups ? sizes[g] : 0);
+  }
+  return groups;
+}
+
+// The segments that leave the least to sort, judged by a few rows.
+void find_segments(const uint8_t* ids, int64_t stride, int64_t rows, int64_t cols, int32_t* header, uint8_t* groups) {
+  double least = 0.8 * double(cols);
+  for (int64_t first = 0; first <= std::min<int64_t>(8, cols); ++first) {
+    for (int64_t length = 4; length <= std::min<int64_t>(255, (cols - first) / 2); ++length) {
+      const int64_t segments = (cols - first) / length;
+      if (segments * length != cols - first || segments > most_segments(cols)) continue;
+      double cost = 0;
+      for (const int64_t i : {rows / 3, rows / 2, rows - 1}) {
+        const int64_t most = int64_t(3 * least) / length + 2;
+        const int64_t count = group(ids + i * stride, first, segments, length, most, nullptr);
+        cost += double(first + count * length + segments * ((length + 15) / 16)) / 3;
+        if (cost >= least) break;
+      }
+      if (cost < least) {
+        least = cost;
+        header[1] = int32_t(first), header[2] = int32_t(segments), header[3] = int32_t(length);
+      }
+    }
+  }
+  for (int64_t i = 0; header[2] > 0 && i < rows; ++i) {
+    group(ids + i * stride, header[1], header[2], header[3], 256, groups + i * 2 * most_segments(cols));
+  }
+}
+
 // A plan is checked as any input is: a call of the bare operator reads nothing outside its tensors.
-Term term_of(const Tensor& ids, const Tensor& columns, int64_t rows, int64_t cols, int64_t vector, const char* name) {
+Term term_of(
+    const Tensor& ids, const Tensor& columns, const Tensor& groups, int64_t rows, int64_t cols, bool blocks,
+    int64_t vector, const char* name) {
   Term term;
   term.narrow = ids.scalar_type() == ScalarType::Byte;
   check(term.narrow || ids.scalar_type() == ScalarType::Int, name, ": ids of a plan are uint8 or int32");
-  check(columns.scalar_type() == ScalarType::Int && columns.dim() == 1 && columns.numel() > 0 &&
-            columns.is_contiguous() && ids.is_contiguous(),
+  check(columns.scalar_type() == ScalarType::Int && columns.dim() == 1 && columns.numel() >= kHeader &&
+            columns.is_contiguous() && ids.is_contiguous() && groups.is_contiguous() &&
+            groups.scalar_type() == ScalarType::Byte,
         name, ": not a plan of rpe_attention_plan");
-  check_size(ids, name, {rows, round_up(cols, 16)});
+  if (blocks) {
+    check_size(ids, name, {round_up(cols, 16) / 16, rows, 16});
+  } else {
+    check_size(ids, name, {rows, round_up(cols, 16)});
+  }
   term.ids = ids.const_data_ptr();
   term.ids_stride = round_up(cols, 16);
   const int32_t* column = static_cast<const int32_t*>(columns.const_data_ptr());
-  term.buckets = columns.numel() - 1;
+  term.buckets = columns.numel() - kHeader;
   term.used = column[0];
-  term.columns = column + 1;
+  term.columns = column + kHeader;
   term.width = std::max(round_up(term.used, vector), vector);
-  check(term.used >= 0 && term.used <= term.buckets, name, ": not a plan of rpe_attention_plan");
-  for (int64_t c = 0; c < term.used; ++c) {
-    check(column[c + 1] >= 0 && column[c + 1] < term.buckets, name, ": not a plan of rpe_attention_plan");
+  bool sound = term.used >= 0 && term.used <= term.buckets;
+  for (int64_t c = 0; sound && c < term.used; ++c) sound = term.columns[c] >= 0 && term.columns[c] < term.buckets;
+  check(sound, name, ": not a plan of rpe_attention_plan");
+  if (!blocks && column[2] > 0) {
+    term.first = column[1], term.segments = column[2], term.length = column[3];
+    check_size(groups, name, {rows, 2 * most_segments(cols)});
+    term.groups = static_cast<const uint8_t*>(groups.const_data_ptr());
+    term.groups_stride = 2 * most_segments(cols);
+    sound = term.narrow && term.first >= 0 && term.length > 0 && term.length < 256 &&
+            term.segments <= most_segments(cols) && term.first + term.segments * term.length == cols;
+    for (int64_t i = 0; sound && i < rows; ++i) {
+      const uint8_t* row = term.groups + i * term.groups_stride;
+      uint8_t last = 0;
+      for (int64_t s = 0; s < term.segments; ++s) last = std::max(last, row[s]);
+      int64_t total = 0;
+      for (int64_t s = 0; s < term.segments && total < term.segments && row[term.segments + s] > 0; ++s) {
+        total += row[term.segments + s];
+      }
+      sound = last < term.segments && total == term.segments;
+    }
+    check(sound, name, ": not a plan of rpe_attention_plan");
   }
   const auto within = [&](const auto* id) {
     std::remove_cv_t<std::remove_pointer_t<decltype(id)>> low = 0, high = 0;
@@ -206,10 +289,11 @@ struct Call {
 
   void terms(std::vector<Term>& to, const Tensors& plans, const Tensors* tables, int64_t rows, int64_t cols,
              const char* name) {
-    check(plans.size() % 2 == 0 && (tables == nullptr || tables->size() * 2 == plans.size()), name,
-          ": a plan is two tensors, and every table has one");
-    for (size_t t = 0; t * 2 < plans.size(); ++t) {
-      Term term = term_of(plans[2 * t], plans[2 * t + 1], rows, cols, kernel.width, name);
+    check(plans.size() % 3 == 0 && (tables == nullptr || tables->size() * 3 == plans.size()), name,
+          ": a plan is three tensors, and every table has one");
+    for (size_t t = 0; t * 3 < plans.size(); ++t) {
+      Term term = term_of(
+          plans[3 * t], plans[3 * t + 1], plans[3 * t + 2], rows, cols, &to == &on_q, kernel.width, name);
       if (tables != nullptr) {
         const Tensor& table = (*tables)[t];
         check_size(table, name, {p.B, p.H, rows, term.buckets});
@@ -290,43 +374,48 @@ std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors> rpe_attention_backward(
   return {grad_q, grad_k, grad_v, grads_q, grads_k};
 }
 
-// ids (R, C) -> ids among the columns that occur, uint8 where N allows, rows padded to 16; [count, columns that occur...]
-std::tuple<Tensor, Tensor> rpe_attention_plan(Tensor ids, int64_t num_buckets) {
+// ids (R, C) -> ids among the columns that occur, uint8 where N allows, in rows padded to 16 or, for an encoding on
+// queries, in blocks (C / 16, R, 16); [header..., columns that occur...]; and the groups of segments of each row
+std::tuple<Tensor, Tensor, Tensor> rpe_attention_plan(Tensor ids, int64_t num_buckets, bool blocks) {
   check(ids.dim() == 2, "ids have shape ", shape_of(ids), "; expected (Lq, Lk)");
   check(num_buckets >= 0 && num_buckets < int64_t(1) << 31, "num_buckets=", num_buckets, "; expected below 2^31");
   const int64_t rows = ids.size(0), cols = ids.size(1), stride = round_up(cols, 16);
-  const bool narrow = num_buckets <= 256;
-  Tensor compact = torch::stable::new_empty(ids, {rows, stride}, narrow ? ScalarType::Byte : ScalarType::Int);
-  Tensor columns = torch::stable::new_zeros(ids, {num_buckets + 1}, ScalarType::Int);
+  const auto type = num_buckets <= 256 ? ScalarType::Byte : ScalarType::Int;
+  Tensor compact = blocks ? torch::stable::new_zeros(ids, {stride / 16, rows, 16}, type)
+                          : torch::stable::new_zeros(ids, {rows, stride}, type);
+  Tensor columns = torch::stable::new_zeros(ids, {num_buckets + kHeader}, ScalarType::Int);
+  Tensor groups = torch::stable::new_zeros(ids, {blocks ? 0 : rows, 2 * most_segments(cols)}, ScalarType::Byte);
   int32_t* column = static_cast<int32_t*>(columns.mutable_data_ptr());
   const auto plan = [&](auto zero) {
     using Id = decltype(zero);
     const Id* from = static_cast<const Id*>(ids.const_data_ptr());
     const int64_t row = ids.stride(0), step = ids.stride(1);
-    std::vector<int32_t> occurs(size_t(num_buckets), 0);
+    std::vector<int32_t> compact_of(size_t(num_buckets), 0);
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t j = 0; j < cols; ++j) {
         const int64_t id = int64_t(from[i * row + j * step]);
-        check_in_table(std::min<int64_t>(id, 0), std::max<int64_t>(id, 0), num_buckets);
-        occurs[size_t(id)] = 1;
+        check_in_table(id, id, num_buckets);
+        compact_of[size_t(id)] = 1;
       }
     }
     int32_t count = 0;
     for (int64_t n = 0; n < num_buckets; ++n) {
-      if (occurs[size_t(n)] != 0) {
-        occurs[size_t(n)] = count++;
-        column[count] = int32_t(n);
+      if (compact_of[size_t(n)] != 0) {
+        compact_of[size_t(n)] = count++;
+        column[kHeader + count - 1] = int32_t(n);
       }
     }
     column[0] = count;
     const auto write = [&](auto* to) {
       using Out = std::remove_pointer_t<decltype(to)>;
       for (int64_t i = 0; i < rows; ++i) {
-        for (int64_t j = 0; j < cols; ++j) to[i * stride + j] = Out(occurs[size_t(from[i * row + j * step])]);
-        for (int64_t j = cols; j < stride; ++j) to[i * stride + j] = 0;
+        for (int64_t j = 0; j < cols; ++j) {
+          const int64_t at = blocks ? (j / 16 * rows + i) * 16 + j % 16 : i * stride + j;
+          to[at] = Out(compact_of[size_t(from[i * row + j * step])]);
+        }
       }
     };
-    if (narrow) {
+    if (type == ScalarType::Byte) {
       write(static_cast<uint8_t*>(compact.mutable_data_ptr()));
     } else {
       write(static_cast<int32_t*>(compact.mutable_data_ptr()));
@@ -339,7 +428,12 @@ std::tuple<Tensor, Tensor> rpe_attention_plan(Tensor ids, int64_t num_buckets) {
     case ScalarType::Long: plan(int64_t{}); break;
     default: check(false, "ids are neither uint8, int16, int32 nor int64");
   }
-  return {compact, columns};
+  if (!blocks && type == ScalarType::Byte && compact.numel() > 0) {
+    find_segments(
+        static_cast<const uint8_t*>(compact.const_data_ptr()), stride, rows, cols, column,
+        static_cast<uint8_t*>(groups.mutable_data_ptr()));
+  }
+  return {compact, columns, groups};
 }
 
 }  // namespace

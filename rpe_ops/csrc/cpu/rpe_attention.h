@@ -15,8 +15,13 @@ struct View {
   Storage storage = Storage::f32;
 };
 
-// One side table with its ids. `ids` are compact: columns that the map never uses have none. On keys and values a row of
-// ids belongs to a query, on queries to a key; rows are padded to `ids_stride` with zeros.
+// One side table with its ids. `ids` are compact: columns that the map never uses have none. On keys and values they are
+// rows, each of a query, padded to `ids_stride` with zeros; on queries blocks (Lq / 16, Lk, 16), as tiles read them.
+//
+// A row of a map of tokens has few kinds of image rows: far ones are alike. Where that is so, the keys are `first` single
+// ones and `segments` of `length` each, and `groups` tells for each query which segments have the same ids: their weights
+// are added as vectors before they are sorted into buckets. A row of `groups` is the segments in order of their groups,
+// then the sizes of the groups, 0 behind the last.
 struct Term {
   View table;               // side table; on values the gradient of the bucket sums
   View result;              // its gradient; on values the bucket sums
@@ -27,6 +32,9 @@ struct Term {
   int64_t used = 0;         // number of compact ids
   int64_t buckets = 0;      // number of columns
   int64_t width = 0;        // `used`, padded to whole vectors
+  int64_t first = 0, segments = 0, length = 0;
+  const uint8_t* groups = nullptr;
+  int64_t groups_stride = 0;
 };
 
 struct Problem {

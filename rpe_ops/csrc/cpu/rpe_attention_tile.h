@@ -359,6 +359,9 @@ void add_gathered(T* __restrict row, const T* __restrict table, const Term& term
   for (int64_t j = 0; j < n; ++j) row[j] += table[ids[j]];
 }
 
+// Where the ids of query i begin, that of key 0 first.
+RPE_INLINE int64_t block_of(int64_t i, int64_t keys) { return i / 16 * keys * 16; }
+
 // S[i, j] += tables[j, ids[j, i]] for the queries i of a tile
 template <class T>
 void add_gathered_transposed(T* tile, int64_t ld, const T* tables, const Term& term, int64_t first, int64_t rows,
@@ -366,7 +369,7 @@ void add_gathered_transposed(T* tile, int64_t ld, const T* tables, const Term& t
   const auto plain = [&](const auto* ids) {
     for (int64_t j = 0; j < keys; ++j) {
       for (int64_t i = 0; i < rows; ++i) {
-        tile[i * ld + j] += tables[j * term.width + ids[j * term.ids_stride + first + i]];
+        tile[i * ld + j] += tables[j * term.width + ids[block_of(first + i, keys) + j * 16 + i % 16]];
       }
     }
   };
@@ -374,15 +377,15 @@ void add_gathered_transposed(T* tile, int64_t ld, const T* tables, const Term& t
   if constexpr (sizeof(T) == 4) {
     const auto in_registers = [&](auto parts) {
       constexpr int R = decltype(parts)::value;
-      const uint8_t* ids = static_cast<const uint8_t*>(term.ids) + first;
-      for (int64_t j = 0; j < keys; j += 16) {
-        for (int64_t i = 0; i < rows; i += 16) {
+      for (int64_t i = 0; i < rows; i += 16) {
+        const uint8_t* ids = static_cast<const uint8_t*>(term.ids) + block_of(first + i, keys);
+        for (int64_t j = 0; j < keys; j += 16) {
           __m512 r[16];
 #pragma GCC unroll 16
           for (int w = 0; w < 16; ++w) {
-            // padded tables: rows beyond the last key exist, their ids do not
+            // what lies beyond the last key is masked later
             const int64_t key = j + w < keys ? j + w : keys - 1;
-            r[w] = Registers<R>(tables + key * term.width)(ids + key * term.ids_stride + i);
+            r[w] = Registers<R>(tables + key * term.width)(ids + key * 16);
           }
           transpose16(r);
 #pragma GCC unroll 16
@@ -407,22 +410,38 @@ void add_gathered_transposed(T* tile, int64_t ld, const T* tables, const Term& t
 
 // sums[n] = sum of row[j] over ids[j] = n; `sums` has room for four copies, so that equal neighbours do not wait
 template <class T>
-void bucket_sums(T* __restrict sums, const T* __restrict row, const Term& term, int64_t i, int64_t n) {
+void bucket_sums(T* __restrict sums, const T* __restrict row, const Term& term, int64_t i, int64_t n,
+                 T* __restrict buffer) {
   constexpr int W = simd<T>::W;
   const int64_t width = term.width;
   for (int64_t c = 0; c < 4 * width; c += W) store(sums + c, vec<T>{});
-  const auto add = [&](const auto* ids) {
+  const auto add = [&](const T* from, const auto* ids, int64_t count) {
     int64_t j = 0;
-    for (; j + 4 <= n; j += 4) {
+    for (; j + 4 <= count; j += 4) {
 #pragma GCC unroll 4
-      for (int w = 0; w < 4; ++w) sums[w * width + ids[j + w]] += row[j + w];
+      for (int w = 0; w < 4; ++w) sums[w * width + ids[j + w]] += from[j + w];
     }
-    for (; j < n; ++j) sums[ids[j]] += row[j];
+    for (; j < count; ++j) sums[ids[j]] += from[j];
   };
-  if (term.narrow) {
-    add(static_cast<const uint8_t*>(term.ids) + i * term.ids_stride);
+  if (!term.narrow) {
+    add(row, static_cast<const int32_t*>(term.ids) + i * term.ids_stride, n);
+  } else if (const uint8_t* ids = static_cast<const uint8_t*>(term.ids) + i * term.ids_stride; term.groups == nullptr) {
+    add(row, ids, n);
   } else {
-    add(static_cast<const int32_t*>(term.ids) + i * term.ids_stride);
+    add(row, ids, term.first);
+    const uint8_t* members = term.groups + i * term.groups_stride;
+    const uint8_t* sizes = members + term.segments;
+    for (int64_t g = 0, seen = 0; seen < term.segments; seen += sizes[g++]) {
+      const int64_t at = term.first + members[seen] * term.length;
+      for (int64_t c = 0; c < term.length; c += W) {
+        vec<T> total = load(row + at + c);
+        for (int64_t s = 1; s < sizes[g]; ++s) {
+          total += load(row + term.first + members[seen + s] * term.length + c);
+        }
+        store(buffer + c, total);
+      }
+      add(buffer, ids + at, term.length);
+    }
   }
   for (int64_t c = 0; c < width; c += W) {
     const T* at = sums + c;
@@ -434,10 +453,50 @@ void bucket_sums(T* __restrict sums, const T* __restrict row, const Term& term, 
 template <class T>
 void bucket_sums_transposed(T* sums, const T* tile, int64_t ld, const Term& term, int64_t first, int64_t rows,
                             int64_t keys) {
+  const int64_t width = term.width;
+#ifdef RPE_AVX512
+  if constexpr (sizeof(T) == 4) {
+    if (term.narrow) {
+      for (int64_t i = 0; i < rows; i += 16) {
+        const uint8_t* ids = static_cast<const uint8_t*>(term.ids) + block_of(first + i, keys);
+        const int64_t high = rows - i < 16 ? rows - i : 16;
+        for (int64_t j = 0; j < keys; j += 16) {
+          __m512 r[16];
+#pragma GCC unroll 16
+          for (int w = 0; w < 16; ++w) r[w] = _mm512_loadu_ps(tile + (i + w) * ld + j);
+          transpose16(r);
+          alignas(64) float block[16][16];
+#pragma GCC unroll 16
+          for (int w = 0; w < 16; ++w) _mm512_store_ps(block[w], r[w]);
+          if (j + 16 <= keys) {
+            // four keys in turn: equal neighbours of one row do not wait for each other
+            for (int w = 0; w < 16; w += 4) {
+              float* to = sums + (j + w) * width;
+              const uint8_t* id = ids + (j + w) * 16;
+              for (int64_t n = 0; n < high; ++n) {
+                to[id[n]] += block[w][n];
+                to[width + id[16 + n]] += block[w + 1][n];
+                to[2 * width + id[32 + n]] += block[w + 2][n];
+                to[3 * width + id[48 + n]] += block[w + 3][n];
+              }
+            }
+          } else {
+            for (int64_t w = 0; w < keys - j; ++w) {
+              for (int64_t n = 0; n < high; ++n) sums[(j + w) * width + ids[(j + w) * 16 + n]] += block[w][n];
+            }
+          }
+        }
+      }
+      return;
+    }
+  }
+#endif
   const auto add = [&](const auto* ids) {
     for (int64_t j = 0; j < keys; ++j) {
-      T* to = sums + j * term.width;
-      for (int64_t i = 0; i < rows; ++i) to[ids[j * term.ids_stride + first + i]] += tile[i * ld + j];
+      T* to = sums + j * width;
+      for (int64_t i = 0; i < rows; ++i) {
+        to[ids[block_of(first + i, keys) + j * 16 + i % 16]] += tile[i * ld + j];
+      }
     }
   };
   if (term.narrow) {
@@ -487,7 +546,7 @@ struct Worker {
   const int64_t Dp = round_up(p.D, W), Lp = round_up(p.Lk, W), L16 = round_up(p.Lk, 16);
   const bool backward = p.backward;
   Arena<T> arena;
-  T *keys, *keys_t, *values, *values_t, *query, *grad, *scores, *weights_grad, *result, *mask_row, *keep, *row_table;
+  T *keys, *keys_t, *values, *values_t, *query, *grad, *scores, *weights_grad, *result, *mask_row, *keep, *row_table, *segment;
   T *grad_k = nullptr, *grad_v = nullptr, *tables_q, *grads_q = nullptr;
   int64_t head = -1, b = 0, h = 0;
   bool mask_ready = false;
@@ -510,6 +569,7 @@ struct Worker {
     for (int64_t t = 0; t < p.num_v; ++t) widest = widest < p.on_v[t].width ? p.on_v[t].width : widest;
     for (int64_t t = 0; t < p.num_q; ++t) total += p.on_q[t].width;
     row_table = arena.take(4 * widest);
+    segment = arena.take(256 + W);
     tables_q = arena.take(total * p.Lk);
     if (backward) {
       grad_k = arena.take(L16 * Dp);
@@ -619,7 +679,7 @@ struct Worker {
       }
       for (int64_t t = 0; t < p.num_v; ++t) {
         const Term& term = p.on_v[t];
-        bucket_sums(row_table, row, term, i, p.Lk);
+        bucket_sums(row_table, row, term, i, p.Lk, segment);
         store_table(term, term.result, row_of(term.result, b, h, i), row_table, factor[r]);
       }
     }
@@ -655,7 +715,7 @@ struct Worker {
     }
     for (int64_t t = 0; t < p.num_k; ++t) {
       const Term& term = p.on_k[t];
-      bucket_sums(row_table, grad_row, term, i, p.Lk);
+      bucket_sums(row_table, grad_row, term, i, p.Lk, segment);
       store_table(term, term.result, row_of(term.result, b, h, i), row_table, T(1));
     }
   }
