@@ -168,7 +168,8 @@ void find_segments(const uint8_t* ids, int64_t stride, int64_t rows, int64_t col
       for (const int64_t i : {rows / 3, rows / 2, rows - 1}) {
         const int64_t most = int64_t(3 * least) / length + 2;
         const int64_t count = group(ids + i * stride, first, segments, length, most, nullptr);
-        cost += double(first + count * length + segments * ((length + 15) / 16)) / 3;
+        // a sum of vectors costs as much as sorting two numbers, and a group has to be begun
+        cost += double(first + count * (length + 8) + 2 * segments * ((length + 15) / 16)) / 3;
         if (cost >= least) break;
       }
       if (cost < least) {
@@ -227,13 +228,14 @@ Term term_of(
     }
     check(sound, name, ": not a plan of rpe_attention_plan");
   }
+  const int64_t count = ids.numel();
   const auto within = [&](const auto* id) {
     std::remove_cv_t<std::remove_pointer_t<decltype(id)>> low = 0, high = 0;
-    for (int64_t n = 0; n < ids.numel(); ++n) {
+    for (int64_t n = 0; n < count; ++n) {
       low = std::min(low, id[n]);
       high = std::max(high, id[n]);
     }
-    check(ids.numel() == 0 || (low >= 0 && high < term.used), name, ": not a plan of rpe_attention_plan");
+    check(count == 0 || (low >= 0 && high < term.used), name, ": not a plan of rpe_attention_plan");
   };
   if (term.narrow) {
     within(static_cast<const uint8_t*>(term.ids));

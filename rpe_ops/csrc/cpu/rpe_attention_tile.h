@@ -362,12 +362,12 @@ void add_gathered(T* __restrict row, const T* __restrict table, const Term& term
 // Where the ids of query i begin, that of key 0 first.
 RPE_INLINE int64_t block_of(int64_t i, int64_t keys) { return i / 16 * keys * 16; }
 
-// S[i, j] += tables[j, ids[j, i]] for the queries i of a tile
+// S[i, j] += tables[j, ids[j, i]] for the queries i of a tile and the keys [begin, end)
 template <class T>
 void add_gathered_transposed(T* tile, int64_t ld, const T* tables, const Term& term, int64_t first, int64_t rows,
-                             int64_t keys) {
+                             int64_t keys, int64_t begin, int64_t end) {
   const auto plain = [&](const auto* ids) {
-    for (int64_t j = 0; j < keys; ++j) {
+    for (int64_t j = begin; j < end; ++j) {
       for (int64_t i = 0; i < rows; ++i) {
         tile[i * ld + j] += tables[j * term.width + ids[block_of(first + i, keys) + j * 16 + i % 16]];
       }
@@ -379,7 +379,7 @@ void add_gathered_transposed(T* tile, int64_t ld, const T* tables, const Term& t
       constexpr int R = decltype(parts)::value;
       for (int64_t i = 0; i < rows; i += 16) {
         const uint8_t* ids = static_cast<const uint8_t*>(term.ids) + block_of(first + i, keys);
-        for (int64_t j = 0; j < keys; j += 16) {
+        for (int64_t j = begin; j < end; j += 16) {
           __m512 r[16];
 #pragma GCC unroll 16
           for (int w = 0; w < 16; ++w) {
@@ -617,11 +617,17 @@ struct Worker {
   // scale q k^T, then the encodings on queries, whose tables belong to columns of the tile
   void score_tile(int64_t first, int64_t rows) {
     load_rows(query, p.q, first, rows, round_up(rows, 8), T(p.scale));
-    product<T, false>(round_up(rows, 8), Lp / W, p.D, query, Dp, keys_t, 0, true, scores, L16, false);
-    const T* at = tables_q;
-    for (int64_t t = 0; t < p.num_q; ++t) {
-      add_gathered_transposed(scores, L16, at, p.on_q[t], first, rows, p.Lk);
-      at += p.on_q[t].width * p.Lk;
+    for (int64_t n = 0; n < Lp / W;) {
+      const int64_t count = panel_of(Lp / W - n), begin = n * W;
+      product<T, false>(round_up(rows, 8), count, p.D, query, Dp, keys_t + begin * p.D, 0, true, scores + begin, L16,
+                        false);
+      n += count;
+      const int64_t end = n * W < p.Lk ? n * W : p.Lk;
+      const T* at = tables_q;
+      for (int64_t t = 0; t < p.num_q; ++t) {
+        add_gathered_transposed(scores, L16, at, p.on_q[t], first, rows, p.Lk, begin, end);
+        at += p.on_q[t].width * p.Lk;
+      }
     }
   }
 
