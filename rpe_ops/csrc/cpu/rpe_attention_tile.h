@@ -431,16 +431,28 @@ void bucket_sums(T* __restrict sums, const T* __restrict row, const Term& term, 
     add(row, ids, term.first);
     const uint8_t* members = term.groups + i * term.groups_stride;
     const uint8_t* sizes = members + term.segments;
-    for (int64_t g = 0, seen = 0; seen < term.segments; seen += sizes[g++]) {
+    const T* totals[256];
+    const uint8_t* buckets[256];
+    int64_t count = 0;
+    for (int64_t seen = 0; seen < term.segments; seen += sizes[count++]) {
       const int64_t at = term.first + members[seen] * term.length;
+      totals[count] = row + at;
+      buckets[count] = ids + at;
+      if (sizes[count] == 1) continue;
       for (int64_t c = 0; c < term.length; c += W) {
         vec<T> total = load(row + at + c);
-        for (int64_t s = 1; s < sizes[g]; ++s) {
+        for (int64_t s = 1; s < sizes[count]; ++s) {
           total += load(row + term.first + members[seen + s] * term.length + c);
         }
         store(buffer + c, total);
       }
-      add(buffer, ids + at, term.length);
+      totals[count] = buffer;
+      buffer += term.length;
+    }
+    // across the groups, which seldom share a bucket, before the next column, which often does
+    for (int64_t c = 0; c < term.length; ++c) {
+      T* __restrict copy = sums + c % 4 * width;
+      for (int64_t g = 0; g < count; ++g) copy[buckets[g][c]] += totals[g][c];
     }
   }
   for (int64_t c = 0; c < width; c += W) {
@@ -569,7 +581,7 @@ struct Worker {
     for (int64_t t = 0; t < p.num_v; ++t) widest = widest < p.on_v[t].width ? p.on_v[t].width : widest;
     for (int64_t t = 0; t < p.num_q; ++t) total += p.on_q[t].width;
     row_table = arena.take(4 * widest);
-    segment = arena.take(256 + W);
+    segment = arena.take(p.Lk + W);
     tables_q = arena.take(total * p.Lk);
     if (backward) {
       grad_k = arena.take(L16 * Dp);
