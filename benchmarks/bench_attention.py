@@ -3,8 +3,8 @@
     python benchmarks/bench_attention.py --maps 14 24 32 --on k qk qkv --dtype float32
 
 All variants of a line run in turns within one process; the numbers are medians, and ratios to attention without iRPE:
-the faster of `F.scaled_dot_product_attention` and matmul, softmax, matmul. Every call starts from q, k, v cut out of one
-projection, as timm has them, and includes the products of queries and keys with the tables.
+the faster of `F.scaled_dot_product_attention` and matmul, softmax, matmul. Every call starts from q, k, v cut out of
+one projection, as timm has them, and includes the products of queries and keys with the tables.
 """
 
 import argparse

@@ -17,7 +17,9 @@ _LIBRARIES = {"cpu": "_rpe_ops_C", "cuda": "_rpe_ops_cuda"}
 _SCHEMAS = {
     "rpe_index": "rpe_ops::rpe_index(Tensor input, Tensor index) -> Tensor",
     "rpe_bucket_sum": "rpe_ops::rpe_bucket_sum(Tensor input, Tensor index, SymInt num_buckets) -> Tensor",
-    "rpe_attention_plan": "rpe_ops::rpe_attention_plan(Tensor ids, SymInt num_buckets, bool blocks) -> (Tensor, Tensor, Tensor)",
+    "rpe_attention_plan": (
+        "rpe_ops::rpe_attention_plan(Tensor ids, SymInt num_buckets, bool blocks) -> (Tensor, Tensor, Tensor)"
+    ),
     "rpe_attention": (
         "rpe_ops::rpe_attention(Tensor q, Tensor k, Tensor v, Tensor[] lut_q, Tensor[] lut_k, Tensor[] plan_q, "
         "Tensor[] plan_k, Tensor[] plan_v, Tensor? attn_mask, Tensor? seed, float scale, float dropout_p) -> "
@@ -52,7 +54,7 @@ def takes(input: Tensor) -> bool:
 
 
 def first_time(face: str) -> bool:
-    """True once in a process, where there are operators: whoever gets it registers the fakes and derivatives of `face`."""
+    """True once in a process, where there are operators: who gets it registers the fakes and derivatives of `face`."""
     namespace = torch.ops.rpe_ops
     if not LOADED or getattr(namespace, f"has_face_of_{face}", False):
         return False

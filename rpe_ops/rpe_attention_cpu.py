@@ -165,13 +165,15 @@ def _ids(compact: Tensor, columns: Tensor, keys: int) -> tuple[Tensor, int]:
 
 
 def _vmap(function: Any, info: Any, in_dims: tuple, args: tuple) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """The mapped dimension becomes part of B, for all that have a B: tensors of three dimensions or more."""
+    """The mapped dimension becomes part of B, for all that have a B."""
 
     def fold(x: Any, dim: int | None) -> Any:
-        if not isinstance(x, Tensor) or (dim is None and x.dim() < 3):
+        if not isinstance(x, Tensor):
             return x
-        if x.dim() - (dim is not None) < 3:
-            raise NotImplementedError("vmap over ids or seeds of rpe_attention")
+        if not x.is_floating_point() and x.dtype != torch.bool:  # plans and seeds have no B
+            if dim is not None:
+                raise NotImplementedError("vmap over the ids or the seed of rpe_attention")
+            return x
         x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
         return x.flatten(0, 1)
 

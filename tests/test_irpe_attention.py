@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from irpe import RPEConfig, build_rpe, get_rpe_config, get_single_rpe_config, rpe_attention
-from rpe_ops import reference
+from rpe_ops import _native, reference
 
+NAMED = ["eager", "sdpa", "reference"] + ["cpu"] * ("cpu" in _native.LOADED)
 METHODS = ["euc", "quant", "product", "cross"]
 HEIGHT, WIDTH, SKIP, DIM, HEADS = 3, 4, 1, 8, 2
 TOKENS = SKIP + HEIGHT * WIDTH
@@ -55,7 +56,7 @@ def five_steps(q, k, v, rpe_q, rpe_k, rpe_v, mask=None, height=HEIGHT, width=WID
     shared=st.booleans(),
     rpe_on=st.sampled_from(["q", "k", "v", "qk", "kv", "qv", "qkv"]),
     mask=st.sampled_from([None, "bool", "float", "padding"]),
-    backend=st.sampled_from([None, "eager", "sdpa", "reference"]),
+    backend=st.sampled_from([None, *NAMED]),
     train=st.booleans(),
 )
 def test_every_backend_equals_the_five_steps(method, mode, shared, rpe_on, mask, backend, train):
