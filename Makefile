@@ -1,19 +1,43 @@
-# make demo · test · lint · bench · docs: each sets up .venv when it is missing or its requirements have changed.
+# make demo · test · ops · lint · bench: each sets up .venv when it is missing or its requirements have changed.
+# make gpu-check PYTHON=... RESULTS=... runs with that Python as it is, and installs nothing.
 
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -q --numprocesses=auto
 
-.PHONY: demo test test-full lint format wheel clean
+RESULTS ?= gpu-check
+KERNELS := rpe_ops/setup.py $(wildcard rpe_ops/csrc/*.* rpe_ops/csrc/*/*.*)
 
-demo: .venv/installed  ## train a small vision transformer with and without iRPE on real digits
+.PHONY: demo test test-full ops asan bench gpu-check lint format wheel clean
+
+demo: .venv/ops  ## train a small vision transformer with and without iRPE on real digits
 	$(BIN)/irpe train
 
-test: .venv/installed  ## every test but the long ones
+test: .venv/ops  ## every test but the long ones
 	$(PYTEST) -m "not slow and not gpu"
 
-test-full: .venv/installed  ## every test that needs no GPU
+test-full: .venv/ops  ## every test that needs no GPU
 	$(PYTEST) -m "not gpu"
+
+ops: .venv/installed  ## the C++ and CUDA operators, in place: CUDA where nvcc is found (RPE_OPS_CUDA=0 leaves it out)
+	$(BIN)/python rpe_ops/setup.py build_ext --inplace
+	@touch .venv/ops
+
+asan: .venv/installed  ## the operators' tests against a build that stops at any read or write out of bounds
+	rm -rf build/asan && mkdir -p build/asan && cp -r rpe_ops build/asan && rm -rf build/asan/rpe_ops/build build/asan/rpe_ops/*.so
+	RPE_OPS_CUDA=0 RPE_OPS_CXXFLAGS="-O1 -g -fsanitize=address -fno-omit-frame-pointer" RPE_OPS_LDFLAGS=-fsanitize=address \
+	  $(BIN)/python build/asan/rpe_ops/setup.py build_ext --inplace
+	cd build/asan && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  $(CURDIR)/$(BIN)/python -m pytest -q -s -p no:cacheprovider -m "not slow and not gpu" -k "not compile" \
+	  $(CURDIR)/tests/test_rpe_index.py $(CURDIR)/tests/test_rpe_index_kernels.py
+
+bench: .venv/ops  ## operators beside torch's own, as ratios; JSON in benchmarks/results/
+	$(BIN)/python benchmarks/bench_rpe_index.py --out benchmarks/results
+
+gpu-check:  ## builds for CUDA, tests and benchmarks on a GPU; JSON in the folder $(RESULTS)
+	RPE_OPS_CUDA=1 $(PYTHON) rpe_ops/setup.py build_ext --inplace
+	$(PYTHON) -m pytest -q -p no:cacheprovider -m gpu tests/test_rpe_index_gpu.py
+	$(PYTHON) benchmarks/bench_rpe_index.py --device cuda --dtypes float32 bfloat16 --no-flat --out $(RESULTS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -28,7 +52,15 @@ wheel: .venv/installed  ## the pure-Python wheel, in dist/
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist rpe_ops/build rpe_ops/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# without a compiler, or when it fails, everything runs on plain torch
+.venv/ops: .venv/installed $(KERNELS)
+	@if command -v c++ >/dev/null || command -v g++ >/dev/null; then \
+	  $(BIN)/python rpe_ops/setup.py build_ext --inplace > .venv/ops.log 2>&1 && grep "^rpe_ops:" .venv/ops.log \
+	    || { tail -5 .venv/ops.log; echo "the operators were not built (.venv/ops.log has it all): plain torch runs instead"; }; \
+	else echo "no C++ compiler was found: plain torch runs instead of the compiled operators"; fi
+	@touch $@
 
 .venv/installed: requirements-dev.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make needs Python 3.11 or later; this is " + sys.version.split()[0] + " (PYTHON=... names another)")'

@@ -11,16 +11,18 @@ def backends() -> dict[str, str]:
     >>> print(backends()["reference"])
     runs on every device: the law, in float32 or float64; for tests, slow and with L x L tensors
     """
-    names = {"cpu": "compiled kernels for CPUs", "cuda": "compiled kernels for CUDA"}
-    compiled = {
-        device: f"runs: {what}, deterministic, float16 to float64, from {_native.LOADED[device]}"
-        if device in _native.LOADED
-        else f"not here: {what}; {_native.MISSING[device]}"
-        for device, what in names.items()
-    }
-    gpu = f"{torch.cuda.get_device_name()}" if torch.cuda.is_available() else "no CUDA device is visible"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    compiled = {}
+    for device, what in {"cpu": "compiled kernels for CPUs", "cuda": "compiled kernels for CUDA"}.items():
+        if device in _native.MISSING:
+            compiled[device] = f"not here: {what}; {_native.MISSING[device]}"
+        elif device == "cuda" and gpu is None:
+            compiled[device] = f"not here: no CUDA device is visible to the {what} in {_native.LOADED[device]}"
+        else:
+            compiled[device] = f"runs: {what}, deterministic, float16 to float64, from {_native.LOADED[device]}"
     return compiled | {
-        "eager": f"runs on every device through gather and scatter_add of torch {torch.__version__} ({gpu}); on CUDA "
+        "eager": f"runs on every device through gather and scatter_add of torch {torch.__version__} "
+        f"({gpu or 'no CUDA device is visible'}); on CUDA "
         "scatter_add uses atomics, so bucket sums may differ in their last bits from run to run, unless "
         "torch.use_deterministic_algorithms(True) is set",
         "reference": "runs on every device: the law, in float32 or float64; for tests, slow and with L x L tensors",

@@ -112,7 +112,8 @@ def _load(device: str) -> str | None:
         try:
             torch.ops.load_library(file)
         except OSError as error:
-            reasons.append(f"{file} does not load into torch {torch.__version__} (built against another?): {error}")
+            cause = error.__cause__ or error
+            reasons.append(f"{file} does not load into torch {torch.__version__} (built against another?): {cause}")
             continue
         if _foreign() is None and _has_kernels(device):
             LOADED[device] = file

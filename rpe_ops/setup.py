@@ -13,6 +13,7 @@ The CPU needs a C++17 compiler. CUDA is built where nvcc is found, whether or no
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,11 @@ from typing import Any
 from setuptools import setup
 from setuptools.command.install import install
 
+if not os.environ.get("CUDA_HOME") and (found_nvcc := shutil.which("nvcc")):
+    # often a link or a script that calls the one in its toolkit, whose libraries are wanted too: it knows where it is
+    dry_run = subprocess.run([found_nvcc, "--dryrun", "-c", "_.cu"], capture_output=True, text=True)
+    if here := re.search(r"_HERE_=(.+)", dry_run.stderr):
+        os.environ["CUDA_HOME"] = str(Path(here.group(1)).resolve().parent)
 try:
     import torch
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension

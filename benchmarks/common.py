@@ -1,0 +1,99 @@
+"""What the benchmarks share: memory that is reused, timings side by side, tables and JSON."""
+
+import ctypes
+import datetime
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def keep_memory() -> None:
+    """Tell glibc to keep memory that is freed: else page faults of large outputs would be timed, not operators."""
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no piece of memory of its own for any tensor
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing goes back to the system
+    except (AttributeError, OSError):
+        pass  # another C library: its own habits are timed with the rest
+
+
+def side_by_side(
+    calls: dict[str, Callable[[], Any]], *, rounds: int = 30, device: str = "cpu"
+) -> dict[str, dict[str, float]]:
+    """{name: {"median": s, "best": s}}: the calls take turns, so whatever else the machine does meets all of them.
+
+    `best` is the lowest tenth: on a shared machine the median tells of the neighbours.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for round_number in range(rounds + 2):
+        for name, call in calls.items():
+            seconds = _on_gpu(call) if device == "cuda" else _on_cpu(call)
+            if round_number >= 2:
+                times[name].append(seconds)
+    return {
+        name: {"median": statistics.median(taken), "best": sorted(taken)[len(taken) // 10]}
+        for name, taken in times.items()
+    }
+
+
+def _on_cpu(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _on_gpu(call: Callable[[], Any], repeats: int = 10) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeats
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the figures depend on."""
+    facts: dict[str, Any] = {
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+        "python": platform.python_version(),
+    }
+    if device == "cuda":
+        driver = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
+        )
+        facts |= {"device": torch.cuda.get_device_name(), "driver": driver.stdout.strip().split("\n")[0]}
+    else:
+        cpu = Path("/proc/cpuinfo")
+        lines = cpu.read_text().splitlines() if cpu.exists() else []
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        isa = torch.backends.cpu.get_cpu_capability()
+        facts |= {"device": names[0] if names else platform.processor(), "isa": isa, "threads": torch.get_num_threads()}
+    return facts
+
+
+def write(folder: Path, name: str, device: str, rows: list[dict[str, Any]]) -> Path:
+    """{folder}/{name}_{device}.json with the machine and the rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{name}_{device}.json"
+    file.write_text(json.dumps({"machine": machine(device), "rows": rows}, indent=1) + "\n")
+    return file
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The rows as a table, floats with three digits."""
+    heads = list(rows[0])
+    text = [[f"{row[h]:.3g}" if isinstance(row[h], float) else str(row[h]) for h in heads] for row in rows]
+    widths = [max(len(h), *(len(line[c]) for line in text)) for c, h in enumerate(heads)]
+    lines = [heads, ["-" * w for w in widths], *text]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines
+    )
