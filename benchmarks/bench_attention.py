@@ -8,6 +8,7 @@ one projection, as timm has them, and includes the products of queries and keys 
 """
 
 import argparse
+import copy
 import json
 import statistics
 import subprocess
@@ -75,20 +76,14 @@ def variants(side, on, dtype, train):
         wanted = [q, k, v, *tables]
         return torch.autograd.grad(call(), wanted, grad, allow_unused=True)
 
-    exact = rpe_attention(q.double(), k.double(), v.double(), *(m and m.double() for m in encodings_like(rpe)))
+    exact = rpe_attention(q.double(), k.double(), v.double(), *(m and copy.deepcopy(m).double() for m in rpe))
     for name in ("ours", "eager"):
         error = (calls[name]().double() - exact).abs().max().item()
         assert error < 64 * torch.finfo(dtype).eps, f"{name} is wrong by {error}"
     return {name: lambda call=call: step(call) for name, call in calls.items()}
 
 
-def encodings_like(modules):
-    import copy
-
-    return [copy.deepcopy(module) for module in modules]
-
-
-def medians(calls, seconds):
+def medians(calls, seconds, clock):
     times = {name: [] for name in calls}
     for name in list(calls):
         try:
@@ -99,9 +94,9 @@ def medians(calls, seconds):
     stop = time.perf_counter() + seconds
     while time.perf_counter() < stop or len(times["ours"]) < 5:
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = clock()
             call()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -139,10 +134,12 @@ def main():
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
     parser.add_argument("--seconds", type=float, default=8.0, help="for each line of the table")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cpu-time", action="store_true", help="of one thread: for a machine that others use too")
     parser.add_argument("--memory", action="store_true", help="peak memory of each variant too, in MiB")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    torch.set_num_threads(1 if args.cpu_time else args.threads)
     torch.manual_seed(0)
     lines = []
     for dtype in args.dtype:
@@ -150,7 +147,7 @@ def main():
             for train in (False, True):
                 for on in args.on:
                     torch._dynamo.reset()
-                    seconds = medians(variants(side, on, getattr(torch, dtype), train), args.seconds)
+                    seconds = medians(variants(side, on, getattr(torch, dtype), train), args.seconds, clock)
                     base = min(seconds["sdpa"], seconds["matmul"])
                     flops = 4 * BATCH[side] * HEADS * (SKIP + side * side) ** 2 * DIM * (3.5 if train else 1)
                     line = dict(dtype=dtype, map=side, pass_="forward+backward" if train else "forward", on=on)
@@ -169,7 +166,12 @@ def main():
                     lines.append(line)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(dict(torch=torch.__version__, threads=args.threads, lines=lines), indent=1))
+        args.json.write_text(
+            json.dumps(
+                dict(torch=torch.__version__, threads=torch.get_num_threads(), cpu_time=args.cpu_time, lines=lines),
+                indent=1,
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -529,10 +529,12 @@ class iRPE(nn.Module):
             if self.initializer is not None:
                 self.initializer(self.table)
 
-    def tables(self, x: Tensor, height: int | None = None, width: int | None = None) -> list[tuple[Tensor, Tensor]]:
+    def tables(
+        self, x: Tensor, height: int | None = None, width: int | None = None, scale: float = 1.0
+    ) -> list[tuple[Tensor, Tensor]]:
         """Pairs (table, ids) that x is encoded with: one here, two for cross. This is what a fused kernel needs.
 
-        table is x @ W, (B, H, L, N), in bias mode (1, H', L, N), on values W, (H', N, D); ids are (L, L).
+        table is scale * x @ W, (B, H, L, N), in bias mode (1, H', L, N), on values W, (H', N, D); ids are (L, L).
         """
         self._check(x)
         tokens = x.shape[2]
@@ -541,7 +543,7 @@ class iRPE(nn.Module):
             return [(self.table, ids)]
         if self.mode == "bias":
             return [(self.table[None, :, None, :].expand(1, -1, tokens, -1), ids)]
-        return [(x @ self.table, ids)]
+        return [(x @ (self.table if scale == 1.0 else self.table * scale), ids)]  # W is smaller than x
 
     def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
         """Encoding of x; what x is and what comes out depends on where the encoding is.
@@ -605,9 +607,9 @@ class iRPE_Cross(nn.Module):
         self.rp_cols = iRPE(head_dim, num_heads, mode, METHOD.CROSS_COLS, **kwargs)
         self.method, self.mode, self.transposed = METHOD.CROSS, self.rp_rows.mode, self.rp_rows.transposed
 
-    def tables(self, x: Tensor, height: int | None = None, width: int | None = None) -> list[tuple[Tensor, Tensor]]:
+    def tables(self, x: Tensor, *size: Any, **options: Any) -> list[tuple[Tensor, Tensor]]:
         """The pairs (table, ids) of rows and of columns, see `iRPE.tables`."""
-        return self.rp_rows.tables(x, height, width) + self.rp_cols.tables(x, height, width)
+        return self.rp_rows.tables(x, *size, **options) + self.rp_cols.tables(x, *size, **options)
 
     def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
         """rp_rows(x) + rp_cols(x), see `iRPE.forward`."""
@@ -705,8 +707,8 @@ def rpe_attention(
         # dropped weights depend on the seed alone where rpe_ops draws them
         in_rpe_ops = dropout_p > 0 or (backend is None and _attention.why_not("cpu", q, attn_mask) is None)
     if in_rpe_ops:
-        on_q = [] if rpe_q is None else rpe_q.tables(k * scale, height, width)
-        on_k = [] if rpe_k is None else rpe_k.tables(q * scale, height, width)
+        on_q = [] if rpe_q is None else rpe_q.tables(k, height, width, scale)
+        on_k = [] if rpe_k is None else rpe_k.tables(q, height, width, scale)
         weights_like = q[:1, :, :, :1].expand(-1, -1, -1, k.shape[2])
         on_v = [] if rpe_v is None else rpe_v.tables(weights_like, height, width)
         sizes = [(ids, table.shape[-2]) for table, ids in on_v]
