@@ -34,14 +34,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 RPE_OPS_MISSING = ""  # why the operators of `rpe_ops` are not used
 try:  # the directory copied beside this file, then the installed one
-    from .rpe_ops import reference as _reference  # type: ignore[import-not-found]
+    from .rpe_ops import rpe_attention as _attention  # type: ignore[import-not-found]
     from .rpe_ops import rpe_index as _operators
 except ImportError as beside:
     try:
-        from rpe_ops import reference as _reference
+        from rpe_ops import rpe_attention as _attention
         from rpe_ops import rpe_index as _operators
     except ImportError as installed:
-        _reference = _operators = None
+        _attention = _operators = None
         RPE_OPS_MISSING = f"beside irpe.py: {beside}; installed: {installed}"
 
 
@@ -530,10 +530,12 @@ class iRPE(nn.Module):
             if self.initializer is not None:
                 self.initializer(self.table)
 
-    def tables(self, x: Tensor, height: int | None = None, width: int | None = None) -> list[tuple[Tensor, Tensor]]:
+    def tables(
+        self, x: Tensor, height: int | None = None, width: int | None = None, scale: float = 1.0
+    ) -> list[tuple[Tensor, Tensor]]:
         """Pairs (table, ids) that x is encoded with: one here, two for cross. This is what a fused kernel needs.
 
-        table is x @ W, (B, H, L, N), in bias mode (1, H', L, N), on values W, (H', N, D); ids are (L, L).
+        table is scale * x @ W, (B, H, L, N), in bias mode (1, H', L, N), on values W, (H', N, D); ids are (L, L).
         """
         self._check(x)
         tokens = x.shape[2]
@@ -542,7 +544,7 @@ class iRPE(nn.Module):
             return [(self.table, ids)]
         if self.mode == "bias":
             return [(self.table[None, :, None, :].expand(1, -1, tokens, -1), ids)]
-        return [(x @ self.table, ids)]
+        return [(x @ (self.table if scale == 1.0 else self.table * scale), ids)]  # W is smaller than x
 
     def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
         """Encoding of x; what x is and what comes out depends on where the encoding is.
@@ -606,9 +608,9 @@ class iRPE_Cross(nn.Module):
         self.rp_cols = iRPE(head_dim, num_heads, mode, METHOD.CROSS_COLS, **kwargs)
         self.method, self.mode, self.transposed = METHOD.CROSS, self.rp_rows.mode, self.rp_rows.transposed
 
-    def tables(self, x: Tensor, height: int | None = None, width: int | None = None) -> list[tuple[Tensor, Tensor]]:
+    def tables(self, x: Tensor, *size: Any, **options: Any) -> list[tuple[Tensor, Tensor]]:
         """The pairs (table, ids) of rows and of columns, see `iRPE.tables`."""
-        return self.rp_rows.tables(x, height, width) + self.rp_cols.tables(x, height, width)
+        return self.rp_rows.tables(x, *size, **options) + self.rp_cols.tables(x, *size, **options)
 
     def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
         """rp_rows(x) + rp_cols(x), see `iRPE.forward`."""
@@ -684,9 +686,10 @@ def rpe_attention(
         attn_mask: broadcasts to (B, H, Lq, Lk). Boolean: True takes part. Floating: added to the scores. A row without
             any key gets zero weights, so its output is 0 (as `F.scaled_dot_product_attention` has it), never NaN.
         dropout_p: probability that an attention weight is dropped; pass 0.0 in evaluation.
-        backend: "eager" is the formula in plain torch; "sdpa" hands the sum of encodings and mask to
-            `F.scaled_dot_product_attention` (nothing on values); "reference" is the law of `rpe_ops`. A name is
-            honoured or refused. None takes "sdpa" where nothing is trained and there is no rpe_v, else "eager".
+        backend: "cpu" is the fused C++ of `rpe_ops`, "eager" the formula in plain torch; "sdpa" hands the sum of
+            encodings and mask to `F.scaled_dot_product_attention` (nothing on values); "reference" is the law. A name
+            is honoured or refused. None takes "cpu" where it runs, "sdpa" where nothing is trained and there is no
+            rpe_v, else "eager".
 
     Returns (B, H, Lq, D).
     """
@@ -698,29 +701,25 @@ def rpe_attention(
     if attn_mask is not None and attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
         raise TypeError(f"attn_mask is {attn_mask.dtype}; expected bool (True takes part) or floating point (added)")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if backend == "reference":
-        if _reference is None:
-            raise ValueError(f'backend="reference" needs rpe_ops, which is absent ({RPE_OPS_MISSING})')
-        on_q = [] if rpe_q is None else rpe_q.tables(k * scale, height, width)
-        on_k = [] if rpe_k is None else rpe_k.tables(q * scale, height, width)
+    in_rpe_ops = backend in ("cpu", "reference")
+    if in_rpe_ops and _attention is None:
+        raise ValueError(f'backend="{backend}" needs rpe_ops, which is absent ({RPE_OPS_MISSING})')
+    if _attention is not None and backend in (None, "eager") and not torch.compiler.is_exporting():
+        # dropped weights depend on the seed alone where rpe_ops draws them
+        in_rpe_ops = dropout_p > 0 or (backend is None and _attention.why_not("cpu", q, attn_mask) is None)
+    if in_rpe_ops:
+        on_q = [] if rpe_q is None else rpe_q.tables(k, height, width, scale)
+        on_k = [] if rpe_k is None else rpe_k.tables(q, height, width, scale)
         weights_like = q[:1, :, :, :1].expand(-1, -1, -1, k.shape[2])
         on_v = [] if rpe_v is None else rpe_v.tables(weights_like, height, width)
-        out, sums = _reference.rpe_attention(
-            q,
-            k,
-            v,
-            on_q,
-            on_k,
-            [(ids, table.shape[-2]) for table, ids in on_v],
-            scale=scale,
-            attn_mask=attn_mask,
-            dropout_p=dropout_p,
-        )
+        sizes = [(ids, table.shape[-2]) for table, ids in on_v]
+        rest = dict(scale=scale, attn_mask=attn_mask, dropout_p=dropout_p, backend=backend)
+        out, sums = _attention.rpe_attention(q, k, v, on_q, on_k, sizes, **rest)
         for (table, _), bucket_sums in zip(on_v, sums, strict=True):
             out = out + bucket_sums @ table
         return out
     if backend not in (None, "eager", "sdpa"):
-        raise ValueError(f'unknown backend {backend!r}; expected None, "eager", "sdpa" or "reference"')
+        raise ValueError(f'unknown backend {backend!r}; expected None, "cpu", "eager", "sdpa" or "reference"')
     if backend == "sdpa" and rpe_v is not None:
         raise ValueError('backend="sdpa" returns no attention weights, which an encoding on values needs; use "eager"')
     bias = empty = None  # what is added to the scores, (B, H, Lq, Lk); rows without a key, (B, H, Lq, 1)

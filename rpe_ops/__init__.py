@@ -1,9 +1,10 @@
 """Operators of image relative position encoding. Knows tensors only, nothing of `irpe`; may be copied as a directory.
 
-`rpe_ops.rpe_index` and `rpe_ops.reference` are modules: `from rpe_ops.rpe_index import rpe_index` is the function.
+`rpe_ops.rpe_index`, `rpe_ops.rpe_attention` and `rpe_ops.reference` are modules: `from rpe_ops.rpe_index import
+rpe_index` is the function.
 """
 
-from . import reference, rpe_index
+from . import reference, rpe_attention, rpe_index
 from ._backends import backends
 
-__all__ = ["backends", "reference", "rpe_index"]
+__all__ = ["backends", "reference", "rpe_attention", "rpe_index"]

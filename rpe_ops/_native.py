@@ -17,7 +17,22 @@ _LIBRARIES = {"cpu": "_rpe_ops_C", "cuda": "_rpe_ops_cuda"}
 _SCHEMAS = {
     "rpe_index": "rpe_ops::rpe_index(Tensor input, Tensor index) -> Tensor",
     "rpe_bucket_sum": "rpe_ops::rpe_bucket_sum(Tensor input, Tensor index, SymInt num_buckets) -> Tensor",
+    "rpe_attention_plan": (
+        "rpe_ops::rpe_attention_plan(Tensor ids, SymInt num_buckets, bool blocks) -> (Tensor, Tensor, Tensor)"
+    ),
+    "rpe_attention": (
+        "rpe_ops::rpe_attention(Tensor q, Tensor k, Tensor v, Tensor[] lut_q, Tensor[] lut_k, Tensor[] plan_q, "
+        "Tensor[] plan_k, Tensor[] plan_v, Tensor? attn_mask, Tensor? seed, float scale, float dropout_p) -> "
+        "(Tensor, Tensor, Tensor[])"
+    ),
+    "rpe_attention_backward": (
+        "rpe_ops::rpe_attention_backward(Tensor grad_out, Tensor[] grad_sums, Tensor q, Tensor k, Tensor v, "
+        "Tensor lse, Tensor[] lut_q, Tensor[] lut_k, Tensor[] plan_q, Tensor[] plan_k, Tensor[] plan_v, "
+        "Tensor? attn_mask, Tensor? seed, float scale, float dropout_p) -> "
+        "(Tensor, Tensor, Tensor, Tensor[], Tensor[])"
+    ),
 }
+_ON_CUDA = ("rpe_index", "rpe_bucket_sum")
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _HOW = "build it with `python setup.py build_ext --inplace` in the directory rpe_ops"
 
@@ -38,12 +53,12 @@ def takes(input: Tensor) -> bool:
     return not torch.jit.is_tracing()
 
 
-def first_time() -> bool:
-    """True once in a process, where there are operators: whoever gets it registers their fakes and derivatives."""
+def first_time(face: str) -> bool:
+    """True once in a process, where there are operators: who gets it registers the fakes and derivatives of `face`."""
     namespace = torch.ops.rpe_ops
-    if not LOADED or getattr(namespace, "has_python_faces", False):
+    if not LOADED or getattr(namespace, f"has_face_of_{face}", False):
         return False
-    namespace.has_python_faces = True  # type: ignore[attr-defined]
+    setattr(namespace, f"has_face_of_{face}", True)
     return True
 
 
@@ -63,8 +78,9 @@ def _candidates(library: str) -> list[str]:
 def _has_kernels(device: str) -> bool:
     if not all(hasattr(torch.ops.rpe_ops, name) for name in _SCHEMAS):
         return False
+    names = _ON_CUDA if device == "cuda" else _SCHEMAS
     key = device.upper()
-    return all(torch._C._dispatch_has_kernel_for_dispatch_key(f"rpe_ops::{name}", key) for name in _SCHEMAS)
+    return all(torch._C._dispatch_has_kernel_for_dispatch_key(f"rpe_ops::{name}", key) for name in names)
 
 
 def _foreign() -> str | None:

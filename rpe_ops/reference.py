@@ -43,6 +43,32 @@ def rpe_bucket_sum(input: Tensor, index: Tensor, num_buckets: int) -> Tensor:
     return torch.einsum("bhij,ijn->bhin", _exact(input), member).to(input.dtype)
 
 
+def dropout_weights(seed: Tensor, shape: Sequence[int], dropout_p: float) -> Tensor:
+    """0 where hash(seed, b, h, i, j) < p * 2^24, else 1 / (1 - p): what dropout multiplies the attention weights with.
+
+    Args:
+        seed: int64 tensor of one element.
+        shape: (B, H, Lq, Lk).
+        dropout_p: p.
+
+    Returns:
+        (B, H, Lq, Lk), float64.
+    """
+
+    def mix(x: Tensor) -> Tensor:  # 32 bits in int64, whose products wrap where they do not matter
+        x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
+        x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
+        return x ^ (x >> 16)
+
+    B, H, Lq, Lk = shape
+    head, i, j = (torch.arange(n, device=seed.device) for n in (B * H, Lq, Lk))
+    low, high = seed.reshape(()) & 0xFFFFFFFF, seed.reshape(()) >> 32 & 0xFFFFFFFF
+    key = mix(mix(low + 0x9E3779B9 & 0xFFFFFFFF) ^ high)
+    key = mix(mix(key ^ head.view(B, H, 1, 1)) ^ i.view(Lq, 1))
+    dropped = (mix(key ^ j) >> 8) < int(dropout_p * 2**24 + 0.5)
+    return (~dropped).double() * (1 / (1 - dropout_p) if dropout_p < 1 else 0.0)
+
+
 def rpe_attention(
     q: Tensor,
     k: Tensor,
@@ -54,6 +80,7 @@ def rpe_attention(
     scale: float | None = None,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """p = dropout(softmax(scale q k^T + sum lut_k[i, ids[i, j]] + sum lut_q[j, ids[j, i]] + mask)), out = p v.
 
@@ -66,6 +93,7 @@ def rpe_attention(
         attn_mask: broadcasts to (B, H, Lq, Lk); boolean (True takes part) or additive. A row that is masked whole
             has weights 0.
         dropout_p: probability that a weight is dropped.
+        seed: int64 tensor of one element that says which; needed when dropout_p > 0.
 
     Returns:
         out (B, H, Lq, D) without the encoding on values, and for each pair of on_v the bucket sums of p, (B, H, Lq, N):
@@ -83,6 +111,8 @@ def rpe_attention(
         scores = scores + attn_mask
     masked = (scores == -torch.inf).all(-1, keepdim=True)  # (B, H, Lq, 1)
     p = scores.masked_fill(masked, 0.0).softmax(-1).masked_fill(masked, 0.0)
-    p = F.dropout(p, dropout_p)
+    if dropout_p > 0:
+        assert seed is not None
+        p = p * dropout_weights(seed, p.shape, dropout_p).to(p.dtype)
     out = p @ _exact(v)
     return out.to(q.dtype), [rpe_bucket_sum(p, ids, num_buckets).to(q.dtype) for ids, num_buckets in on_v]

@@ -175,7 +175,7 @@ class _BucketSum(torch.autograd.Function):
         return rpe_bucket_sum(tangent, index, ctx.num_buckets)
 
 
-if _native.first_time():
+if _native.first_time("rpe_index"):
     torch.library.register_fake("rpe_ops::rpe_index", _index_fake)
     torch.library.register_fake("rpe_ops::rpe_bucket_sum", _bucket_sum_fake)
     torch.library.register_autograd("rpe_ops::rpe_index", _index_backward, setup_context=_index_setup)

@@ -77,7 +77,7 @@ def extensions() -> list[Any]:
     found = [
         CppExtension(
             "_rpe_ops_C",
-            ["csrc/rpe_ops.cpp", "csrc/cpu/rpe_index.cpp"],
+            ["csrc/rpe_ops.cpp", "csrc/cpu/rpe_index.cpp", "csrc/cpu/rpe_attention.cpp"],
             define_macros=defines[:1],
             extra_compile_args={"cxx": cxx},
             extra_link_args=os.environ.get("RPE_OPS_LDFLAGS", "").split(),

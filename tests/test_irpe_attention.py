@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from irpe import RPEConfig, build_rpe, get_rpe_config, get_single_rpe_config, rpe_attention
+from rpe_ops import _native, reference
 
+NAMED = ["eager", "sdpa", "reference"] + ["cpu"] * ("cpu" in _native.LOADED)
 METHODS = ["euc", "quant", "product", "cross"]
 HEIGHT, WIDTH, SKIP, DIM, HEADS = 3, 4, 1, 8, 2
 TOKENS = SKIP + HEIGHT * WIDTH
@@ -54,7 +56,7 @@ def five_steps(q, k, v, rpe_q, rpe_k, rpe_v, mask=None, height=HEIGHT, width=WID
     shared=st.booleans(),
     rpe_on=st.sampled_from(["q", "k", "v", "qk", "kv", "qv", "qkv"]),
     mask=st.sampled_from([None, "bool", "float", "padding"]),
-    backend=st.sampled_from([None, "eager", "sdpa", "reference"]),
+    backend=st.sampled_from([None, *NAMED]),
     train=st.booleans(),
 )
 def test_every_backend_equals_the_five_steps(method, mode, shared, rpe_on, mask, backend, train):
@@ -149,11 +151,12 @@ def test_values_see_the_weights_after_dropout():
     out = rpe_attention(q, k, v, *rpe, **SIZE, dropout_p=0.5)
     weights = (q * DIM**-0.5 @ k.transpose(-2, -1) + rpe[1](q * DIM**-0.5, **SIZE)).softmax(-1)
     torch.manual_seed(1)
-    weights = F.dropout(weights, 0.5)
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64)
+    weights = weights * reference.dropout_weights(seed, weights.shape, 0.5)
     torch.testing.assert_close(out, weights @ v + rpe[2](weights, **SIZE))
-    torch.manual_seed(1)
-    law = rpe_attention(q, k, v, *rpe, **SIZE, dropout_p=0.5, backend="reference")
-    torch.testing.assert_close(law, out)
+    for backend in ("eager", "reference"):
+        torch.manual_seed(1)
+        torch.testing.assert_close(rpe_attention(q, k, v, *rpe, **SIZE, dropout_p=0.5, backend=backend), out)
 
 
 def test_half_precision_keeps_its_dtype_and_is_as_exact_as_sdpa():

@@ -13,5 +13,5 @@ def test_backends_say_in_words_what_runs_here():
 
 
 def test_the_package_never_rebinds_the_name_of_a_submodule():
-    for name in ("rpe_index", "reference"):
+    for name in ("rpe_index", "rpe_attention", "reference"):
         assert isinstance(getattr(rpe_ops, name), types.ModuleType)

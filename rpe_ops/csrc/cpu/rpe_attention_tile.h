@@ -1,0 +1,804 @@
+// The tile kernels of rpe_attention. No include guard: rpe_attention.cpp includes this file once for each instruction set,
+// with RPE_ISA (a namespace), RPE_BYTES (of a vector) and, for AVX-512, RPE_AVX512 set.
+
+namespace rpe_ops::RPE_ISA {
+
+#define RPE_INLINE inline __attribute__((always_inline))
+
+template <class T>
+struct simd;
+template <>
+struct simd<float> {
+  typedef float v __attribute__((vector_size(RPE_BYTES)));
+  typedef float u __attribute__((vector_size(RPE_BYTES), aligned(4), may_alias));
+  typedef int32_t i __attribute__((vector_size(RPE_BYTES)));
+  using integer = int32_t;
+  static constexpr int W = RPE_BYTES / 4;
+  static constexpr float log2e = 1.44269504f, shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f, least = -87.0f;
+  static constexpr int mantissa = 23, terms = 6;
+  static constexpr float series[terms] = {1.9875691e-4f, 1.3981999e-3f, 8.3334519e-3f,
+                                          4.1665795e-2f, 1.6666665e-1f, 5.0000001e-1f};
+};
+template <>
+struct simd<double> {
+  typedef double v __attribute__((vector_size(RPE_BYTES)));
+  typedef double u __attribute__((vector_size(RPE_BYTES), aligned(8), may_alias));
+  typedef int64_t i __attribute__((vector_size(RPE_BYTES)));
+  using integer = int64_t;
+  static constexpr int W = RPE_BYTES / 8;
+  static constexpr double log2e = 1.4426950408889634, shift = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double ln2_high = 0.693145751953125, ln2_low = 1.42860682030941723212e-6, least = -708.0;
+  static constexpr int mantissa = 52, terms = 12;
+  static constexpr double series[terms] = {1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800,
+                                           1.0 / 362880,     1.0 / 40320,     1.0 / 5040,     1.0 / 720,
+                                           1.0 / 120,        1.0 / 24,        1.0 / 6,        0.5};
+};
+
+template <class T>
+using vec = typename simd<T>::v;
+template <class T>
+using uvec = typename simd<T>::u;
+
+template <class T>
+RPE_INLINE vec<T> load(const T* from) {
+  return *reinterpret_cast<const uvec<T>*>(from);
+}
+template <class T>
+RPE_INLINE void store(T* to, vec<T> x) {
+  *reinterpret_cast<uvec<T>*>(to) = x;
+}
+template <class T>
+RPE_INLINE vec<T> spread(T x) {
+  return vec<T>{} + x;
+}
+
+// exp(x) for x <= 88 to about 1 ulp; 0 below the smallest normal number, also for -inf.
+template <class T>
+RPE_INLINE vec<T> exponential(vec<T> x) {
+  using s = simd<T>;
+  typedef typename s::i ivec;
+  const vec<T> clamped = x < spread(s::least) ? spread(s::least) : x;
+  const vec<T> shifted = clamped * s::log2e + s::shift;
+  const vec<T> n = shifted - s::shift;
+  const vec<T> r = (clamped - n * s::ln2_high) - n * s::ln2_low;
+  vec<T> p = spread(s::series[0]);
+#pragma GCC unroll 12
+  for (int t = 1; t < s::terms; ++t) p = p * r + s::series[t];
+  p = p * (r * r) + r + T(1);
+  const ivec bits = (ivec)p + ((ivec)shifted << s::mantissa);
+  return x < spread(s::least) ? vec<T>{} : (vec<T>)bits;
+}
+
+template <class T>
+RPE_INLINE T sum_of(vec<T> x) {
+  T total = 0;
+  for (int w = 0; w < simd<T>::W; ++w) total += x[w];
+  return total;
+}
+
+// ---- storage <-> working precision
+
+RPE_INLINE float from_bits(uint32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
+}
+RPE_INLINE uint32_t to_bits(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  return bits;
+}
+RPE_INLINE float from_half(uint16_t h) {
+  // exponent and mantissa move into place, 2^112 corrects the bias, subnormal numbers included
+  const float magnitude = from_bits(uint32_t(h & 0x7fff) << 13) * from_bits(0x77800000u);
+  const uint32_t special = (h & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u;
+  return from_bits(to_bits(magnitude) | special | uint32_t(h & 0x8000) << 16);
+}
+RPE_INLINE uint16_t to_half(float x) {
+  const uint32_t bits = to_bits(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return uint16_t(sign | 0x7e00);
+  if (magnitude >= 0x477ff000) return uint16_t(sign | 0x7c00);
+  if (magnitude < 0x38800000) {  // a subnormal half: adding 0.5 aligns and rounds the mantissa
+    return uint16_t(sign | (to_bits(from_bits(magnitude) + 0.5f) - 0x3f000000));
+  }
+  return uint16_t(sign | (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
+}
+RPE_INLINE float from_brain(uint16_t h) { return from_bits(uint32_t(h) << 16); }
+RPE_INLINE uint16_t to_brain(float x) {
+  const uint32_t bits = to_bits(x);
+  if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 0x40);
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+template <class T>
+T get(const char* data, int64_t at, Storage storage) {
+  switch (storage) {
+    case Storage::f32: return T(reinterpret_cast<const float*>(data)[at]);
+    case Storage::f64: return T(reinterpret_cast<const double*>(data)[at]);
+    case Storage::bf16: return T(from_brain(reinterpret_cast<const uint16_t*>(data)[at]));
+    case Storage::f16: return T(from_half(reinterpret_cast<const uint16_t*>(data)[at]));
+    default: return reinterpret_cast<const uint8_t*>(data)[at] ? T(0) : -T(__builtin_inf());
+  }
+}
+
+inline int64_t row_of(const View& view, int64_t b, int64_t h, int64_t l) {
+  return b * view.b + h * view.h + l * view.l;
+}
+
+// to[0..n) = factor * row `at` of view
+template <class T>
+void load_row(T* __restrict to, const View& view, int64_t at, int64_t n, T factor = T(1)) {
+  const char* data = view.data;
+  if (view.d == 1 && view.storage == Storage::f32) {
+    const float* from = reinterpret_cast<const float*>(data) + at;
+    for (int64_t c = 0; c < n; ++c) to[c] = T(from[c]) * factor;
+  } else if (view.d == 1 && view.storage == Storage::bf16) {
+    const uint16_t* from = reinterpret_cast<const uint16_t*>(data) + at;
+    for (int64_t c = 0; c < n; ++c) to[c] = T(from_brain(from[c])) * factor;
+  } else {
+    for (int64_t c = 0; c < n; ++c) to[c] = get<T>(data, at + c * view.d, view.storage) * factor;
+  }
+}
+
+template <class T>
+void put(char* data, int64_t at, Storage storage, T x) {
+  switch (storage) {
+    case Storage::f32: reinterpret_cast<float*>(data)[at] = float(x); break;
+    case Storage::f64: reinterpret_cast<double*>(data)[at] = double(x); break;
+    case Storage::bf16: reinterpret_cast<uint16_t*>(data)[at] = to_brain(float(x)); break;
+    default: reinterpret_cast<uint16_t*>(data)[at] = to_half(float(x));
+  }
+}
+
+template <class T>
+void store_row(const View& view, int64_t at, const T* __restrict from, int64_t n, T factor = T(1)) {
+  if (view.d == 1 && view.storage == Storage::f32) {
+    float* to = reinterpret_cast<float*>(view.data) + at;
+    for (int64_t c = 0; c < n; ++c) to[c] = float(from[c] * factor);
+  } else {
+    for (int64_t c = 0; c < n; ++c) put<T>(view.data, at + c * view.d, view.storage, from[c] * factor);
+  }
+}
+
+// The used columns of a row of a table, side by side.
+template <class T>
+void load_table(T* __restrict to, const Term& term, const View& view, int64_t at) {
+  if (term.used == term.buckets) return load_row<T>(to, view, at, term.used);
+  for (int64_t c = 0; c < term.used; ++c) to[c] = get<T>(view.data, at + term.columns[c] * view.d, view.storage);
+}
+template <class T>
+void store_table(const Term& term, const View& view, int64_t at, const T* __restrict from, T factor) {
+  if (term.used == term.buckets) return store_row<T>(view, at, from, term.used, factor);
+  for (int64_t c = 0; c < term.buckets; ++c) put<T>(view.data, at + c * view.d, view.storage, T(0));
+  for (int64_t c = 0; c < term.used; ++c) {
+    put<T>(view.data, at + term.columns[c] * view.d, view.storage, from[c] * factor);
+  }
+}
+
+// ---- matrix products: C (M, N) [+]= A (M, K) B (K, N), M a multiple of 8, N of whole vectors
+
+#ifdef RPE_AVX512
+constexpr int kRows = 8;
+#else
+constexpr int kRows = 4;
+#endif
+constexpr int kVectors = 3;  // kRows * kVectors sums stay in registers
+
+// TA: A is given as (K, M)
+template <class T, int NV, bool TA>
+void block_product(int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, bool add) {
+  constexpr int W = simd<T>::W;
+  vec<T> sum[kRows][NV];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int n = 0; n < NV; ++n) sum[r][n] = add ? load(c + r * ldc + n * W) : vec<T>{};
+  }
+  for (int64_t k = 0; k < K; ++k) {
+    vec<T> row[NV];
+#pragma GCC unroll 4
+    for (int n = 0; n < NV; ++n) row[n] = load(b + k * ldb + n * W);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const vec<T> x = spread(TA ? a[k * lda + r] : a[r * lda + k]);
+#pragma GCC unroll 4
+      for (int n = 0; n < NV; ++n) sum[r][n] += x * row[n];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int n = 0; n < NV; ++n) store(c + r * ldc + n * W, sum[r][n]);
+  }
+}
+
+// Vectors of the next panel, of those that are left: 3, but 2 and 2 rather than 3 and 1.
+RPE_INLINE int64_t panel_of(int64_t left) { return left == 4 ? 2 : left < kVectors ? left : kVectors; }
+
+// panelled: B lies panel by panel, else row by row with stride ldb
+template <class T, bool TA>
+void product(int64_t M, int64_t vectors, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, bool panelled,
+             T* c, int64_t ldc, bool add) {
+  constexpr int W = simd<T>::W;
+  constexpr int64_t depth = 128;  // rows of B that stay in L1
+  for (int64_t first = 0; first < vectors;) {
+    const int64_t count = panel_of(vectors - first);
+    const T* panel = b + first * W * (panelled ? K : 1);
+    const int64_t stride = panelled ? count * W : ldb;
+    for (int64_t k = 0; k == 0 || k < K; k += depth) {
+      const int64_t deep = K - k < depth ? K - k : depth;
+      for (int64_t m = 0; m < M; m += kRows) {
+        const T* from = a + (TA ? k * lda + m : m * lda + k);
+        T* to = c + m * ldc + first * W;
+        const bool more = add || k > 0;
+        if (count == 3) {
+          block_product<T, 3, TA>(deep, from, lda, panel + k * stride, stride, to, ldc, more);
+        } else if (count == 2) {
+          block_product<T, 2, TA>(deep, from, lda, panel + k * stride, stride, to, ldc, more);
+        } else {
+          block_product<T, 1, TA>(deep, from, lda, panel + k * stride, stride, to, ldc, more);
+        }
+      }
+    }
+    first += count;
+  }
+}
+
+#ifdef RPE_AVX512
+RPE_INLINE void transpose16(__m512 r[16]) {
+  __m512 t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512d a = _mm512_castps_pd(t[4 * i]), b = _mm512_castps_pd(t[4 * i + 1]);
+    const __m512d c = _mm512_castps_pd(t[4 * i + 2]), d = _mm512_castps_pd(t[4 * i + 3]);
+    r[4 * i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+    r[4 * i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+    r[4 * i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+    r[4 * i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_f32x4(r[i], r[4 + i], 0x88);
+    t[4 + i] = _mm512_shuffle_f32x4(r[i], r[4 + i], 0xdd);
+    t[8 + i] = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0x88);
+    t[12 + i] = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_f32x4(t[i], t[8 + i], 0x88);
+    r[8 + i] = _mm512_shuffle_f32x4(t[i], t[8 + i], 0xdd);
+    r[4 + i] = _mm512_shuffle_f32x4(t[4 + i], t[12 + i], 0x88);
+    r[12 + i] = _mm512_shuffle_f32x4(t[4 + i], t[12 + i], 0xdd);
+  }
+}
+#endif
+
+// to = from^T in panels: from (rows, D) with stride ld, rows padded with zeros to whole vectors
+template <class T>
+void pack_transposed(T* to, const T* from, int64_t ld, int64_t rows, int64_t D) {
+  constexpr int W = simd<T>::W;
+  const int64_t vectors = round_up(rows, W) / W;
+  for (int64_t first = 0; first < vectors;) {
+    const int64_t count = panel_of(vectors - first);
+    T* panel = to + first * W * D;
+    for (int64_t n = 0; n < count; ++n) {
+      const T* block = from + (first + n) * W * ld;
+      int64_t d = 0;
+#ifdef RPE_AVX512
+      if constexpr (sizeof(T) == 4) {
+        for (; d + 16 <= D; d += 16) {
+          __m512 r[16];
+#pragma GCC unroll 16
+          for (int w = 0; w < 16; ++w) r[w] = _mm512_loadu_ps(block + w * ld + d);
+          transpose16(r);
+#pragma GCC unroll 16
+          for (int w = 0; w < 16; ++w) _mm512_storeu_ps(panel + ((d + w) * count + n) * 16, r[w]);
+        }
+      }
+#endif
+      for (; d < D; ++d) {
+        for (int w = 0; w < W; ++w) panel[(d * count + n) * W + w] = block[w * ld + d];
+      }
+    }
+    first += count;
+  }
+}
+
+// ---- gather and bucket sums
+
+#ifdef RPE_AVX512
+template <int R>
+struct Registers {
+  __m512 part[R];
+  RPE_INLINE explicit Registers(const float* table) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) part[r] = _mm512_loadu_ps(table + 16 * r);
+  }
+  RPE_INLINE __m512 operator()(const uint8_t* ids) const {
+    const __m512i id = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(ids)));
+    if constexpr (R == 1) {
+      return _mm512_permutexvar_ps(id, part[0]);
+    } else if constexpr (R == 2) {
+      return _mm512_permutex2var_ps(part[0], id, part[1]);
+    } else {
+      const __m512 low = _mm512_permutex2var_ps(part[0], id, part[1]);
+      const __m512 high = _mm512_permutex2var_ps(part[2], id, part[3]);
+      return _mm512_mask_blend_ps(_mm512_test_epi32_mask(id, _mm512_set1_epi32(32)), low, high);
+    }
+  }
+};
+#endif
+
+// row[j] += table[ids[j]]
+template <class T>
+void add_gathered(T* __restrict row, const T* __restrict table, const Term& term, int64_t i, int64_t n) {
+  if (!term.narrow) {
+    const int32_t* ids = static_cast<const int32_t*>(term.ids) + i * term.ids_stride;
+    for (int64_t j = 0; j < n; ++j) row[j] += table[ids[j]];
+    return;
+  }
+  const uint8_t* ids = static_cast<const uint8_t*>(term.ids) + i * term.ids_stride;
+#ifdef RPE_AVX512
+  if constexpr (sizeof(T) == 4) {
+    const auto in_registers = [&](const auto& lookup) {
+      for (int64_t j = 0; j < n; j += 16) {
+        _mm512_storeu_ps(row + j, _mm512_add_ps(_mm512_loadu_ps(row + j), lookup(ids + j)));
+      }
+    };
+    if (term.width <= 16) return in_registers(Registers<1>(table));
+    if (term.width <= 32) return in_registers(Registers<2>(table));
+    if (term.width <= 64) return in_registers(Registers<4>(table));
+  }
+#endif
+  for (int64_t j = 0; j < n; ++j) row[j] += table[ids[j]];
+}
+
+// Where the ids of query i begin, that of key 0 first.
+RPE_INLINE int64_t block_of(int64_t i, int64_t keys) { return i / 16 * keys * 16; }
+
+// S[i, j] += tables[j, ids[j, i]] for the queries i of a tile and the keys [begin, end)
+template <class T>
+void add_gathered_transposed(T* tile, int64_t ld, const T* tables, const Term& term, int64_t first, int64_t rows,
+                             int64_t keys, int64_t begin, int64_t end) {
+  const auto plain = [&](const auto* ids) {
+    for (int64_t j = begin; j < end; ++j) {
+      for (int64_t i = 0; i < rows; ++i) {
+        tile[i * ld + j] += tables[j * term.width + ids[block_of(first + i, keys) + j * 16 + i % 16]];
+      }
+    }
+  };
+#ifdef RPE_AVX512
+  if constexpr (sizeof(T) == 4) {
+    const auto in_registers = [&](auto parts) {
+      constexpr int R = decltype(parts)::value;
+      for (int64_t i = 0; i < rows; i += 16) {
+        const uint8_t* ids = static_cast<const uint8_t*>(term.ids) + block_of(first + i, keys);
+        for (int64_t j = begin; j < end; j += 16) {
+          __m512 r[16];
+#pragma GCC unroll 16
+          for (int w = 0; w < 16; ++w) {
+            // what lies beyond the last key is masked later
+            const int64_t key = j + w < keys ? j + w : keys - 1;
+            r[w] = Registers<R>(tables + key * term.width)(ids + key * 16);
+          }
+          transpose16(r);
+#pragma GCC unroll 16
+          for (int w = 0; w < 16; ++w) {
+            float* to = tile + (i + w) * ld + j;
+            _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), r[w]));
+          }
+        }
+      }
+    };
+    if (term.narrow && term.width <= 16) return in_registers(Count<1>());
+    if (term.narrow && term.width <= 32) return in_registers(Count<2>());
+    if (term.narrow && term.width <= 64) return in_registers(Count<4>());
+  }
+#endif
+  if (term.narrow) {
+    plain(static_cast<const uint8_t*>(term.ids));
+  } else {
+    plain(static_cast<const int32_t*>(term.ids));
+  }
+}
+
+// sums[n] = sum of row[j] over ids[j] = n; `sums` has room for four copies, so that equal neighbours do not wait
+template <class T>
+void bucket_sums(T* __restrict sums, const T* __restrict row, const Term& term, int64_t i, int64_t n,
+                 T* __restrict buffer) {
+  constexpr int W = simd<T>::W;
+  const int64_t width = term.width;
+  for (int64_t c = 0; c < 4 * width; c += W) store(sums + c, vec<T>{});
+  const auto add = [&](const T* from, const auto* ids, int64_t count) {
+    int64_t j = 0;
+    for (; j + 4 <= count; j += 4) {
+#pragma GCC unroll 4
+      for (int w = 0; w < 4; ++w) sums[w * width + ids[j + w]] += from[j + w];
+    }
+    for (; j < count; ++j) sums[ids[j]] += from[j];
+  };
+  if (!term.narrow) {
+    add(row, static_cast<const int32_t*>(term.ids) + i * term.ids_stride, n);
+  } else if (const uint8_t* ids = static_cast<const uint8_t*>(term.ids) + i * term.ids_stride; term.groups == nullptr) {
+    add(row, ids, n);
+  } else {
+    add(row, ids, term.first);
+    const uint8_t* members = term.groups + i * term.groups_stride;
+    const uint8_t* sizes = members + term.segments;
+    const T* totals[256];
+    const uint8_t* buckets[256];
+    int64_t count = 0;
+    for (int64_t seen = 0; seen < term.segments; seen += sizes[count++]) {
+      const int64_t at = term.first + members[seen] * term.length;
+      totals[count] = row + at;
+      buckets[count] = ids + at;
+      if (sizes[count] == 1) continue;
+      for (int64_t c = 0; c < term.length; c += W) {
+        vec<T> total = load(row + at + c);
+        for (int64_t s = 1; s < sizes[count]; ++s) {
+          total += load(row + term.first + members[seen + s] * term.length + c);
+        }
+        store(buffer + c, total);
+      }
+      totals[count] = buffer;
+      buffer += term.length;
+    }
+    // across the groups, which seldom share a bucket, before the next column, which often does
+    for (int64_t c = 0; c < term.length; ++c) {
+      T* __restrict copy = sums + c % 4 * width;
+      for (int64_t g = 0; g < count; ++g) copy[buckets[g][c]] += totals[g][c];
+    }
+  }
+  for (int64_t c = 0; c < width; c += W) {
+    const T* at = sums + c;
+    store(sums + c, (load(at) + load(at + width)) + (load(at + 2 * width) + load(at + 3 * width)));
+  }
+}
+
+// sums[j, n] += sum of tile[i, j] over the queries i of a tile with ids[j, i] = n
+template <class T>
+void bucket_sums_transposed(T* sums, const T* tile, int64_t ld, const Term& term, int64_t first, int64_t rows,
+                            int64_t keys) {
+  const int64_t width = term.width;
+#ifdef RPE_AVX512
+  if constexpr (sizeof(T) == 4) {
+    if (term.narrow) {
+      for (int64_t i = 0; i < rows; i += 16) {
+        const uint8_t* ids = static_cast<const uint8_t*>(term.ids) + block_of(first + i, keys);
+        const int64_t high = rows - i < 16 ? rows - i : 16;
+        for (int64_t j = 0; j < keys; j += 16) {
+          __m512 r[16];
+#pragma GCC unroll 16
+          for (int w = 0; w < 16; ++w) r[w] = _mm512_loadu_ps(tile + (i + w) * ld + j);
+          transpose16(r);
+          alignas(64) float block[16][16];
+#pragma GCC unroll 16
+          for (int w = 0; w < 16; ++w) _mm512_store_ps(block[w], r[w]);
+          if (j + 16 <= keys) {
+            // four keys in turn: equal neighbours of one row do not wait for each other
+            for (int w = 0; w < 16; w += 4) {
+              float* to = sums + (j + w) * width;
+              const uint8_t* id = ids + (j + w) * 16;
+              for (int64_t n = 0; n < high; ++n) {
+                to[id[n]] += block[w][n];
+                to[width + id[16 + n]] += block[w + 1][n];
+                to[2 * width + id[32 + n]] += block[w + 2][n];
+                to[3 * width + id[48 + n]] += block[w + 3][n];
+              }
+            }
+          } else {
+            for (int64_t w = 0; w < keys - j; ++w) {
+              for (int64_t n = 0; n < high; ++n) sums[(j + w) * width + ids[(j + w) * 16 + n]] += block[w][n];
+            }
+          }
+        }
+      }
+      return;
+    }
+  }
+#endif
+  const auto add = [&](const auto* ids) {
+    for (int64_t j = 0; j < keys; ++j) {
+      T* to = sums + j * width;
+      for (int64_t i = 0; i < rows; ++i) {
+        to[ids[block_of(first + i, keys) + j * 16 + i % 16]] += tile[i * ld + j];
+      }
+    }
+  };
+  if (term.narrow) {
+    add(static_cast<const uint8_t*>(term.ids));
+  } else {
+    add(static_cast<const int32_t*>(term.ids));
+  }
+}
+
+// ---- dropout: weight (b, h, i, j) is dropped iff mix(key(seed, b, h, i) ^ j) >> 8 is below p * 2^24
+
+RPE_INLINE uint32_t mix(uint32_t x) {
+  x = (x ^ x >> 16) * 0x7feb352du;
+  x = (x ^ x >> 15) * 0x846ca68bu;
+  return x ^ x >> 16;
+}
+inline uint32_t dropout_key(uint64_t seed, int64_t head, int64_t i) {
+  const uint32_t key = mix(mix(uint32_t(seed) + 0x9e3779b9u) ^ uint32_t(seed >> 32));
+  return mix(mix(key ^ uint32_t(head)) ^ uint32_t(i));
+}
+// keep[j] = 1 / (1 - p) or 0
+template <class T>
+void dropout_row(T* __restrict keep, double p, uint32_t key, int64_t n) {
+  const int32_t least = int32_t(p * 16777216.0 + 0.5);
+  const T factor = p < 1 ? T(1 / (1 - p)) : T(0);
+  for (int64_t j = 0; j < n; ++j) keep[j] = int32_t(mix(key ^ uint32_t(j)) >> 8) < least ? T(0) : factor;
+}
+
+// ---- the tile
+
+// Scratch of a thread. Without a base it only counts.
+template <class T>
+struct Arena {
+  char* base;
+  int64_t used = 0;
+  T* take(int64_t n) {
+    T* at = base == nullptr ? nullptr : reinterpret_cast<T*>(base + used);
+    used += round_up(n * int64_t(sizeof(T)), 64) + 64;  // a line between, against 4 KiB aliases
+    return at;
+  }
+};
+
+template <class T>
+struct Worker {
+  static constexpr int W = simd<T>::W;
+  const Problem& p;
+  const int64_t Dp = round_up(p.D, W), Lp = round_up(p.Lk, W), L16 = round_up(p.Lk, 16);
+  const bool backward = p.backward;
+  Arena<T> arena;
+  T *keys, *keys_t, *values, *values_t, *query, *grad, *scores, *weights_grad, *result, *mask_row, *keep, *row_table, *segment;
+  T *grad_k = nullptr, *grad_v = nullptr, *tables_q, *grads_q = nullptr;
+  int64_t head = -1, b = 0, h = 0;
+  bool mask_ready = false;
+
+  Worker(const Problem& problem, char* scratch) : p(problem), arena{scratch} {
+    const int64_t M = p.tile;
+    keys = arena.take(L16 * Dp);
+    keys_t = arena.take(Lp * p.D);
+    values = arena.take(L16 * Dp);
+    values_t = backward ? arena.take(Lp * p.D) : nullptr;
+    query = arena.take(M * Dp);
+    grad = backward ? arena.take(M * Dp) : nullptr;
+    scores = arena.take(M * L16);
+    weights_grad = backward ? arena.take(M * L16) : nullptr;
+    result = arena.take(M * Dp);
+    mask_row = p.mask.data != nullptr ? arena.take(L16) : nullptr;
+    keep = p.dropout_p > 0 ? arena.take(L16) : nullptr;
+    int64_t widest = W, total = 0;
+    for (int64_t t = 0; t < p.num_k; ++t) widest = widest < p.on_k[t].width ? p.on_k[t].width : widest;
+    for (int64_t t = 0; t < p.num_v; ++t) widest = widest < p.on_v[t].width ? p.on_v[t].width : widest;
+    for (int64_t t = 0; t < p.num_q; ++t) total += p.on_q[t].width;
+    row_table = arena.take(4 * widest);
+    segment = arena.take(p.Lk + W);
+    tables_q = arena.take(total * p.Lk);
+    if (backward) {
+      grad_k = arena.take(L16 * Dp);
+      grad_v = arena.take(L16 * Dp);
+      grads_q = arena.take(total * p.Lk);
+    }
+  }
+
+  static void clear(T* at, int64_t n) {
+    for (int64_t c = 0; c < n; ++c) at[c] = T(0);
+  }
+
+  // rows [first, first + rows) of view, padded with zeros to (padded, Dp)
+  void load_rows(T* to, const View& view, int64_t first, int64_t rows, int64_t padded, T factor = T(1)) {
+    for (int64_t l = 0; l < rows; ++l) {
+      load_row<T>(to + l * Dp, view, row_of(view, b, h, first + l), p.D, factor);
+      for (int64_t d = p.D; d < Dp; ++d) to[l * Dp + d] = T(0);
+    }
+    clear(to + rows * Dp, (padded - rows) * Dp);
+  }
+
+  void enter(int64_t next) {
+    head = next;
+    b = head / p.H;
+    h = head % p.H;
+    mask_ready = false;
+    load_rows(keys, p.k, 0, p.Lk, L16);
+    pack_transposed(keys_t, keys, Dp, p.Lk, p.D);
+    load_rows(values, p.v, 0, p.Lk, L16);
+    if (backward) {
+      pack_transposed(values_t, values, Dp, p.Lk, p.D);
+      clear(grad_k, L16 * Dp);
+      clear(grad_v, L16 * Dp);
+    }
+    T* at = tables_q;
+    for (int64_t t = 0; t < p.num_q; ++t) {
+      const Term& term = p.on_q[t];
+      for (int64_t j = 0; j < p.Lk; ++j, at += term.width) {
+        load_table(at, term, term.table, row_of(term.table, b, h, j));
+      }
+    }
+    if (backward) clear(grads_q, at - tables_q);
+  }
+
+  // scale q k^T, then the encodings on queries, whose tables belong to columns of the tile
+  void score_tile(int64_t first, int64_t rows) {
+    load_rows(query, p.q, first, rows, round_up(rows, 8), T(p.scale));
+    for (int64_t n = 0; n < Lp / W;) {
+      const int64_t count = panel_of(Lp / W - n), begin = n * W;
+      product<T, false>(round_up(rows, 8), count, p.D, query, Dp, keys_t + begin * p.D, 0, true, scores + begin, L16,
+                        false);
+      n += count;
+      const int64_t end = n * W < p.Lk ? n * W : p.Lk;
+      const T* at = tables_q;
+      for (int64_t t = 0; t < p.num_q; ++t) {
+        add_gathered_transposed(scores, L16, at, p.on_q[t], first, rows, p.Lk, begin, end);
+        at += p.on_q[t].width * p.Lk;
+      }
+    }
+  }
+
+  void read_mask(int64_t i) {
+    if (mask_ready && p.mask.l == 0) return;
+    load_row<T>(mask_row, p.mask, row_of(p.mask, b, h, i), p.Lk);
+    for (int64_t j = p.Lk; j < Lp; ++j) mask_row[j] = T(0);
+    mask_ready = true;
+  }
+
+  // the encodings on keys, and the mask
+  void finish_scores(T* row, int64_t i) {
+    for (int64_t t = 0; t < p.num_k; ++t) {
+      const Term& term = p.on_k[t];
+      load_table(row_table, term, term.table, row_of(term.table, b, h, i));
+      add_gathered(row, row_table, term, i, Lp);
+    }
+    if (p.mask.data != nullptr) {
+      read_mask(i);
+      for (int64_t j = 0; j < Lp; j += W) store(row + j, load(row + j) + load(mask_row + j));
+    }
+    for (int64_t j = p.Lk; j < Lp; ++j) row[j] = -T(__builtin_inf());
+  }
+
+  void forward_tile(int64_t tile) {
+    const int64_t first = tile * p.tile, left = p.Lq - first, rows = left < p.tile ? left : p.tile;
+    score_tile(first, rows);
+    T factor[64];
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t i = first + r;
+      T* row = scores + r * L16;
+      finish_scores(row, i);
+      vec<T> most = spread(-T(__builtin_inf()));
+      for (int64_t j = 0; j < Lp; j += W) {
+        const vec<T> x = load(row + j);
+        most = most > x ? most : x;
+      }
+      T top = most[0];
+      for (int w = 1; w < W; ++w) top = top > most[w] ? top : most[w];
+      const bool empty = top == -T(__builtin_inf());
+      const vec<T> base = spread(empty ? T(0) : top);
+      vec<T> total{};
+      for (int64_t j = 0; j < Lp; j += W) {
+        const vec<T> x = exponential<T>(load(row + j) - base);
+        total += x;
+        store(row + j, x);
+      }
+      const T sum = sum_of<T>(total);
+      factor[r] = empty ? T(0) : 1 / sum;
+      // exp(s - inf) = 0: the backward of a row without a key is zero by itself
+      static_cast<T*>(p.lse)[head * p.Lq + i] = empty ? T(__builtin_inf()) : top + T(__builtin_log(sum));
+      if (keep != nullptr) {
+        dropout_row(keep, p.dropout_p, dropout_key(p.seed, head, i), Lp);
+        for (int64_t j = 0; j < Lp; j += W) store(row + j, load(row + j) * load(keep + j));
+      }
+      for (int64_t t = 0; t < p.num_v; ++t) {
+        const Term& term = p.on_v[t];
+        bucket_sums(row_table, row, term, i, p.Lk, segment);
+        store_table(term, term.result, row_of(term.result, b, h, i), row_table, factor[r]);
+      }
+    }
+    product<T, false>(round_up(rows, 8), Dp / W, p.Lk, scores, L16, values, Dp, false, result, Dp, false);
+    for (int64_t r = 0; r < rows; ++r) {
+      store_row<T>(p.out, row_of(p.out, b, h, first + r), result + r * Dp, p.D, factor[r]);
+    }
+  }
+
+  // scores -> weights (after dropout), weights_grad -> gradient of the scores
+  void backward_row(T* row, T* grad_row, int64_t i) {
+    finish_scores(row, i);
+    const vec<T> lse = spread(static_cast<const T*>(p.lse)[head * p.Lq + i]);
+    for (int64_t t = 0; t < p.num_v; ++t) {
+      const Term& term = p.on_v[t];
+      load_table(row_table, term, term.table, row_of(term.table, b, h, i));
+      add_gathered(grad_row, row_table, term, i, Lp);
+    }
+    if (keep != nullptr) {
+      dropout_row(keep, p.dropout_p, dropout_key(p.seed, head, i), Lp);
+      for (int64_t j = 0; j < Lp; j += W) store(grad_row + j, load(grad_row + j) * load(keep + j));
+    }
+    vec<T> dot{};
+    for (int64_t j = 0; j < Lp; j += W) {
+      const vec<T> x = exponential<T>(load(row + j) - lse);
+      dot += x * load(grad_row + j);
+      store(row + j, x);
+    }
+    const vec<T> delta = spread(sum_of<T>(dot));
+    for (int64_t j = 0; j < Lp; j += W) store(grad_row + j, load(row + j) * (load(grad_row + j) - delta));
+    if (keep != nullptr) {
+      for (int64_t j = 0; j < Lp; j += W) store(row + j, load(row + j) * load(keep + j));
+    }
+    for (int64_t t = 0; t < p.num_k; ++t) {
+      const Term& term = p.on_k[t];
+      bucket_sums(row_table, grad_row, term, i, p.Lk, segment);
+      store_table(term, term.result, row_of(term.result, b, h, i), row_table, T(1));
+    }
+  }
+
+  void backward_tile(int64_t tile) {
+    const int64_t first = tile * p.tile, left = p.Lq - first, rows = left < p.tile ? left : p.tile;
+    const int64_t padded = round_up(rows, 8), keys8 = round_up(p.Lk, 8);
+    score_tile(first, rows);
+    load_rows(grad, p.grad_out, first, rows, padded);
+    product<T, false>(padded, Lp / W, p.D, grad, Dp, values_t, 0, true, weights_grad, L16, false);
+    for (int64_t r = 0; r < rows; ++r) backward_row(scores + r * L16, weights_grad + r * L16, first + r);
+    T* at = grads_q;
+    for (int64_t t = 0; t < p.num_q; ++t) {
+      bucket_sums_transposed(at, weights_grad, L16, p.on_q[t], first, rows, p.Lk);
+      at += p.on_q[t].width * p.Lk;
+    }
+    product<T, true>(keys8, Dp / W, rows, scores, L16, grad, Dp, false, grad_v, Dp, true);
+    product<T, true>(keys8, Dp / W, rows, weights_grad, L16, query, Dp, false, grad_k, Dp, true);
+    product<T, false>(padded, Dp / W, p.Lk, weights_grad, L16, keys, Dp, false, result, Dp, false);
+    for (int64_t r = 0; r < rows; ++r) {
+      store_row<T>(p.grad_q, row_of(p.grad_q, b, h, first + r), result + r * Dp, p.D, T(p.scale));
+    }
+  }
+
+  void leave() {
+    for (int64_t j = 0; j < p.Lk; ++j) {
+      store_row<T>(p.grad_k, row_of(p.grad_k, b, h, j), grad_k + j * Dp, p.D);
+      store_row<T>(p.grad_v, row_of(p.grad_v, b, h, j), grad_v + j * Dp, p.D);
+    }
+    const T* at = grads_q;
+    for (int64_t t = 0; t < p.num_q; ++t) {
+      const Term& term = p.on_q[t];
+      for (int64_t j = 0; j < p.Lk; ++j, at += term.width) {
+        store_table(term, term.result, row_of(term.result, b, h, j), at, T(1));
+      }
+    }
+  }
+};
+
+template <class T>
+int64_t scratch_bytes(const Problem& problem) {
+  return Worker<T>(problem, nullptr).arena.used;
+}
+
+// tiles [begin, end), counted over all heads
+template <class T>
+void forward(const Problem& problem, char* scratch, int64_t begin, int64_t end) {
+  Worker<T> worker(problem, scratch);
+  for (int64_t t = begin; t < end; ++t) {
+    if (t / problem.tiles != worker.head) worker.enter(t / problem.tiles);
+    worker.forward_tile(t % problem.tiles);
+  }
+}
+
+// heads [begin, end)
+template <class T>
+void backward(const Problem& problem, char* scratch, int64_t begin, int64_t end) {
+  Worker<T> worker(problem, scratch);
+  for (int64_t head = begin; head < end; ++head) {
+    worker.enter(head);
+    for (int64_t tile = 0; tile < problem.tiles; ++tile) worker.backward_tile(tile);
+    worker.leave();
+  }
+}
+
+#undef RPE_INLINE
+
+}  // namespace rpe_ops::RPE_ISA

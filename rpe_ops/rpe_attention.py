@@ -1,0 +1,134 @@
+"""`rpe_attention`: attention with encodings on queries, keys and values, in tensors; the choice of its backends."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference, rpe_attention_cpu, rpe_attention_eager
+
+Pairs = Sequence[tuple[Tensor, Tensor]]
+_INDEX_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def rpe_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    on_q: Pairs = (),
+    on_k: Pairs = (),
+    on_v: Sequence[tuple[Tensor, int]] = (),
+    *,
+    scale: float | None = None,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """p = dropout(softmax(scale q k^T + sum lut_k[i, ids[i, j]] + sum lut_q[j, ids[j, i]] + mask)), out = p v.
+
+    >>> q, k, v = torch.randn(3, 2, 6, 127, 64)
+    >>> ids, lut_k = torch.zeros(127, 127, dtype=torch.uint8), torch.randn(2, 6, 127, 50)
+    >>> out, (sums,) = rpe_attention(q, k, v, on_k=[(lut_k, ids)], on_v=[(ids, 50)])
+    >>> out.shape, sums.shape
+    (torch.Size([2, 6, 127, 64]), torch.Size([2, 6, 127, 50]))
+
+    Args:
+        q, k, v: (B, H, Lq, D), (B, H, Lk, D), (B, H, Lk, D) of one dtype and any strides, q not scaled yet.
+        on_q: pairs of a side table lut_q, (B or 1, H or 1, Lk, N), and its ids (Lk, Lq); cross has two pairs.
+        on_k: pairs of a side table lut_k, (B or 1, H or 1, Lq, N), and its ids (Lq, Lk).
+        on_v: pairs of ids (Lq, Lk) and N. Ids are uint8, int16, int32 or int64 in [0, N).
+        scale: D ** -0.5 by default.
+        attn_mask: broadcasts to (B, H, Lq, Lk); boolean (True takes part) or floating point (added). A row that is
+            masked whole has weights 0.
+        dropout_p: probability that a weight is dropped.
+        seed: int64 tensor of one element, what the dropped weights depend on; drawn from torch's generator when absent.
+            One seed drops the same weights on every backend.
+        backend: "cpu" is C++ that never holds an (Lq, Lk) tensor, "eager" the formula in plain torch, "reference" the
+            law. A name is honoured or refused. None takes "cpu" where it runs and "eager" elsewhere, also for second
+            derivatives and the gradient of attn_mask, which "cpu" does not have.
+
+    Returns:
+        out (B, H, Lq, D) without the encoding on values, and for each pair of on_v the bucket sums of p, (B, H, Lq, N):
+        the caller adds S @ W_v. Under autocast q, k, v are cast as `F.scaled_dot_product_attention` does.
+
+    Source: iRPE, arXiv 2107.14222, Eq. 12 to 14; recomputed tiles as in arXiv 2205.14135.
+    """
+    device = q.device.type
+    if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
+        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
+    _check(q, k, v, attn_mask, dropout_p)
+    B, H, Lq, D = q.shape
+    Lk = k.shape[2]
+    on_q = [(_table(lut, ids, "on_q", (B, H, Lk, Lq)), ids) for lut, ids in on_q]
+    on_k = [(_table(lut, ids, "on_k", (B, H, Lq, Lk)), ids) for lut, ids in on_k]
+    for ids, _ in on_v:
+        _check_ids(ids, "on_v", (Lq, Lk), q.device)
+    if dropout_p > 0 and seed is None:
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
+    settings: dict[str, Any] = dict(
+        scale=D**-0.5 if scale is None else scale, attn_mask=attn_mask, dropout_p=dropout_p, seed=seed
+    )
+    if backend == "reference":
+        return reference.rpe_attention(q, k, v, on_q, on_k, on_v, **settings)
+    if backend not in (None, "eager", "cpu"):
+        raise ValueError(f'unknown backend {backend!r}; expected None, "cpu", "eager" or "reference"')
+    reason = why_not("cpu", q, attn_mask)
+    if backend == "cpu" and reason is not None:
+        raise ValueError(f'backend="cpu" {reason}')
+    if backend == "eager" or reason is not None:
+        return rpe_attention_eager.attention(q, k, v, on_q, on_k, on_v, **settings)
+    formula = rpe_attention_eager.attention if backend is None else None
+    return rpe_attention_cpu.attention(q, k, v, on_q, on_k, on_v, formula=formula, **settings)
+
+
+def why_not(backend: str, q: Tensor, attn_mask: Tensor | None = None) -> str | None:
+    """Why `backend` cannot take a call with this q and mask, as the end of a sentence; None where it can."""
+    return rpe_attention_cpu.why_not(q, attn_mask) if backend == "cpu" else None
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p: float) -> None:
+    shapes = f"q has shape {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not (q.dim() == k.dim() == v.dim() == 4):
+        raise ValueError(f"{shapes}; expected (B, H, Lq, D), (B, H, Lk, D), (B, H, Lk, D)")
+    if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"{shapes}; expected (B, H, Lq, D), (B, H, Lk, D), (B, H, Lk, D)")
+    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
+        raise TypeError(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}; expected one floating-point dtype")
+    if not (q.device == k.device == v.device):
+        raise ValueError(f"q is on {q.device}, k on {k.device}, v on {v.device}: move them to one device")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p={dropout_p}; expected a probability, 0 <= dropout_p <= 1")
+    if attn_mask is None:
+        return
+    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+        raise TypeError(f"attn_mask is {attn_mask.dtype}; expected bool (True takes part) or floating point (added)")
+    full = (*q.shape[:3], k.shape[2])
+    sizes = zip(reversed(attn_mask.shape), reversed(full), strict=False)
+    if attn_mask.dim() > 4 or any(have not in (1, want) for have, want in sizes):
+        raise ValueError(f"attn_mask has shape {tuple(attn_mask.shape)}, which does not broadcast to {full}")
+    if attn_mask.device != q.device:
+        raise ValueError(f"q is on {q.device}, attn_mask on {attn_mask.device}: move one of them")
+
+
+def _check_ids(ids: Tensor, name: str, shape: tuple[int, int], device: torch.device) -> None:
+    if ids.dtype not in _INDEX_DTYPES:
+        raise TypeError(f"{name}: ids are {ids.dtype}; expected one of {', '.join(map(str, _INDEX_DTYPES))}")
+    if ids.shape != shape:
+        raise ValueError(f"{name}: ids have shape {tuple(ids.shape)}; expected {shape}")
+    if ids.device != device:
+        raise ValueError(f"{name}: q is on {device}, ids on {ids.device}: move one of them")
+
+
+def _table(lut: Tensor, ids: Tensor, name: str, sizes: tuple[int, int, int, int]) -> Tensor:
+    """lut expanded to (B, H, L, N), checked together with its ids (L, L')."""
+    B, H, rows, columns = sizes
+    fits = lut.dim() == 4 and lut.shape[0] in (1, B) and lut.shape[1] in (1, H) and lut.shape[2] == rows
+    if not fits:
+        raise ValueError(f"{name}: the table has shape {tuple(lut.shape)}; expected ({B} or 1, {H} or 1, {rows}, N)")
+    if lut.dtype not in _FLOATS:
+        raise TypeError(f"{name}: the table is {lut.dtype}; expected one of {', '.join(map(str, _FLOATS))}")
+    _check_ids(ids, name, (rows, columns), lut.device)
+    return lut.expand(B, H, -1, -1)

@@ -1,0 +1,215 @@
+"""The backend "cpu" of `rpe_attention`: tiles in C++ that never hold an (Lq, Lk) tensor, forward and backward."""
+
+import itertools
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import _native
+
+Pairs = Sequence[tuple[Tensor, Tensor]]
+
+
+def why_not(q: Tensor, attn_mask: Tensor | None = None) -> str | None:
+    """Why this backend cannot take such a call, as the end of a sentence; None where it can."""
+    if "cpu" not in _native.LOADED:
+        return f"needs the C++ operators: {_native.MISSING['cpu']}"
+    if q.device.type != "cpu":
+        return f"runs on the CPU, and q is on {q.device}"
+    if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
+        return 'has no gradient of attn_mask: use backend="eager", or detach the mask'
+    return None
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, on_q: Pairs, on_k: Pairs, on_v: Sequence[tuple[Tensor, int]], **settings: Any
+) -> tuple[Tensor, list[Tensor]]:
+    """(out, sums) of checked arguments; settings are scale, attn_mask, dropout_p, seed, and the formula for second
+
+    derivatives: a function that is called as this one, or None, which refuses them.
+    """
+    mask, seed = settings["attn_mask"], settings["seed"]
+    if mask is not None:
+        mask = mask.expand(*q.shape[:3], k.shape[2])
+    plans = [plan for lut, ids in on_q for plan in _plan(ids, lut.shape[3], True)]
+    plans += [plan for lut, ids in on_k for plan in _plan(ids, lut.shape[3], False)]
+    plans += [plan for ids, num_buckets in on_v for plan in _plan(ids, num_buckets, False)]
+    numbers = (settings["scale"], settings["dropout_p"], len(on_q), len(on_k), settings["formula"])
+    tables = [lut for lut, _ in (*on_q, *on_k)]
+    out, _, *sums = RPEAttentionFunction.apply(q, k, v, mask, seed, numbers, *tables, *plans)
+    return out, sums
+
+
+_HEADER = 4  # numbers in front of a plan's columns
+_plans: dict[tuple, tuple[Any, int, tuple[Tensor, Tensor, Tensor]]] = {}
+_plans_lock = threading.Lock()
+
+
+def _plan(ids: Tensor, num_buckets: int, blocks: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """What the kernels read instead of ids: small ids of the columns that occur, and which these are. Kept with ids."""
+    if torch.compiler.is_compiling() or type(ids) is not Tensor or ids.is_inference():
+        return torch.ops.rpe_ops.rpe_attention_plan(ids, num_buckets, blocks)
+    key = (id(ids), num_buckets, blocks)
+    with _plans_lock:
+        known = _plans.get(key)
+    if known is not None and known[0]() is ids and known[1] == ids._version:
+        return known[2]
+    with torch.inference_mode(False):
+        plan = torch.ops.rpe_ops.rpe_attention_plan(ids, num_buckets, blocks)
+    alive = weakref.ref(ids, lambda _: _plans.pop(key, None))
+    with _plans_lock:
+        _plans[key] = (alive, ids._version, plan)
+    return plan
+
+
+class RPEAttentionFunction(torch.autograd.Function):
+    """(q, k, v, mask, seed, (scale, p, number of on_q, of on_k, formula), *tables, *plans) -> (out, lse, *sums)."""
+
+    @staticmethod
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor | None, numbers: tuple, *rest: Tensor
+    ) -> tuple[Tensor, ...]:
+        out, lse, sums = torch.ops.rpe_ops.rpe_attention(q, k, v, *_arguments(mask, seed, numbers, rest))
+        return out, lse, *sums
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        q, k, v, mask, seed, ctx.numbers, *rest = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(q, k, v, output[1], mask, seed, *rest)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor, _: Tensor, *grad_sums: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, lse, mask, seed, *rest = ctx.saved_tensors
+        numbers = (*ctx.numbers, len(grad_sums))
+        # a compiled graph has no second derivative that RPEAttentionBackward would have to refuse
+        call = RPEAttentionBackward.forward if torch.compiler.is_compiling() else RPEAttentionBackward.apply
+        grads = call(grad_out, q, k, v, lse, mask, seed, numbers, *grad_sums, *rest)
+        tables = ctx.numbers[2] + ctx.numbers[3]
+        return *grads[:3], None, None, None, *grads[3:], *[None] * (len(rest) - tables)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        return _vmap(RPEAttentionFunction, info, in_dims, args)
+
+
+class RPEAttentionBackward(torch.autograd.Function):
+    """(grad_out, q, k, v, lse, mask, seed, numbers, *grad_sums, *tables, *plans) -> grads of q, k, v, *tables."""
+
+    @staticmethod
+    def forward(
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lse: Tensor,
+        mask: Tensor | None,
+        seed: Tensor | None,
+        numbers: tuple,
+        *rest: Tensor,
+    ) -> tuple[Tensor, ...]:
+        sums, rest = list(rest[: numbers[5]]), rest[numbers[5] :]
+        arguments = _arguments(mask, seed, numbers, rest)
+        grads = torch.ops.rpe_ops.rpe_attention_backward(grad_out, sums, q, k, v, lse, *arguments)
+        return *grads[:3], *grads[3], *grads[4]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        grad_out, q, k, v, _, mask, seed, ctx.numbers, *rest = inputs
+        ctx.save_for_backward(grad_out, q, k, v, mask, seed, *rest)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        scale, dropout_p, num_q, num_k, formula, num_v = ctx.numbers
+        if formula is None:
+            raise NotImplementedError('second derivatives of rpe_attention: call it with backend="eager", or None')
+        grad_out, q, k, v, mask, seed, *rest = ctx.saved_tensors
+        sums, rest = rest[:num_v], rest[num_v:]
+        tables, plans = rest[: num_q + num_k], rest[num_q + num_k :]
+        keys = [q.shape[2]] * num_q + [k.shape[2]] * (num_k + num_v)
+        ids = [_ids(one, two, n) for one, two, n in zip(plans[::3], plans[1::3], keys, strict=True)]
+        with torch.enable_grad():
+            inputs = [x.detach().requires_grad_() for x in (q, k, v, *tables)]
+            outer = [x.detach().requires_grad_() for x in (grad_out, *sums)]
+            pairs = list(zip(inputs[3:], [one for one, _ in ids], strict=False))
+            on_q, on_k, on_v = pairs[:num_q], pairs[num_q:], ids[num_q + num_k :]
+            settings = dict(scale=scale, attn_mask=mask, dropout_p=dropout_p, seed=seed)
+            out, bucket_sums = formula(*inputs[:3], on_q, on_k, on_v, **settings)
+            first = torch.autograd.grad([out, *bucket_sums], inputs, outer, create_graph=True)
+            second = torch.autograd.grad(first, [*outer, *inputs], grads, allow_unused=True, materialize_grads=True)
+        of_out, *of_sums = second[: 1 + num_v]
+        of_q, of_k, of_v, *of_tables = second[1 + num_v :]
+        return of_out, of_q, of_k, of_v, None, None, None, None, *of_sums, *of_tables, *[None] * len(plans)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        return _vmap(RPEAttentionBackward, info, in_dims, args)
+
+
+def _arguments(mask: Tensor | None, seed: Tensor | None, numbers: tuple, rest: Sequence[Tensor]) -> tuple:
+    scale, dropout_p, num_q, num_k = numbers[:4]
+    ends = [0, num_q, num_q + num_k, 4 * num_q + num_k, 4 * (num_q + num_k), len(rest)]
+    return *(list(rest[a:b]) for a, b in itertools.pairwise(ends)), mask, seed, scale, dropout_p
+
+
+def _ids(compact: Tensor, columns: Tensor, keys: int) -> tuple[Tensor, int]:
+    """The ids, and N, that a plan was made of."""
+    rows = compact.transpose(0, 1).flatten(1) if compact.dim() == 3 else compact
+    return columns[_HEADER:][rows[:, :keys].long()], columns.shape[0] - _HEADER
+
+
+def _vmap(function: Any, info: Any, in_dims: tuple, args: tuple) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """The mapped dimension becomes part of B, for all that have a B."""
+
+    def fold(x: Any, dim: int | None) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        if not x.is_floating_point() and x.dtype != torch.bool:  # plans and seeds have no B
+            if dim is not None:
+                raise NotImplementedError("vmap over the ids or the seed of rpe_attention")
+            return x
+        x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+        return x.flatten(0, 1)
+
+    outputs = function.apply(*(fold(x, dim) for x, dim in zip(args, in_dims, strict=True)))
+    return tuple(x.unflatten(0, (info.batch_size, -1)) for x in outputs), (0,) * len(outputs)
+
+
+def _fake_plan(ids: Tensor, num_buckets: int, blocks: bool) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.uint8 if num_buckets <= 256 else torch.int32
+    rows, columns = ids.shape
+    padded, segments = (columns + 15) // 16, torch.sym_min(columns // 4, 255)
+    compact = ids.new_empty((padded, rows, 16) if blocks else (rows, padded * 16), dtype=dtype)
+    groups = ids.new_empty(0 if blocks else rows, 2 * segments, dtype=torch.uint8)
+    return compact, ids.new_empty(num_buckets + _HEADER, dtype=torch.int32), groups
+
+
+def _empty_heads(q: Tensor, tokens: int) -> Tensor:
+    return q.new_empty(q.shape[0], tokens, q.shape[1], q.shape[3]).transpose(1, 2)
+
+
+def _fake(
+    q: Tensor, k: Tensor, v: Tensor, lut_q: list, lut_k: list, plan_q: list, plan_k: list, plan_v: list, *_: Any
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    precise = torch.float64 if q.dtype == torch.float64 else torch.float32
+    sums = [q.new_empty(*q.shape[:3], columns.shape[0] - _HEADER) for columns in plan_v[1::3]]
+    return _empty_heads(q, q.shape[2]), q.new_empty(q.shape[:3], dtype=precise), sums
+
+
+def _fake_backward(
+    grad_out: Tensor, grad_sums: list, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, lut_q: list, lut_k: list, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
+    grads_q, grads_k = ([lut.new_empty(lut.shape) for lut in luts] for luts in (lut_q, lut_k))
+    return _empty_heads(q, q.shape[2]), _empty_heads(q, k.shape[2]), _empty_heads(q, k.shape[2]), grads_q, grads_k
+
+
+if _native.first_time("rpe_attention"):
+    torch.library.register_fake("rpe_ops::rpe_attention_plan", _fake_plan)
+    torch.library.register_fake("rpe_ops::rpe_attention", _fake)
+    torch.library.register_fake("rpe_ops::rpe_attention_backward", _fake_backward)

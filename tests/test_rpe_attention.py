@@ -1,0 +1,396 @@
+import gc
+import math
+import weakref
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.library import opcheck
+
+import rpe_ops.rpe_attention_cpu as cpu
+from irpe import build_rpe, get_bucket_ids_2d, get_rpe_config
+from irpe import rpe_attention as irpe_attention
+from rpe_ops import _native, reference
+from rpe_ops.rpe_attention import rpe_attention, why_not
+
+needs_build = pytest.mark.skipif("cpu" not in _native.LOADED, reason=_native.MISSING.get("cpu", ""))
+BACKENDS = [pytest.param("cpu", marks=needs_build), "eager", "reference"]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def strided(shape, dtype, layout):
+    """Unit-normal (B, H, L, D): contiguous, cut out of one projection as timm has it, heads last, or with gaps."""
+    B, H, L, D = shape
+    if layout == "timm":
+        return torch.randn(B, L, 3, H, D, dtype=dtype).permute(2, 0, 3, 1, 4)[1]
+    if layout == "detr":
+        return torch.randn(L, B * H, D, dtype=dtype).transpose(0, 1).unflatten(0, (B, H))
+    if layout == "gaps":
+        return torch.randn(B, H, L, 2 * D, dtype=dtype)[..., ::2]
+    return torch.randn(shape, dtype=dtype)
+
+
+def make_mask(kind, shape):
+    B, H, Lq, Lk = shape
+    if kind == "padding":
+        mask = torch.ones(B, 1, 1, Lk, dtype=torch.bool)
+        mask[..., Lk - Lk // 3 :] = False
+        return mask
+    if kind == "bool":
+        mask = torch.rand(Lq, Lk) > 0.3
+        mask[:1] = False  # a row without a key
+        return mask
+    if kind == "float":
+        return torch.randn(1, H, Lq, Lk).masked_fill(torch.rand(1, H, Lq, Lk) > 0.8, -math.inf)
+    return None
+
+
+def problem(shape, buckets, terms, dtype, layout="contiguous", maps=None):
+    """q, k, v, on_q, on_k, on_v; terms are the numbers of pairs on q, k, v."""
+    B, H, Lq, Lk, D = shape
+    q = strided((B, H, Lq, D), dtype, layout)
+    k, v = (strided((B, H, Lk, D), dtype, layout) for _ in range(2))
+
+    def ids(rows, columns):
+        return maps if maps is not None else torch.randint(buckets, (rows, columns))
+
+    on_q = [(torch.randn(B, 1, Lk, buckets, dtype=dtype), ids(Lk, Lq)) for _ in range(terms[0])]
+    on_k = [(torch.randn(1, H, Lq, buckets, dtype=dtype), ids(Lq, Lk)) for _ in range(terms[1])]
+    on_v = [(ids(Lq, Lk), buckets) for _ in range(terms[2])]
+    return q, k, v, on_q, on_k, on_v
+
+
+def run(function, arguments, grads, dtype, **options):
+    """(outputs, gradients of q, k, v and all tables), computed in `dtype`."""
+    q, k, v, on_q, on_k, on_v = arguments
+    leaves = [x.to(dtype).requires_grad_() for x in (q, k, v, *(lut for lut, _ in (*on_q, *on_k)))]
+    pairs = [(lut, ids) for lut, (_, ids) in zip(leaves[3:], (*on_q, *on_k), strict=True)]
+    mask = options.get("attn_mask")
+    if mask is not None and mask.dtype != torch.bool:
+        options["attn_mask"] = mask.to(dtype)
+    out, sums = function(*leaves[:3], pairs[: len(on_q)], pairs[len(on_q) :], on_v, **options)
+    outputs = [out, *sums]
+    return outputs, torch.autograd.grad(outputs, leaves, [g.to(dtype) for g in grads])
+
+
+def assert_rule_9(arguments, dtype, backend="cpu", **options):
+    """The error against float64 is at most twice the formula's, and 16 eps of what is exact."""
+    B, H, Lq, D = arguments[0].shape
+    on_v = arguments[5]
+    grads = [torch.randn(B, H, Lq, n, dtype=dtype) for n in [D] + [n for _, n in on_v]]
+    exact = run(reference.rpe_attention, arguments, grads, torch.float64, **options)
+    formula = run(rpe_attention, arguments, grads, dtype, backend="eager", **options)
+    ours = run(rpe_attention, arguments, grads, dtype, backend=backend, **options)
+    for one, other, truth in zip([*ours[0], *ours[1]], [*formula[0], *formula[1]], [*exact[0], *exact[1]], strict=True):
+        assert one.shape == truth.shape and one.dtype == dtype and one.isfinite().all()
+        if truth.numel():
+            bound = 2 * (other - truth).abs().max() + 16 * torch.finfo(dtype).eps * max(1.0, truth.abs().max().item())
+            assert (one - truth).abs().max() <= bound
+
+
+@needs_build
+@settings(max_examples=120, deadline=None)
+@given(
+    batch=st.integers(1, 2),
+    heads=st.integers(1, 3),
+    queries=st.integers(1, 70),
+    keys=st.integers(1, 70),
+    dim=st.sampled_from([8, 16, 20, 32, 64, 72, 256]),
+    buckets=st.sampled_from([1, 5, 16, 17, 33, 50, 82, 300]),
+    terms=st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(0, 2)),
+    mask=st.sampled_from([None, "padding", "bool", "float"]),
+    dropout_p=st.sampled_from([0.0, 0.0, 0.3]),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(["contiguous", "timm", "detr", "gaps"]),
+)
+def test_cpu_is_as_exact_as_the_formula(
+    batch, heads, queries, keys, dim, buckets, terms, mask, dropout_p, dtype, layout
+):
+    arguments = problem((batch, heads, queries, keys, dim), buckets, terms, dtype, layout)
+    options = dict(attn_mask=make_mask(mask, (batch, heads, queries, keys)), dropout_p=dropout_p)
+    assert_rule_9(arguments, dtype, **options, seed=torch.tensor([-3]))
+
+
+@needs_build
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "plain"])
+@pytest.mark.parametrize("method", ["euc", "quant", "product", "cross_rows", "cross_cols"])
+@pytest.mark.parametrize(("height", "width"), [(6, 9), (13, 17)])
+def test_maps_of_images_on_every_instruction_set(isa, method, height, width, monkeypatch):
+    monkeypatch.setenv("RPE_OPS_CPU_ISA", isa)
+    ids, buckets = get_bucket_ids_2d(method, height, width, 1, 1.9, 3.8, 15.2)
+    tokens = 1 + height * width
+    for dtype in (torch.float32, torch.float64):
+        arguments = problem((1, 2, tokens, tokens, 24), buckets, (1, 1, 1), dtype, "timm", ids)
+        assert_rule_9(arguments, dtype, seed=torch.tensor([5]), dropout_p=0.2)
+
+
+@needs_build
+def test_a_map_of_an_image_is_sorted_by_segments_and_a_random_one_is_not():
+    ids, buckets = get_bucket_ids_2d("product", 24, 20, 1, 1.9, 3.8, 15.2)
+    header = cpu._plan(ids, buckets, False)[1][:4].tolist()
+    assert header == [50, 1, 24, 20]  # 50 of 50 buckets occur; one skip token, then 24 image rows of 20
+    assert cpu._plan(torch.randint(50, (481, 481)), 50, False)[1][2] == 0
+
+
+@needs_build
+def test_more_keys_than_a_tile_of_32_queries_has_room_for():
+    assert_rule_9(problem((1, 1, 40, 2500, 16), 40, (1, 1, 1), torch.float32), torch.float32)
+
+
+@needs_build
+@pytest.mark.parametrize("shape", [(2, 2, 0, 5, 8), (2, 2, 5, 0, 8), (0, 2, 5, 5, 8), (1, 0, 3, 3, 8)])
+def test_empty(shape):
+    assert_rule_9(problem(shape, 4, (1, 1, 1), torch.float32), torch.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_rows_without_a_key_are_zero_and_have_finite_gradients(backend, kind):
+    arguments = problem((2, 2, 7, 9, 8), 5, (1, 1, 1), torch.float32)
+    mask = torch.ones(2, 1, 7, 9, dtype=torch.bool)
+    mask[0, :, 3] = False
+    if kind == "float":
+        mask = torch.zeros(mask.shape).masked_fill(~mask, -math.inf)
+    grads = [torch.randn(2, 2, 7, n) for n in (8, 5)]
+    (out, sums), gradients = run(rpe_attention, arguments, grads, torch.float32, attn_mask=mask, backend=backend)
+    assert not out[0, :, 3].any() and not sums[0, :, 3].any() and out[1].ne(0).all()
+    assert all(g.isfinite().all() for g in gradients) and not gradients[0][0, :, 3].any()
+
+
+@pytest.mark.parametrize("p", [0.25, 0.9, 1.0])
+def test_one_seed_drops_the_same_weights_on_every_backend(p):
+    arguments = problem((2, 3, 20, 31, 8), 31, (0, 0, 1), torch.float64)
+    ids = torch.arange(31).expand(20, 31)
+    arguments = (*arguments[:5], [(ids, 31)])  # the sums are the weights themselves
+    drawn = []
+    for backend in ["eager", "reference", None] + ["cpu"] * ("cpu" in _native.LOADED):
+        torch.manual_seed(7)
+        _, (weights,) = rpe_attention(*arguments, dropout_p=p, backend=backend)
+        drawn.append(weights)
+    for weights in drawn[1:]:
+        assert torch.equal(weights == 0, drawn[0] == 0)
+        torch.testing.assert_close(weights, drawn[0])
+    assert abs((drawn[0] == 0).double().mean() - p) < 0.05
+    _, (other,) = rpe_attention(*arguments, dropout_p=p)
+    assert p == 1 or not torch.equal(other, drawn[0])
+
+
+def test_dropped_weights_are_independent_of_position():
+    dropped = reference.dropout_weights(torch.tensor([11]), (4, 4, 64, 64), 0.5) == 0
+    x = dropped.double() * 2 - 1
+    shifted = [(x * x.roll(1, d)).mean().abs() for d in range(4)]
+    assert max(shifted) < 5 / math.sqrt(x.numel()) and x.mean().abs() < 5 / math.sqrt(x.numel())
+
+
+@needs_build
+@pytest.mark.parametrize("shape", [(2, 3, 50, 61, 16), (1, 1, 197, 197, 32)])
+def test_bitwise_equal_for_every_number_of_threads(shape):
+    arguments = problem(shape, 20, (1, 1, 1), torch.float32)
+    grads = [torch.randn(*shape[:3], n) for n in (shape[4], 20)]
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            outputs, gradients = run(rpe_attention, arguments, grads, torch.float32, backend="cpu")
+            results.append([*outputs, *gradients])
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(result, results[0], strict=True))
+
+
+@needs_build
+def test_outputs_do_not_depend_on_uninitialised_memory():
+    torch.use_deterministic_algorithms(True)  # fills what is allocated with NaN
+    try:
+        ids, buckets = get_bucket_ids_2d("euc", 3, 5, 1, 20, 40, 160)
+        assert buckets > len(ids.unique())
+        assert_rule_9(problem((2, 2, 16, 16, 20), buckets, (1, 1, 1), torch.float32, "timm", ids), torch.float32)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@needs_build
+def test_second_derivatives_are_those_of_the_formula_or_refused():
+    q, k, v, on_q, on_k, on_v = problem((1, 2, 6, 5, 4), 3, (1, 1, 1), torch.float64)
+    leaves = [x.requires_grad_() for x in (q, k, v, on_q[0][0], on_k[0][0])]
+
+    def call(backend):
+        def function(q, k, v, lut_q, lut_k):
+            pairs = [(lut_q, on_q[0][1])], [(lut_k, on_k[0][1])]
+            seed = torch.tensor([1])
+            out, sums = rpe_attention(q, k, v, *pairs, on_v, dropout_p=0.2, seed=seed, backend=backend)
+            return out, *sums
+
+        return function
+
+    assert torch.autograd.gradcheck(call("cpu"), leaves)
+    assert torch.autograd.gradgradcheck(call(None), leaves)
+    (first,) = torch.autograd.grad(call("cpu")(*leaves)[0].sin().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="eager"):
+        first.sum().backward()
+
+
+@needs_build
+def test_a_mask_that_wants_a_gradient_is_the_formula_s():
+    arguments = problem((1, 2, 5, 6, 8), 3, (0, 1, 0), torch.float32)
+    mask = torch.randn(5, 6, requires_grad=True)
+    with pytest.raises(ValueError, match='backend="cpu" has no gradient of attn_mask'):
+        rpe_attention(*arguments, attn_mask=mask, backend="cpu")
+    out, _ = rpe_attention(*arguments, attn_mask=mask)
+    out.sum().backward()
+    assert mask.grad.any()
+    with torch.no_grad():
+        rpe_attention(*arguments, attn_mask=mask, backend="cpu")
+
+
+@needs_build
+def test_func_transforms():
+    q, k, v, on_q, on_k, on_v = problem((2, 2, 6, 5, 8), 3, (1, 1, 1), torch.float64)
+
+    def loss(q, lut, backend):
+        out, (sums,) = rpe_attention(q, k, v, on_q, [(lut, on_k[0][1])], on_v, backend=backend)
+        return out.sin().sum() + sums.cos().sum()
+
+    lut = on_k[0][0]
+    for transform in (torch.func.grad, torch.func.jacrev):
+        torch.testing.assert_close(transform(loss)(q, lut, "cpu"), transform(loss)(q, lut, "eager"))
+    per_sample = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1)), in_dims=(0, None, None))
+    many = torch.stack([q, 2 * q, -q])
+    torch.testing.assert_close(per_sample(many, lut, "cpu"), per_sample(many, lut, "eager"))
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(lambda q: loss(q, lut, "cpu"), (q,), (q,))
+
+
+@needs_build
+def test_opcheck():
+    q, k, v, on_q, on_k, on_v = problem((2, 2, 18, 33, 8), 3, (1, 1, 1), torch.float32)
+    operators = torch.ops.rpe_ops
+    for blocks in (False, True):
+        opcheck(operators.rpe_attention_plan.default, (on_k[0][1], 3, blocks))
+    tables = [on_q[0][0].expand(2, 2, -1, -1)], [on_k[0][0].expand(2, 2, -1, -1)]
+    pairs = (on_q[0][1], True), (on_k[0][1], False), (on_v[0][0], False)
+    plans = [list(operators.rpe_attention_plan(ids, 3, blocks)) for ids, blocks in pairs]
+    rest = (*tables, *plans, torch.zeros(2, 2, 18, 33), torch.tensor([3]), 0.3, 0.1)
+    opcheck(operators.rpe_attention.default, (q, k, v, *rest))
+    out, lse, sums = operators.rpe_attention(q, k, v, *rest)
+    opcheck(operators.rpe_attention_backward.default, (out, sums, q, k, v, lse, *rest))
+
+
+@needs_build
+def test_a_forged_plan_reads_nothing_outside_its_tensors():
+    q, k, v, _, on_k, _ = problem((1, 1, 18, 33, 8), 3, (0, 1, 0), torch.float32)
+    compact, columns, groups = torch.ops.rpe_ops.rpe_attention_plan(on_k[0][1], 3, False)
+    for index, value in ((0, 9), (4, 77), (4, -1)):
+        forged = columns.clone()
+        forged[index] = value
+        with pytest.raises(RuntimeError, match="not a plan"):
+            torch.ops.rpe_ops.rpe_attention(
+                q, k, v, [], [on_k[0][0]], [], [compact, forged, groups], [], None, None, 1.0, 0.0
+            )
+    with pytest.raises(RuntimeError, match="not a plan"):
+        torch.ops.rpe_ops.rpe_attention(
+            q, k, v, [], [on_k[0][0]], [], [compact + 3, columns, groups], [], None, None, 1.0, 0.0
+        )
+
+
+@needs_build
+def test_compile_and_export():
+    q, k, v, on_q, on_k, on_v = problem((2, 2, 9, 9, 8), 3, (1, 1, 1), torch.float32)
+
+    class Attention(torch.nn.Module):
+        def forward(self, q, k, v):
+            out, (sums,) = rpe_attention(q, k, v, on_q, on_k, on_v)
+            return out, sums
+
+    expected = Attention()(q, k, v)
+    exported = torch.export.export(Attention(), (q, k, v))
+    assert "rpe_ops.rpe_attention.default" in str(exported.graph)
+    torch.testing.assert_close(exported.module()(q, k, v), expected)
+    torch._dynamo.reset()
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out, sums = torch.compile(Attention(), fullgraph=True, backend="aot_eager")(*leaves)
+    actual = torch.autograd.grad(out.sum() + sums.sin().sum(), leaves)
+    out, sums = Attention()(*leaves)
+    torch.testing.assert_close(actual, torch.autograd.grad(out.sum() + sums.sin().sum(), leaves), rtol=0, atol=0)
+
+
+@needs_build
+def test_a_plan_is_kept_with_its_ids_and_follows_their_changes():
+    q, k, v, _, on_k, _ = problem((1, 1, 6, 6, 8), 3, (0, 1, 0), torch.float32)
+    lut, ids = on_k[0]
+    first, _ = rpe_attention(q, k, v, on_k=[(lut, ids)], backend="cpu")
+    plans = len(cpu._plans)
+    rpe_attention(q, k, v, on_k=[(lut, ids)], backend="cpu")
+    assert len(cpu._plans) == plans
+    ids.copy_((ids + 1) % 3)
+    second, _ = rpe_attention(q, k, v, on_k=[(lut, ids)], backend="cpu")
+    assert not torch.equal(first, second)
+    torch.testing.assert_close(second, rpe_attention(q, k, v, on_k=[(lut, ids)], backend="reference")[0])
+    alive = weakref.ref(ids)
+    del ids, on_k
+    gc.collect()
+    assert alive() is None and len(cpu._plans) == plans - 1
+
+
+@needs_build
+def test_ids_outside_the_table_are_named():
+    q, k, v, _, on_k, _ = problem((1, 1, 6, 6, 8), 3, (0, 1, 0), torch.float32)
+    on_k[0][1][2, 3] = 7
+    with pytest.raises(RuntimeError, match=r"7 .*N=3"):
+        rpe_attention(q, k, v, on_k=on_k, backend="cpu")
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+def test_autocast(backend):
+    q, k, v, on_q, on_k, on_v = problem((2, 2, 9, 9, 8), 3, (1, 1, 1), torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, (sums,) = rpe_attention(q, k, v, on_q, on_k, on_v, backend=backend)
+    assert out.dtype == sums.dtype == torch.bfloat16
+    exact, _ = reference.rpe_attention(q, k, v, on_q, on_k)
+    assert (out - exact).abs().max() < 0.1
+
+
+@needs_build
+@pytest.mark.parametrize("method", ["euc", "quant", "product", "cross"])
+@pytest.mark.parametrize("mode", ["ctx", "bias"])
+def test_irpe_takes_it(method, mode):
+    rpe = build_rpe(get_rpe_config(1.9, method, mode, False, 1, "qk" if mode == "bias" else "qkv"), 8, 2)
+    tables = [t for module in rpe if module is not None for t in module.parameters()]
+    for table in tables:
+        torch.nn.init.normal_(table)
+    q, k, v = (strided((2, 2, 13, 8), torch.float32, "timm").requires_grad_() for _ in range(3))
+    size = dict(height=3, width=4)
+    expected = irpe_attention(q, k, v, *rpe, **size, backend="eager")
+    actual = irpe_attention(q, k, v, *rpe, **size)
+    assert "RPEAttentionFunction" in str(irpe_attention(q, k, v, rpe[0], rpe[1], **size).grad_fn)
+    torch.testing.assert_close(actual, expected)
+    gradients = [torch.autograd.grad(out.sin().sum(), [q, k, v, *tables]) for out in (actual, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_why_not():
+    assert "q is on meta" in str(why_not("cpu", torch.empty(1, 1, 1, 1, device="meta"))) or "cpu" in _native.MISSING
+    assert why_not("eager", torch.empty(1, 1, 1, 1)) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        (dict(backend="cuda"), ValueError, "unknown backend 'cuda'"),
+        (dict(k=torch.randn(2, 2, 9, 4)), ValueError, r"\(2, 2, 9, 4\)"),
+        (dict(v=torch.randn(2, 2, 9, 8).double()), TypeError, "float64"),
+        (dict(q=torch.randn(2, 9, 8)), ValueError, "expected"),
+        (dict(dropout_p=1.5), ValueError, "dropout_p=1.5"),
+        (dict(attn_mask=torch.zeros(3, 3)), ValueError, "broadcast"),
+        (dict(attn_mask=torch.zeros(9, 9, dtype=torch.long)), TypeError, "int64"),
+        (dict(on_k=[(torch.randn(2, 2, 8, 3), torch.zeros(9, 9, dtype=torch.long))]), ValueError, "on_k"),
+        (dict(on_q=[(torch.randn(2, 2, 9, 3), torch.zeros(9, 8, dtype=torch.long))]), ValueError, "on_q"),
+        (dict(on_v=[(torch.zeros(9, 9), 3)]), TypeError, "on_v: ids are torch.float32"),
+    ],
+)
+def test_bad_input_gets_a_sentence(change, error, match):
+    call = dict(zip("qkv", torch.randn(3, 2, 2, 9, 8), strict=True)) | change
+    with pytest.raises(error, match=match):
+        rpe_attention(**call)
