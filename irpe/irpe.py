@@ -704,7 +704,8 @@ def rpe_attention(
     in_rpe_ops = backend in ("cpu", "reference")
     if in_rpe_ops and _attention is None:
         raise ValueError(f'backend="{backend}" needs rpe_ops, which is absent ({RPE_OPS_MISSING})')
-    if _attention is not None and backend in (None, "eager") and not torch.compiler.is_exporting():
+    records = torch.compiler.is_exporting() or torch.jit.is_tracing()  # what others run without rpe_ops
+    if _attention is not None and backend in (None, "eager") and not records:
         # dropped weights depend on the seed alone where rpe_ops draws them
         in_rpe_ops = dropout_p > 0 or (backend is None and _attention.why_not("cpu", q, attn_mask) is None)
     if in_rpe_ops:
