@@ -29,10 +29,11 @@ asan: .venv/installed  ## the operators' tests against a build that stops at any
 	  $(BIN)/python build/asan/rpe_ops/setup.py build_ext --inplace
 	cd build/asan && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  $(CURDIR)/$(BIN)/python -m pytest -q -s -p no:cacheprovider -m "not slow and not gpu" -k "not compile" \
-	  $(CURDIR)/tests/test_rpe_index.py $(CURDIR)/tests/test_rpe_index_kernels.py
+	  $(CURDIR)/tests/test_rpe_index.py $(CURDIR)/tests/test_rpe_index_kernels.py $(CURDIR)/tests/test_rpe_attention.py
 
 bench: .venv/ops  ## operators beside torch's own, as ratios; JSON in benchmarks/results/
 	$(BIN)/python benchmarks/bench_rpe_index.py --out benchmarks/results
+	$(BIN)/python benchmarks/bench_attention.py --memory --json benchmarks/results/bench_attention_cpu.json
 
 gpu-check:  ## builds for CUDA, tests and benchmarks on a GPU; JSON in the folder $(RESULTS)
 	RPE_OPS_CUDA=1 $(PYTHON) rpe_ops/setup.py build_ext --inplace
