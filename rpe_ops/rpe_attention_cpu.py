@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import _native
 
@@ -52,14 +53,16 @@ _plans_lock = threading.Lock()
 
 def _plan(ids: Tensor, num_buckets: int, blocks: bool) -> tuple[Tensor, Tensor, Tensor]:
     """What the kernels read instead of ids: small ids of the columns that occur, and which these are. Kept with ids."""
-    if torch.compiler.is_compiling() or type(ids) is not Tensor or ids.is_inference():
+    wrapped = type(ids) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(ids)
+    if torch.compiler.is_compiling() or wrapped or ids.is_inference():
         return torch.ops.rpe_ops.rpe_attention_plan(ids, num_buckets, blocks)
     key = (id(ids), num_buckets, blocks)
     with _plans_lock:
         known = _plans.get(key)
     if known is not None and known[0]() is ids and known[1] == ids._version:
         return known[2]
-    with torch.inference_mode(False):
+    # a plan that is kept must be of plain tensors, whatever transform or tracing mode it is made in
+    with _disable_current_modes(), torch._C._DisableFuncTorch(), torch.inference_mode(False):
         plan = torch.ops.rpe_ops.rpe_attention_plan(ids, num_buckets, blocks)
     alive = weakref.ref(ids, lambda _: _plans.pop(key, None))
     with _plans_lock:

@@ -335,6 +335,26 @@ def test_a_plan_is_kept_with_its_ids_and_follows_their_changes():
 
 
 @needs_build
+@pytest.mark.parametrize("where", ["func.grad", "fake tensors", "inference mode"])
+def test_a_plan_that_was_made_elsewhere_serves_later_calls(where):
+    q, k, v, _, on_k, _ = problem((1, 1, 6, 6, 8), 3, (0, 1, 0), torch.float32)
+
+    def call(q):
+        return rpe_attention(q, k, v, on_k=on_k, backend="cpu")[0]
+
+    if where == "func.grad":
+        torch.func.grad(lambda q: call(q).sum())(q)
+    elif where == "fake tensors":
+        with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            call(mode.from_tensor(q))
+    else:
+        with torch.inference_mode():
+            call(q)
+    expected, _ = rpe_attention(q, k, v, on_k=on_k, backend="reference")
+    torch.testing.assert_close(call(q.requires_grad_()), expected)
+
+
+@needs_build
 def test_ids_outside_the_table_are_named():
     q, k, v, _, on_k, _ = problem((1, 1, 6, 6, 8), 3, (0, 1, 0), torch.float32)
     on_k[0][1][2, 3] = 7
