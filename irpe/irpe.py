@@ -531,7 +531,7 @@ class iRPE(nn.Module):
                 self.initializer(self.table)
 
     def tables(
-        self, x: Tensor, height: int | None = None, width: int | None = None, scale: float = 1.0
+        self, x: Tensor, height: int | None = None, width: int | None = None, scale: float | None = None
     ) -> list[tuple[Tensor, Tensor]]:
         """Pairs (table, ids) that x is encoded with: one here, two for cross. This is what a fused kernel needs.
 
@@ -544,7 +544,7 @@ class iRPE(nn.Module):
             return [(self.table, ids)]
         if self.mode == "bias":
             return [(self.table[None, :, None, :].expand(1, -1, tokens, -1), ids)]
-        return [(x @ (self.table if scale == 1.0 else self.table * scale), ids)]  # W is smaller than x
+        return [(x @ (self.table if scale is None else self.table * scale), ids)]  # W is smaller than x
 
     def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
         """Encoding of x; what x is and what comes out depends on where the encoding is.

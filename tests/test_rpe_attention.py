@@ -85,7 +85,9 @@ def assert_rule_9(arguments, dtype, backend="cpu", **options):
     for one, other, truth in zip([*ours[0], *ours[1]], [*formula[0], *formula[1]], [*exact[0], *exact[1]], strict=True):
         assert one.shape == truth.shape and one.dtype == dtype and one.isfinite().all()
         if truth.numel():
-            bound = 2 * (other - truth).abs().max() + 16 * torch.finfo(dtype).eps * max(1.0, truth.abs().max().item())
+            # in float64 the law rounds as the others do, so its own error is part of what is seen
+            slack = (256 if dtype == torch.float64 else 16) * torch.finfo(dtype).eps
+            bound = 2 * (other - truth).abs().max() + slack * max(1.0, truth.abs().max().item())
             assert (one - truth).abs().max() <= bound
 
 
