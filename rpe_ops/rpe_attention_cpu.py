@@ -53,8 +53,7 @@ _plans_lock = threading.Lock()
 
 def _plan(ids: Tensor, num_buckets: int, blocks: bool) -> tuple[Tensor, Tensor, Tensor]:
     """What the kernels read instead of ids: small ids of the columns that occur, and which these are. Kept with ids."""
-    wrapped = type(ids) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(ids)
-    if torch.compiler.is_compiling() or wrapped or ids.is_inference():
+    if torch.compiler.is_compiling() or type(ids) is not Tensor or ids.is_inference() or _is_wrapped(ids):
         return torch.ops.rpe_ops.rpe_attention_plan(ids, num_buckets, blocks)
     key = (id(ids), num_buckets, blocks)
     with _plans_lock:
@@ -68,6 +67,10 @@ def _plan(ids: Tensor, num_buckets: int, blocks: bool) -> tuple[Tensor, Tensor, 
     with _plans_lock:
         _plans[key] = (alive, ids._version, plan)
     return plan
+
+
+def _is_wrapped(ids: Tensor) -> bool:
+    return torch._C._functorch.is_functorch_wrapped_tensor(ids)
 
 
 class RPEAttentionFunction(torch.autograd.Function):
