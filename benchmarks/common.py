@@ -6,6 +6,7 @@ import json
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +58,29 @@ def _on_gpu(call: Callable[[], Any], repeats: int = 10) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3 / repeats
+
+
+def peak_mib(code: str, *, threads: int) -> float:
+    """Peak of the resident memory of `call()` over what stands before it, in a process of its own.
+
+    `code` defines `call`, with what it needs, and has warmed up what should not be counted.
+    """
+    code = f"""
+import sys, torch
+sys.path.insert(0, {str(Path(__file__).resolve().parents[1])!r})
+torch.set_num_threads({threads})
+def status(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+{code}
+before = status("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")
+call()
+print((status("VmHWM") - before) / 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(done.stderr)
+    return float(done.stdout)
 
 
 def machine(device: str) -> dict[str, Any]:

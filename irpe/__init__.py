@@ -1,12 +1,14 @@
 """Image relative position encoding (iRPE) for vision transformers. `irpe.irpe` is the file to copy."""
 
 from ._version import __version__
-from .equip import equip, unequip
+from .config_io import rpe_config_from_dict, rpe_config_from_string, rpe_config_to_dict, rpe_config_to_string
+from .equip import equip, rpe_parameters, unequip
 from .irpe import (
     METHOD,
     RPEConfig,
     SingleRPEConfig,
     build_rpe,
+    get_bucket_ids,
     get_bucket_ids_2d,
     get_num_buckets,
     get_offset_ids_2d,
@@ -16,8 +18,6 @@ from .irpe import (
     iRPE_Cross,
     piecewise_index,
     rpe_attention,
-    rpe_config_from_string,
-    rpe_config_to_string,
 )
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "__version__",
     "build_rpe",
     "equip",
+    "get_bucket_ids",
     "get_bucket_ids_2d",
     "get_num_buckets",
     "get_offset_ids_2d",
@@ -36,7 +37,10 @@ __all__ = [
     "iRPE_Cross",
     "piecewise_index",
     "rpe_attention",
+    "rpe_config_from_dict",
     "rpe_config_from_string",
+    "rpe_config_to_dict",
     "rpe_config_to_string",
+    "rpe_parameters",
     "unequip",
 ]

@@ -80,9 +80,10 @@ def train(
 ) -> None:
     """Train on handwritten digits with and without iRPE, test on the training size and on wider canvases."""
     from . import train as job
+    from .config_io import rpe_config_from_string
 
     for text in rpe or ():
-        _checked(job.rpe_config_from_string, text)
+        _checked(rpe_config_from_string, text)
     if lr is not None and not 0 < lr < 1:
         raise typer.BadParameter(f"--lr {lr}; expected a number above 0 and below 1, such as 0.004")
     sides = (job.NONE, job.ABSOLUTE, *dict.fromkeys(rpe or job.RPE))

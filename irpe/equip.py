@@ -1,37 +1,46 @@
 """equip(model, config): image relative position encoding in a model that exists."""
 
 import sys
-from types import ModuleType
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol, TypeVar
 
 from torch import nn
 
-from .irpe import RPEConfig, rpe_config_from_string
+from .config_io import rpe_config_from_string
+from .irpe import RPEConfig, iRPE
 
 Model = TypeVar("Model", bound=nn.Module)
+Blocks = slice | Iterable[int] | Callable[[int, str], bool]
 
 
-def equip(model: Model, config: RPEConfig | str) -> Model:
-    """Adds rpe_q, rpe_k and rpe_v to every attention block of `model`, in place, and returns it.
+def equip(
+    model: Model, config: RPEConfig | str, *, blocks: Blocks | None = None, grid: tuple[int, int] | None = None
+) -> Model:
+    """Adds rpe_q, rpe_k and rpe_v to the attentions of `model`, in place, and returns it.
 
     >>> model = equip(timm.create_model("deit_small_patch16_224"), "rpe-1.9-product-ctx-1-k")
 
     The tables start at zero, so the outputs stay what they were until training moves them. All weights and state-dict
     keys stay; the tables come on top (`blocks.0.attn.rpe_k.lookup_table_weight`), on the device and of the dtype of
     the block. Height and width of the map, also for inputs of other sizes and shapes, and the number of prefix tokens
-    (class, distillation, register tokens) are the model's own: `skip` is set from it. The class of the model and of its
-    attentions becomes a subclass until `unequip`; blocks that are run one by one need `blocks_on_map` of the adapter.
+    (class, distillation, register tokens) are the model's own: `skip` is set from it. Classes of the model and of its
+    attentions become subclasses until `unequip`.
 
     Args:
         model: a supported model, or a module that holds some, such as timm's features_only wrapper.
         config: from `get_rpe_config`, or its string form.
+        blocks: which attentions, counted through the model from 0: a slice, the numbers, or a function of
+            (number, name) that says yes or no; all when absent. Equip the others in a second call, with another
+            configuration, if they are to differ.
+        grid: (height, width) of the map in tokens, for models that cannot know it, such as a plain
+            `nn.TransformerEncoder`; without it their maps are taken for squares. Other models refuse it.
 
     Returns:
         The same object.
 
     Raises:
         TypeError, ValueError: the model is not supported, with the reason and the list of what is; the configuration
-            has a `skip` that is neither 0 nor the model's. Nothing has been changed then.
+            has a `skip` that is not the model's; `blocks` names none. Nothing has been changed then.
     """
     if isinstance(config, str):
         config = rpe_config_from_string(config)
@@ -39,12 +48,24 @@ def equip(model: Model, config: RPEConfig | str) -> Model:
         raise TypeError(
             f"config is {config!r}; expected what get_rpe_config returns, or 'rpe-1.9-product-ctx-1-k' and the like"
         )
-    adapter, parts = _find(model)
-    for part in parts:
-        if reason := adapter.why_not(part, config):
+    if grid is not None and not (len(grid) == 2 and all(isinstance(n, int) and n >= 1 for n in grid)):
+        raise ValueError(f"grid={grid!r}; expected (height, width) in tokens, both at least 1")
+    found = _find(model)
+    names = {id(module): name for name, module in model.named_modules()}
+    every = [attention for adapter, part in found for attention in adapter.attentions(part)]
+    wanted = _choose(blocks, [names[id(attention)] for attention in every])
+    chosen = {id(attention) for attention, want in zip(every, wanted, strict=True) if want}
+    jobs = [(adapter, part, [a for a in adapter.attentions(part) if id(a) in chosen]) for adapter, part in found]
+    for adapter, part, attentions in jobs:
+        if not attentions and blocks is not None:
+            continue
+        if reason := adapter.why_not(part, config, attentions, grid):
             raise ValueError(f"iRPE cannot be added to {type(part).__name__}: {reason}. {_SUPPORTED}")
-    for part in parts:
-        adapter.equip(part, config)
+    if not chosen:
+        raise ValueError(f"blocks={blocks!r} names none of the {len(every)} attentions of {type(model).__name__}")
+    for adapter, part, attentions in jobs:
+        if attentions:
+            adapter.equip(part, config, attentions, grid)
     return model
 
 
@@ -54,13 +75,56 @@ def unequip(model: Model) -> Model:
     Raises:
         TypeError, ValueError: the model is not supported, or no part of it is equipped.
     """
-    adapter, parts = _find(model)
-    equipped = [part for part in parts if adapter.is_equipped(part)]
+    equipped = [(adapter, part) for adapter, part in _find(model) if adapter.is_equipped(part)]
     if not equipped:
         raise ValueError(f"{type(model).__name__} has no iRPE: it was never equipped, or unequipped before")
-    for part in equipped:
+    for adapter, part in equipped:
         adapter.unequip(part)
     return model
+
+
+def rpe_parameters(model: nn.Module, **options: Any) -> dict[str, Any]:
+    """{"params": every table of a model, "weight_decay": 0.0}: the tables as a parameter group of an optimizer.
+
+    >>> tables = rpe_parameters(model, lr=1e-3)
+    >>> own = set(tables["params"])
+    >>> torch.optim.AdamW([tables, {"params": [p for p in model.parameters() if p not in own]}], lr=1e-4)
+
+    Tables are not decayed unless `weight_decay` says so: zero is "no encoding", and what pulls there is a choice. The
+    other options (lr, betas, ...) are put into the group as they are. To train the tables alone, freeze the rest:
+    `model.requires_grad_(False)`, then `for table in rpe_parameters(model)["params"]: table.requires_grad_()`.
+
+    Raises:
+        ValueError: there is no table in the model.
+    """
+    tables = [one.table for one in model.modules() if isinstance(one, iRPE)]
+    if not tables:
+        raise ValueError(f"{type(model).__name__} has no tables of iRPE: equip it first")
+    return {"params": tables, "weight_decay": 0.0, **options}
+
+
+class Adapter(Protocol):
+    """What a module of `integrations` offers. A part is a model, or a piece of one, that it knows how to work on."""
+
+    def find(self, model: nn.Module) -> list[Any]:
+        """The parts inside a model, itself included; also those that `why_not` has a reason against."""
+
+    def attentions(self, part: Any) -> list[nn.Module]:
+        """All attentions of a part that could have encodings, in the order of the forward pass."""
+
+    def why_not(
+        self, part: Any, config: RPEConfig, attentions: list[nn.Module], grid: tuple[int, int] | None
+    ) -> str | None:
+        """The reason that these encodings cannot be added to these attentions of a part, or None."""
+
+    def equip(self, part: Any, config: RPEConfig, attentions: list[nn.Module], grid: tuple[int, int] | None) -> None:
+        """Adds them, where `why_not` has no reason; more may be added later to the other attentions."""
+
+    def is_equipped(self, part: Any) -> bool:
+        """Whether any attention of a part has encodings."""
+
+    def unequip(self, part: Any) -> None:
+        """Takes all of them out."""
 
 
 _SUPPORTED = (
@@ -70,13 +134,38 @@ _SUPPORTED = (
 )
 
 
-def _find(model: nn.Module) -> tuple[ModuleType, list[Any]]:
-    """The adapter and the parts of the model that it can work on."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module. {_SUPPORTED}")
-    if "timm" in sys.modules:  # a model from timm cannot exist before that
+def _adapters() -> Iterator[Adapter]:
+    if "timm" in sys.modules:  # a model of a library cannot exist before that
         from .integrations import timm_vit
 
-        if parts := timm_vit.find(model):
-            return timm_vit, parts
-    raise TypeError(f"{type(model).__name__} is not a model that iRPE can be added to. {_SUPPORTED}")
+        yield timm_vit
+
+
+def _find(model: nn.Module) -> list[tuple[Adapter, Any]]:
+    """The parts of the model, each with its adapter."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module. {_SUPPORTED}")
+    found = [(adapter, part) for adapter in _adapters() for part in adapter.find(model)]
+    if not found:
+        raise TypeError(f"{type(model).__name__} is not a model that iRPE can be added to. {_SUPPORTED}")
+    return found
+
+
+def _choose(blocks: Blocks | None, names: list[str]) -> list[bool]:
+    """Which of the attentions with these names `blocks` means."""
+    everything = range(len(names))
+    if blocks is None:
+        return [True] * len(names)
+    if callable(blocks):
+        return [bool(blocks(number, name)) for number, name in enumerate(names)]
+    if isinstance(blocks, slice):
+        wanted = set(everything[blocks])
+    elif isinstance(blocks, Iterable) and not isinstance(blocks, str):
+        wanted = set()
+        for number in blocks:
+            if not isinstance(number, int) or not -len(names) <= number < len(names):
+                raise ValueError(f"blocks holds {number!r}, but the model has {len(names)} attentions")
+            wanted.add(everything[number])
+    else:
+        raise TypeError(f"blocks is {blocks!r}; expected a slice, numbers, or a function of (number, name)")
+    return [number in wanted for number in everything]

@@ -20,7 +20,6 @@ import dataclasses
 import enum
 import math
 import operator
-import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -62,6 +61,9 @@ class METHOD(enum.IntEnum):
 _METHOD_NAMES = {method: "euc" if method is METHOD.EUCLIDEAN else method.name.lower() for method in METHOD}
 _METHODS = {name: method for method, name in _METHOD_NAMES.items()}
 _MODES = {"ctx": "contextual", "contextual": "contextual", "bias": "bias"}
+
+Size = int | None  # of the map, in tokens
+Places = Tensor | tuple[Tensor, Tensor] | None  # of one sequence, or (of the input's tokens, of the others)
 
 
 def _as_method(method: str | int) -> METHOD:
@@ -120,15 +122,6 @@ class SingleRPEConfig:
         """Number of columns N of each table: the mapping's own buckets, and one more where skip > 0."""
         return get_num_buckets(self.method, self.alpha, self.beta, self.gamma) + (self.skip > 0)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values that JSON can hold; `from_dict` gives an equal configuration back."""
-        return dataclasses.asdict(self) | {"method": _METHOD_NAMES[self.method]}
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> SingleRPEConfig:
-        """The configuration that `to_dict` wrote."""
-        return cls(**fields)
-
 
 @dataclasses.dataclass(frozen=True)
 class RPEConfig:
@@ -141,15 +134,6 @@ class RPEConfig:
     def __post_init__(self) -> None:
         if self.rpe_v is not None and self.rpe_v.mode == "bias":
             raise ValueError('mode="bias" does not exist on values; use mode="ctx" there, or leave "v" out of rpe_on')
-
-    def to_dict(self) -> dict[str, Any]:
-        """The three encodings as nested plain values that JSON can hold."""
-        return {name: None if one is None else one.to_dict() for name, one in vars(self).items()}
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> RPEConfig:
-        """The configuration that `to_dict` wrote."""
-        return cls(**{name: None if one is None else SingleRPEConfig.from_dict(one) for name, one in fields.items()})
 
 
 def get_single_rpe_config(
@@ -199,56 +183,15 @@ def get_rpe_config(
             them has a bucket of its own, the last one.
         rpe_on: where encodings are added, a non-empty set of the letters q, k, v: "k", "qk", "qkv", ...
 
-    Returns:
-        `RPEConfig` with rpe_q, rpe_k, rpe_v, each a `SingleRPEConfig` or None.
+    Returns `RPEConfig` with rpe_q, rpe_k, rpe_v, each a `SingleRPEConfig` or None.
 
     Raises:
         ValueError: unknown method, mode or letter; ratio not finite or not positive; negative skip; bias on values.
-
-    The values have a string form, see `rpe_config_from_string`.
     """
     if not isinstance(rpe_on, str) or not rpe_on or len(set(rpe_on)) < len(rpe_on) or set(rpe_on) - set("qkv"):
         raise ValueError(f'rpe_on={rpe_on!r}; expected a non-empty set of the letters q, k, v, such as "k" or "qkv"')
     single = get_single_rpe_config(ratio, method, mode, shared_head, skip)
     return RPEConfig(**{f"rpe_{letter}": single for letter in rpe_on})
-
-
-def rpe_config_from_string(text: str, *, skip: int = 0) -> RPEConfig:
-    """`"rpe-{ratio}-{method}-{mode}-{shared_head 0 or 1}-{rpe_on}"` as a configuration; `skip` comes beside it.
-
-    >>> rpe_config_from_string("rpe-2.0-product-ctx-1-k", skip=1) == get_rpe_config(2.0, "product", "ctx", True, 1, "k")
-    True
-
-    A text of another form, or with a value that `get_rpe_config` refuses, is a ValueError.
-    """
-    match = re.fullmatch(r"rpe-([^-]+)-([^-]+)-([^-]+)-([01])-([^-]+)", text)
-    try:
-        if match is None:
-            raise ValueError("it has another form")
-        ratio, method, mode, shared_head, rpe_on = match.groups()
-        return get_rpe_config(float(ratio), method, mode, shared_head == "1", skip, rpe_on)
-    except ValueError as error:
-        raise ValueError(
-            f"{text!r}: {error}; expected rpe-RATIO-METHOD-MODE-SHARED-ON such as 'rpe-2.0-product-ctx-1-k'"
-        ) from None
-
-
-def rpe_config_to_string(config: RPEConfig) -> str:
-    """The string form of a configuration, without its `skip`: the inverse of `rpe_config_from_string`.
-
-    >>> rpe_config_to_string(get_rpe_config(2.0, rpe_on="qk"))
-    'rpe-2.0-product-ctx-1-qk'
-
-    Configurations that differ between q, k and v have none (ValueError), nor has alpha : beta : gamma but 1 : 2 : 8.
-    """
-    singles = {name[-1]: one for name, one in vars(config).items() if one is not None}
-    one = next(iter(singles.values()), None)
-    if one is None or any(other != one for other in singles.values()):
-        raise ValueError(f"{config} has no string form: q, k and v have different configurations, or none")
-    if (one.beta, one.gamma) != (2 * one.alpha, 8 * one.alpha):
-        raise ValueError(f"{config} has no string form: alpha : beta : gamma is not 1 : 2 : 8")
-    mode = one.mode.replace("contextual", "ctx")
-    return f"rpe-{one.alpha}-{_METHOD_NAMES[one.method]}-{mode}-{int(one.shared_head)}-{''.join(singles)}"
 
 
 def piecewise_index(
@@ -304,35 +247,31 @@ def get_offset_ids_2d(
             [23, 24, 25],
             [30, 31, 32]])
 
-    Args:
-        method: any but cross, whose two tables are `METHOD.CROSS_ROWS` and `METHOD.CROSS_COLS`.
-        height, width: of the map, in tokens, at least 1.
-        alpha, beta, gamma: as in `piecewise_index`.
-
-    Returns:
-        (2h - 1, 2w - 1) ids, the offset 0 in the middle. Everything else about positions follows from this small map.
+    Arguments are those of `get_bucket_ids_2d`. Returns (2h - 1, 2w - 1) ids, the offset 0 in the middle.
     """
-    method = _as_method(method)
     height, width = _as_int(height, "height", 1), _as_int(width, "width", 1)
-    _check_piecewise(alpha, beta, gamma)
-    b = int(beta)
     dr = torch.arange(1 - height, height, device=device).unsqueeze(1)  # (2h-1, 1)
     dc = torch.arange(1 - width, width, device=device).unsqueeze(0)  # (1, 2w-1)
+    return _buckets(_as_method(method), dr, dc, alpha, beta, gamma).to(dtype)
+
+
+def _buckets(method: METHOD, dr: Tensor, dc: Tensor, alpha: float, beta: float, gamma: float) -> Tensor:
+    """The bucket of each offset (dr, dc); the two are broadcast."""
+    _check_piecewise(alpha, beta, gamma)
+    b = int(beta)
 
     def g(x: Tensor) -> Tensor:
         return piecewise_index(x, alpha, beta, gamma) + b
 
     if method == METHOD.EUCLIDEAN:
-        ids = g((dr * dr + dc * dc).double().sqrt().round())
-    elif method == METHOD.QUANT:
-        ids = g(dr * dr + dc * dc)
-    elif method == METHOD.PRODUCT:
-        ids = g(dr) * (2 * b + 1) + g(dc)
-    elif method == METHOD.CROSS:
+        return g((dr * dr + dc * dc).double().sqrt().round())
+    if method == METHOD.QUANT:
+        return g(dr * dr + dc * dc)
+    if method == METHOD.PRODUCT:
+        return g(dr) * (2 * b + 1) + g(dc)
+    if method == METHOD.CROSS:
         raise ValueError("cross has two maps: ask for METHOD.CROSS_ROWS and METHOD.CROSS_COLS")
-    else:
-        ids = g(dr + 0 * dc) if method == METHOD.CROSS_ROWS else g(0 * dr + dc)
-    return ids.to(dtype)
+    return g(dr + 0 * dc) if method == METHOD.CROSS_ROWS else g(0 * dr + dc)
 
 
 def get_bucket_ids_2d(
@@ -358,8 +297,7 @@ def get_bucket_ids_2d(
         skip: number of tokens in front of the map.
         alpha, beta, gamma: as in `piecewise_index`.
 
-    Returns:
-        ids (L, L) with L = skip + height*width, and the number of buckets with the skip bucket counted.
+    Returns ids (L, L) with L = skip + height*width, and the number of buckets with the skip bucket counted.
     """
     skip = _as_int(skip, "skip", 0)
     offsets = get_offset_ids_2d(method, height, width, alpha, beta, gamma, dtype, device)
@@ -372,6 +310,39 @@ def get_bucket_ids_2d(
         ids = F.pad(ids, (skip, 0, skip, 0), value=num_buckets)
         num_buckets += 1
     return ids, num_buckets
+
+
+def get_bucket_ids(
+    method: str | METHOD, positions: Tensor, key_positions: Tensor, skip: int, alpha: float, beta: float, gamma: float
+) -> tuple[Tensor, int]:
+    """ids[..., i, j] = bucket of the offset positions[..., i, :] - key_positions[..., j, :], for tokens of any places.
+
+    >>> places = torch.tensor([[-1, -1], [0, 0], [0, 5], [2, 1]])  # a class token and three tokens that were kept
+    >>> get_bucket_ids("product", places, places, skip=1, alpha=1.9, beta=3.8, gamma=15.2)[0]
+    tensor([[49, 49, 49, 49],
+            [49, 24, 21,  9],
+            [49, 27, 24, 13],
+            [49, 39, 35, 24]])
+
+    Args:
+        method: any but cross, as in `get_bucket_ids_2d`.
+        positions, key_positions: (..., Lq, 2) and (..., Lk, 2): row and column in tokens, whole numbers or not. A row
+            below 0 marks a token without a place (class token, padding): its pairs have the last bucket.
+        skip: above 0 where there are such tokens; how many does not matter here.
+
+    Returns ids (..., Lq, Lk) and the number of buckets, on a full grid those of `get_bucket_ids_2d`.
+    """
+    for one in (positions, key_positions):
+        if one.dim() < 2 or one.shape[-1] != 2:
+            raise ValueError(f"positions have shape {tuple(one.shape)}; expected (..., L, 2): row and column")
+    dr, dc = (positions.double().unsqueeze(-2) - key_positions.double().unsqueeze(-3)).unbind(-1)  # (..., Lq, Lk)
+    ids = _buckets(_as_method(method), dr, dc, alpha, beta, gamma)
+    num_buckets = get_num_buckets(method, alpha, beta, gamma)
+    placed = (positions[..., 0] >= 0).unsqueeze(-1) & (key_positions[..., 0] >= 0).unsqueeze(-2)
+    # in a compiled graph the id of a bucket that is not there is outside the table, which every operator refuses
+    if not skip and not torch.compiler.is_compiling() and not placed.all():
+        raise ValueError("a row of positions is negative: tokens without a place need skip > 0 in the configuration")
+    return ids.where(placed, num_buckets), num_buckets + (skip > 0)
 
 
 _IDS_MAX_BYTES = 256 * 2**20  # more than that is dropped
@@ -406,9 +377,9 @@ _cached_bucket_ids._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _build_bucket_ids(mapping: str, height: int, width: int, device: torch.device) -> Tensor:
-    method, skip, alpha, beta, gamma = mapping.split()
-    piecewise = float(alpha), float(beta), float(gamma)
-    return get_bucket_ids_2d(method, height, width, int(skip), *piecewise, device=device)[0]
+    method, *numbers = mapping.split()
+    skip, alpha, beta, gamma = map(float, numbers)
+    return get_bucket_ids_2d(method, height, width, int(skip), alpha, beta, gamma, device=device)[0]
 
 
 def _bucket_ids(mapping: str, height: int, width: int, x: Tensor) -> Tensor:
@@ -423,7 +394,7 @@ def _bucket_ids(mapping: str, height: int, width: int, x: Tensor) -> Tensor:
     return (_build_bucket_ids if in_graph else _cached_bucket_ids)(mapping, height, width, x.device)
 
 
-def _grid(tokens: int, skip: int, height: int | None, width: int | None) -> tuple[int, int]:
+def _grid(tokens: int, skip: int, height: Size, width: Size) -> tuple[int, int]:
     """(height, width) of the map behind `tokens` tokens, checked; a square where they are not given."""
     if (height is None) != (width is None):
         raise ValueError(f"height={height}, width={width}: give both or neither")
@@ -444,15 +415,15 @@ def _grid(tokens: int, skip: int, height: int | None, width: int | None) -> tupl
 
 
 def _rpe_index(input: Tensor, index: Tensor) -> Tensor:
-    """Y[b, h, i, j] = input[b, h, i, index[i, j]]: (B, H, Lq, N), (Lq, Lk) -> (B, H, Lq, Lk)."""
-    if _operators is not None and not torch.compiler.is_exporting():
+    """Y[b, h, i, j] = input[b, h, i, index[i, j]]: (B, H, Lq, N), (Lq, Lk) or (B, 1, Lq, Lk) -> (B, H, Lq, Lk)."""
+    if _operators is not None and index.dim() == 2 and not torch.compiler.is_exporting():
         return _operators.rpe_index(input, index)
-    return input.gather(-1, index.expand(*input.shape[:2], *index.shape))
+    return input.gather(-1, index.expand(*input.shape[:2], *index.shape[-2:]))
 
 
 def _rpe_bucket_sum(input: Tensor, index: Tensor, num_buckets: int) -> Tensor:
     """S[b, h, i, n] = sum of input[b, h, i, j] over j with index[i, j] = n: (B, H, Lq, Lk) -> (B, H, Lq, N)."""
-    if _operators is not None and not torch.compiler.is_exporting():
+    if _operators is not None and index.dim() == 2 and not torch.compiler.is_exporting():
         return _operators.rpe_bucket_sum(input, index, num_buckets)
     zeros = input.new_zeros(*input.shape[:3], num_buckets)
     return zeros.scatter_add(-1, index.expand(input.shape), input)
@@ -531,46 +502,64 @@ class iRPE(nn.Module):
                 self.initializer(self.table)
 
     def tables(
-        self, x: Tensor, height: int | None = None, width: int | None = None, scale: float | None = None
+        self, x: Tensor, height: Size = None, width: Size = None, scale: float | None = None, positions: Places = None
     ) -> list[tuple[Tensor, Tensor]]:
         """Pairs (table, ids) that x is encoded with: one here, two for cross. This is what a fused kernel needs.
 
-        table is scale * x @ W, (B, H, L, N), in bias mode (1, H', L, N), on values W, (H', N, D); ids are (L, L).
+        table is scale * x @ W, (B, H, L, N), in bias mode (1, H', L, N), on values W, (H', N, D); ids are (L, L), or
+        (B, 1, L, L) where positions differ between samples.
         """
-        self._check(x)
+        self._check(x, positions)
         tokens = x.shape[2]
-        ids = _bucket_ids(self._mapping, *_grid(tokens, self.rpe_config.skip, height, width), x)
+        if positions is not None and (height, width) != (None, None):
+            raise ValueError(f"height={height}, width={width} and positions: give one or the other")
+        if positions is None:
+            ids = _bucket_ids(self._mapping, *_grid(tokens, self.rpe_config.skip, height, width), x)
+        else:
+            ids = self._ids_at(x, positions)
         if not self.transposed:
             return [(self.table, ids)]
         if self.mode == "bias":
             return [(self.table[None, :, None, :].expand(1, -1, tokens, -1), ids)]
         return [(x @ (self.table if scale is None else self.table * scale), ids)]  # W is smaller than x
 
-    def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
+    def _ids_at(self, x: Tensor, positions: Any) -> Tensor:
+        own, others = positions if isinstance(positions, tuple) else (positions, positions)
+        for one, tokens in ((own, x.shape[2]), (others, others.shape[-2] if self.transposed else x.shape[3])):
+            if one.shape not in ((tokens, 2), (x.shape[0], tokens, 2)):
+                raise ValueError(f"positions have shape {tuple(one.shape)}; expected ({tokens}, 2) or (B, {tokens}, 2)")
+        c = self.rpe_config
+        ids, _ = get_bucket_ids(c.method, own, others, c.skip, c.alpha, c.beta, c.gamma)
+        return ids.unsqueeze(1) if ids.dim() == 3 else ids
+
+    def forward(self, x: Tensor, height: Size = None, width: Size = None, *, positions: Places = None) -> Tensor:
         """Encoding of x; what x is and what comes out depends on where the encoding is.
 
         Args:
             x: on keys the scaled queries and on queries the scaled keys, (B, H, L, D); on values the attention
                 weights (B, H, L, L). Floating point, on the table's device, and of its dtype outside autocast.
             height, width: of the map in tokens; without them L - skip has to be a square.
+            positions: instead of both, where the tokens are, as `get_bucket_ids` takes it: (L, 2), or (B, L, 2) where
+                samples differ. A pair of such tensors is (of the tokens of x, of the others): queries and keys may
+                be others, and of other numbers.
 
         Returns:
             (B, H, L, L) to be added to the attention (for the one on queries transposed first), (1, H', L, L) in bias
             mode; on values (B, H, L, D) to be added to the output.
         """
-        ((table, ids),) = self.tables(x, height, width)
+        ((table, ids),) = self.tables(x, height, width, positions=positions)
         if self.transposed:
             return _rpe_index(table, ids)
         return _rpe_bucket_sum(x, ids, self.num_buckets) @ table
 
-    def _check(self, x: Tensor) -> None:
+    def _check(self, x: Tensor, positions: Places) -> None:
         where, expected = ("q or k", "(B, H, L, D)") if self.transposed else ("v", "(B, H, L, L)")
         if not isinstance(x, Tensor) or not x.is_floating_point():
             got = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"the input is {got}; expected a real floating-point tensor {expected}")
         if x.dim() != 4:
             raise ValueError(f"the input has shape {tuple(x.shape)}; an encoding on {where} expects {expected}")
-        last = self.head_dim if self.transposed else x.shape[2]
+        last = self.head_dim if self.transposed else x.shape[2 if positions is None else 3]
         if x.shape[3] != last:
             raise ValueError(f"the input has shape {tuple(x.shape)}; expected {expected} with last size {last}")
         if self.num_heads not in (1, x.shape[1]):
@@ -612,9 +601,9 @@ class iRPE_Cross(nn.Module):
         """The pairs (table, ids) of rows and of columns, see `iRPE.tables`."""
         return self.rp_rows.tables(x, *size, **options) + self.rp_cols.tables(x, *size, **options)
 
-    def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, height: Size = None, width: Size = None, *, positions: Places = None) -> Tensor:
         """rp_rows(x) + rp_cols(x), see `iRPE.forward`."""
-        return self.rp_rows(x, height, width) + self.rp_cols(x, height, width)
+        return self.rp_rows(x, height, width, positions=positions) + self.rp_cols(x, height, width, positions=positions)
 
 
 RPEModule = iRPE | iRPE_Cross
@@ -635,8 +624,7 @@ def build_rpe(
 
     Args:
         config: from `get_rpe_config`; None gives (None, None, None).
-        head_dim, num_heads: D and H of the attention, at least 1.
-        device, dtype: of the tables.
+        head_dim, num_heads: D and H of the attention, at least 1; device, dtype: of the tables.
     """
     head_dim, num_heads = _as_int(head_dim, "head_dim", 1), _as_int(num_heads, "num_heads", 1)
     if config is None:
@@ -664,8 +652,9 @@ def rpe_attention(
     rpe_k: RPEModule | None = None,
     rpe_v: RPEModule | None = None,
     *,
-    height: int | None = None,
-    width: int | None = None,
+    height: Size = None,
+    width: Size = None,
+    positions: Places = None,
     scale: float | None = None,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -679,9 +668,11 @@ def rpe_attention(
     torch.Size([2, 6, 127, 64])
 
     Args:
-        q, k, v: (B, H, Lq, D), (B, H, Lk, D), (B, H, Lk, D), any strides, q not scaled yet. With an encoding Lq = Lk.
+        q, k, v: (B, H, Lq, D), (B, H, Lk, D), (B, H, Lk, D), any strides, q not scaled. Lq = Lk without positions.
         rpe_q, rpe_k, rpe_v: what `build_rpe` returned, modules or None.
         height, width: of the map in tokens; without them L - skip has to be a square.
+        positions: instead of both, where the tokens are, (L, 2) or (B, L, 2), or a pair of such tensors for queries
+            and keys, see `get_bucket_ids`. Where samples differ nothing is fused: the kernels read one map for all.
         scale: of the dot products, D ** -0.5 by default.
         attn_mask: broadcasts to (B, H, Lq, Lk). Boolean: True takes part. Floating: added to the scores. A row without
             any key gets zero weights, so its output is 0 (as `F.scaled_dot_product_attention` has it), never NaN.
@@ -696,23 +687,32 @@ def rpe_attention(
     for name, rpe, transposed in (("rpe_q", rpe_q, True), ("rpe_k", rpe_k, True), ("rpe_v", rpe_v, False)):
         if rpe is not None and rpe.transposed is not transposed:
             raise ValueError(f"{name} is an encoding for {'keys or queries' if rpe.transposed else 'values'}: {rpe}")
-    if (rpe_q is not None or rpe_k is not None or rpe_v is not None) and q.shape[2] != k.shape[2]:
-        raise ValueError(f"{q.shape[2]} queries and {k.shape[2]} keys; an encoding expects the same tokens for both")
+    encoded = rpe_q is not None or rpe_k is not None or rpe_v is not None
+    if encoded and positions is None and q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"{q.shape[2]} queries and {k.shape[2]} keys; an encoding expects the same tokens, or positions="
+        )
     if attn_mask is not None and attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
         raise TypeError(f"attn_mask is {attn_mask.dtype}; expected bool (True takes part) or floating point (added)")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    at_q, at_k = positions if isinstance(positions, tuple) else (positions, positions)
+    of_q: dict[str, Any] = dict(height=height, width=width, positions=None if at_q is None else (at_q, at_k))
+    of_k = of_q | dict(positions=None if at_q is None else (at_k, at_q))
+    one_map = not encoded or at_q is None or at_k is None or at_q.dim() == at_k.dim() == 2
     in_rpe_ops = backend in ("cpu", "reference")
+    if in_rpe_ops and not one_map:
+        raise ValueError(f'backend="{backend}" takes one map for all samples; use "eager" for positions (B, L, 2)')
     if in_rpe_ops and _attention is None:
         raise ValueError(f'backend="{backend}" needs rpe_ops, which is absent ({RPE_OPS_MISSING})')
     records = torch.compiler.is_exporting() or torch.jit.is_tracing()  # what others run without rpe_ops
-    if _attention is not None and backend in (None, "eager") and not records:
+    if _attention is not None and backend in (None, "eager") and one_map and not records:
         # dropped weights depend on the seed alone where rpe_ops draws them
         in_rpe_ops = dropout_p > 0 or (backend is None and _attention.why_not("cpu", q, attn_mask) is None)
     if in_rpe_ops:
-        on_q = [] if rpe_q is None else rpe_q.tables(k, height, width, scale)
-        on_k = [] if rpe_k is None else rpe_k.tables(q, height, width, scale)
+        on_q = [] if rpe_q is None else rpe_q.tables(k, scale=scale, **of_k)
+        on_k = [] if rpe_k is None else rpe_k.tables(q, scale=scale, **of_q)
         weights_like = q[:1, :, :, :1].expand(-1, -1, -1, k.shape[2])
-        on_v = [] if rpe_v is None else rpe_v.tables(weights_like, height, width)
+        on_v = [] if rpe_v is None else rpe_v.tables(weights_like, **of_q)
         sizes = [(ids, table.shape[-2]) for table, ids in on_v]
         rest = dict(scale=scale, attn_mask=attn_mask, dropout_p=dropout_p, backend=backend)
         out, sums = _attention.rpe_attention(q, k, v, on_q, on_k, sizes, **rest)
@@ -726,9 +726,9 @@ def rpe_attention(
     bias = empty = None  # what is added to the scores, (B, H, Lq, Lk); rows without a key, (B, H, Lq, 1)
     scaled_q = q * scale
     if rpe_k is not None:
-        bias = rpe_k(scaled_q, height, width)
+        bias = rpe_k(scaled_q, **of_q)
     if rpe_q is not None:
-        on_q = rpe_q(k * scale, height, width).transpose(-2, -1)
+        on_q = rpe_q(k * scale, **of_k).transpose(-2, -1)
         bias = on_q if bias is None else bias + on_q
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
@@ -747,4 +747,4 @@ def rpe_attention(
         weights = weights.masked_fill(empty, 0.0)
     weights = F.dropout(weights, dropout_p)
     out = weights @ v
-    return out if rpe_v is None else out + rpe_v(weights, height, width)
+    return out if rpe_v is None else out + rpe_v(weights, **of_q)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from . import digits
 from ._version import __version__
 from .equip import equip
-from .irpe import get_offset_ids_2d, rpe_config_from_string
+from .irpe import get_offset_ids_2d
 
 NONE, ABSOLUTE = "none", "absolute"
 RPE = ("rpe-1.9-product-ctx-1-k", "rpe-1.9-product-ctx-1-qkv")
@@ -78,7 +78,7 @@ def build_model(side: str) -> VisionTransformer:
         img_size=digits.HEIGHT, patch_size=digits.PATCH, in_chans=1, num_classes=10, class_token=False,
         global_pool="avg", pos_embed="learn" if side == ABSOLUTE else "none", dynamic_img_size=True, **MODEL,
     )  # fmt: skip
-    return model if side in (NONE, ABSOLUTE) else equip(model, rpe_config_from_string(side))
+    return model if side in (NONE, ABSOLUTE) else equip(model, side)
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:

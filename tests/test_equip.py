@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from irpe import RPEConfig, get_rpe_config, get_single_rpe_config
-from irpe.equip import equip, unequip
+from irpe.equip import equip, rpe_parameters, unequip
 
 timm = pytest.importorskip("timm")
 
@@ -207,3 +207,98 @@ def test_without_timm(run_python):
     from conftest import ROOT
 
     run_python(code, path=[ROOT], forbid=["timm"])
+
+
+def equipped_blocks(model):
+    return [n for n, block in enumerate(model.blocks) if hasattr(block.attn, "rpe_k")]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "expected"),
+    [
+        (slice(0, 2), [0, 1]),
+        (slice(None, None, 2), [0, 2]),
+        ([1], [1]),
+        ((0, -1), [0, 3]),
+        (range(3), [0, 1, 2]),
+        (lambda number, name: number > 1 and name == f"blocks.{number}.attn", [2, 3]),
+        (None, [0, 1, 2, 3]),
+    ],
+)
+def test_some_blocks(blocks, expected):
+    torch.manual_seed(0)
+    model = VisionTransformer(**{**SMALL, "depth": 4}).eval()
+    image = torch.randn(1, 3, 8, 12)
+    before, snap = model(image), snapshot(model)
+    assert equipped_blocks(equip(model, "rpe-1.9-product-ctx-1-k", blocks=blocks)) == expected
+    torch.testing.assert_close(model(image), before)
+    tables = rpe_parameters(model)["params"]
+    assert len(tables) == len(expected)
+    with torch.no_grad():
+        tables[0].normal_()
+    assert not torch.allclose(model(image), before)
+    assert snapshot(unequip(model)) == snap
+
+
+def test_different_configurations_for_different_blocks():
+    model = VisionTransformer(**{**SMALL, "depth": 3})
+    equip(model, "rpe-1.9-product-ctx-1-k", blocks=slice(0, 2))
+    refused(model, "has iRPE already; call unequip first, or name other blocks")
+    equip(model, "rpe-20-cross-bias-0-q", blocks=slice(2, None))
+    model(torch.randn(1, 3, 8, 12)).sum().backward()
+    assert model.blocks[1].attn.rpe_k.lookup_table_weight.grad is not None
+    assert model.blocks[2].attn.rpe_k is None
+    assert model.blocks[2].attn.rpe_q.rp_rows.lookup_table_bias.shape == (3, 2 * 40 + 2)
+    unequip(model)
+    assert equipped_blocks(model) == []
+
+
+@pytest.mark.parametrize(
+    ("blocks", "error", "reason"),
+    [
+        ([7], ValueError, "blocks holds 7, but the model has 2 attentions"),
+        (["blocks.0"], ValueError, "blocks holds 'blocks.0'"),
+        ([], ValueError, "names none of the 2 attentions"),
+        (slice(5, 9), ValueError, "names none of the 2 attentions"),
+        (lambda *_: False, ValueError, "names none"),
+        (3, TypeError, "blocks is 3; expected a slice, numbers, or a function"),
+        ("01", TypeError, "expected a slice"),
+    ],
+)
+def test_refused_blocks(blocks, error, reason):
+    model = VisionTransformer(**SMALL)
+    before = snapshot(model)
+    with pytest.raises(error, match=reason):
+        equip(model, "rpe-1.9-product-ctx-1-k", blocks=blocks)
+    assert snapshot(model) == before
+
+
+def test_refused_grids():
+    model = VisionTransformer(**SMALL)
+    for grid in ((0, 3), (2, 3, 4), (2.0, 3)):
+        with pytest.raises(ValueError, match="expected .height, width. in tokens"):
+            equip(model, "rpe-1.9-product-ctx-1-k", grid=grid)
+    with pytest.raises(ValueError, match="the model knows the size of its map; leave grid out"):
+        equip(model, "rpe-1.9-product-ctx-1-k", grid=(2, 3))
+
+
+def test_tables_as_a_parameter_group():
+    model = equip(VisionTransformer(**SMALL), "rpe-1.9-cross-ctx-0-qkv")
+    group = rpe_parameters(model, lr=0.5, betas=(0.8, 0.9))
+    assert len(group["params"]) == 2 * 3 * 2
+    own = set(group["params"])
+    rest = [p for p in model.parameters() if p not in own]
+    assert {name for name, p in model.named_parameters() if p in own} == {
+        name for name, _ in model.named_parameters() if "lookup_table" in name
+    }
+    optimizer = torch.optim.AdamW([group, {"params": rest}], lr=1e-3, weight_decay=0.1)
+    assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["weight_decay"]) == (0.5, 0.0)
+    assert (optimizer.param_groups[1]["lr"], optimizer.param_groups[1]["weight_decay"]) == (1e-3, 0.1)
+    assert rpe_parameters(model, weight_decay=0.3)["weight_decay"] == 0.3
+    model.requires_grad_(False)
+    for table in rpe_parameters(model)["params"]:
+        table.requires_grad_()
+    model(torch.randn(2, 3, 8, 12)).square().sum().backward()
+    assert all((p.grad is not None) == (p in own) for p in model.parameters())
+    with pytest.raises(ValueError, match="has no tables of iRPE"):
+        rpe_parameters(unequip(model))

@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import irpe
-from irpe import METHOD, RPEConfig, get_rpe_config, get_single_rpe_config, rpe_config_from_string, rpe_config_to_string
+from irpe import (
+    METHOD,
+    RPEConfig,
+    get_rpe_config,
+    get_single_rpe_config,
+    rpe_config_from_dict,
+    rpe_config_from_string,
+    rpe_config_to_dict,
+    rpe_config_to_string,
+)
 
 METHODS = ["euc", "quant", "product", "cross"]
 
@@ -65,8 +74,8 @@ configs = st.builds(
 
 @given(configs)
 def test_dict_and_string_forms_go_both_ways(config):
-    as_json = json.loads(json.dumps(config.to_dict()))
-    assert RPEConfig.from_dict(as_json) == config
+    as_json = json.loads(json.dumps(rpe_config_to_dict(config)))
+    assert rpe_config_from_dict(as_json) == config
     single = config.rpe_q or config.rpe_k or config.rpe_v
     assert rpe_config_from_string(rpe_config_to_string(config), skip=single.skip) == config
 
@@ -78,7 +87,7 @@ def test_string_form_is_the_documented_one():
 
 def test_bias_configurations_survive_the_dict():
     config = RPEConfig(rpe_q=get_single_rpe_config(20, "cross", "bias", False), rpe_v=get_single_rpe_config(skip=3))
-    assert RPEConfig.from_dict(config.to_dict()) == config
+    assert rpe_config_from_dict(rpe_config_to_dict(config)) == config
 
 
 def test_what_has_no_string_form_says_so():

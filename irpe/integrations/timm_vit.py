@@ -6,7 +6,6 @@ a block later (gradient checkpointing of any kind, in any thread, compiled or no
 """
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -69,8 +68,8 @@ class BlockOnMap:
         return self.block(x, attn_mask=OnMap(self.height, self.width, attn_mask), is_causal=is_causal)
 
 
-class BlocksOnMap(tuple[BlockOnMap, ...]):
-    """The blocks of a model bound to a map: a tuple that can be called as `model.blocks` can."""
+class BlocksOnMap(tuple[Any, ...]):
+    """The blocks of a model, those with iRPE bound to a map: a tuple that can be called as `model.blocks` can."""
 
     def __call__(self, x: Tensor) -> Tensor:
         for block in self:
@@ -85,7 +84,9 @@ def blocks_on_map(vit: VisionTransformer, height: int, width: int) -> BlocksOnMa
     >>> for block in blocks_on_map(model, *model.patch_embed.dynamic_feat_size(image.shape[-2:])):
     ...     tokens = block(tokens)
     """
-    return BlocksOnMap(BlockOnMap(block, height, width) for block in vit.blocks)
+    return BlocksOnMap(
+        BlockOnMap(block, height, width) if type(block.attn) is RPEAttention else block for block in vit.blocks
+    )
 
 
 class _View:
@@ -132,12 +133,22 @@ def find(model: nn.Module) -> list[VisionTransformer]:
     return [one for one in model.modules() if isinstance(one, VisionTransformer)]
 
 
-def why_not(vit: VisionTransformer, config: RPEConfig) -> str | None:
-    """The reason that these encodings cannot be added to this model, or None."""
-    if is_equipped(vit):
-        return "it has iRPE already; call unequip first"
-    if type(vit) not in _EQUIPPED:
+def attentions(vit: VisionTransformer) -> list[nn.Module]:
+    """The attention of every block that has one."""
+    found = [getattr(block, "attn", None) for block in vit.blocks]
+    return [attn for attn in found if isinstance(attn, nn.Module)]
+
+
+def why_not(
+    vit: VisionTransformer, config: RPEConfig, attentions: list[nn.Module], grid: tuple[int, int] | None
+) -> str | None:
+    """The reason that these encodings cannot be added to these attentions of a model, or None."""
+    if is_equipped(vit) and any(type(attn) is RPEAttention for attn in attentions):
+        return "it has iRPE already; call unequip first, or name other blocks"
+    if type(vit) not in _EQUIPPED and not is_equipped(vit):
         return f"{type(vit).__name__} changes the forward of VisionTransformer"
+    if grid is not None:
+        return f"grid={grid}, but the model knows the size of its map; leave grid out"
     if isinstance(vit.patch_drop, PatchDropout):
         return "patch dropout removes tokens, so the rest is no full map; build the model with patch_drop_rate=0"
     if not hasattr(vit.patch_embed, "dynamic_feat_size"):
@@ -145,7 +156,7 @@ def why_not(vit: VisionTransformer, config: RPEConfig) -> str | None:
     for name, block in vit.blocks.named_children():
         if type(block) not in (Block, ResPostBlock):
             return f"blocks.{name} is a {type(block).__name__}; expected Block or ResPostBlock"
-        if type(block.attn) is not Attention:
+        if type(block.attn) is not Attention and not (is_equipped(vit) and type(block.attn) is RPEAttention):
             return f"blocks.{name}.attn is a {type(block.attn).__name__}; expected timm.layers.Attention"
     for name, module in vit.named_modules():
         if "forward" in vars(module) and isinstance(module, (VisionTransformer, Block, ResPostBlock, Attention)):
@@ -157,16 +168,18 @@ def why_not(vit: VisionTransformer, config: RPEConfig) -> str | None:
     return None
 
 
-def equip(vit: VisionTransformer, config: RPEConfig) -> None:
-    """Adds rpe_q, rpe_k and rpe_v to every attention of a model for which `why_not` has no reason."""
+def equip(vit: VisionTransformer, config: RPEConfig, attentions: list[nn.Module], grid: tuple[int, int] | None) -> None:
+    """Adds rpe_q, rpe_k and rpe_v to attentions of a model, which `why_not` has no reason against."""
     skip = vit.num_prefix_tokens
     config = RPEConfig(**{n: one and dataclasses.replace(one, skip=skip) for n, one in vars(config).items()})
-    for attn in _attentions(vit):
-        weight = attn.qkv.weight
-        rpe = build_rpe(config, attn.head_dim, attn.num_heads, device=weight.device, dtype=weight.dtype)
-        attn.__class__ = RPEAttention
-        attn.rpe_q, attn.rpe_k, attn.rpe_v = (one and one.train(attn.training) for one in rpe)
-    vit.__class__ = _EQUIPPED[type(vit)]
+    for attn in attentions:
+        one: Any = attn
+        weight = one.qkv.weight
+        rpe = build_rpe(config, one.head_dim, one.num_heads, device=weight.device, dtype=weight.dtype)
+        one.__class__ = RPEAttention
+        one.rpe_q, one.rpe_k, one.rpe_v = (rp and rp.train(one.training) for rp in rpe)
+    if not is_equipped(vit):
+        vit.__class__ = _EQUIPPED[type(vit)]
 
 
 def is_equipped(vit: VisionTransformer) -> bool:
@@ -176,11 +189,9 @@ def is_equipped(vit: VisionTransformer) -> bool:
 
 def unequip(vit: VisionTransformer) -> None:
     """Takes out what `equip` has added: classes and tables."""
-    for attn in _attentions(vit):
-        attn.__class__ = Attention
-        del attn.rpe_q, attn.rpe_k, attn.rpe_v
+    for attn in attentions(vit):
+        if type(attn) is RPEAttention:
+            one: Any = attn
+            one.__class__ = Attention
+            del one.rpe_q, one.rpe_k, one.rpe_v
     vit.__class__ = _ORIGINAL[type(vit)]
-
-
-def _attentions(vit: VisionTransformer) -> Iterator[Any]:
-    return (block.attn for block in vit.blocks)

@@ -1,0 +1,58 @@
+"""Configurations as strings, `rpe-1.9-product-ctx-1-k`, and as plain values that JSON can hold."""
+
+import dataclasses
+import re
+from typing import Any
+
+from .irpe import _METHOD_NAMES, RPEConfig, SingleRPEConfig, get_rpe_config
+
+
+def rpe_config_from_string(text: str, *, skip: int = 0) -> RPEConfig:
+    """`"rpe-{ratio}-{method}-{mode}-{shared_head 0 or 1}-{rpe_on}"` as a configuration; `skip` comes beside it.
+
+    >>> rpe_config_from_string("rpe-2.0-product-ctx-1-k", skip=1) == get_rpe_config(2.0, "product", "ctx", True, 1, "k")
+    True
+
+    A text of another form, or with a value that `get_rpe_config` refuses, is a ValueError.
+    """
+    match = re.fullmatch(r"rpe-([^-]+)-([^-]+)-([^-]+)-([01])-([^-]+)", text)
+    try:
+        if match is None:
+            raise ValueError("it has another form")
+        ratio, method, mode, shared_head, rpe_on = match.groups()
+        return get_rpe_config(float(ratio), method, mode, shared_head == "1", skip, rpe_on)
+    except ValueError as error:
+        raise ValueError(
+            f"{text!r}: {error}; expected rpe-RATIO-METHOD-MODE-SHARED-ON such as 'rpe-2.0-product-ctx-1-k'"
+        ) from None
+
+
+def rpe_config_to_string(config: RPEConfig) -> str:
+    """The string form of a configuration, without its `skip`: the inverse of `rpe_config_from_string`.
+
+    >>> rpe_config_to_string(get_rpe_config(2.0, rpe_on="qk"))
+    'rpe-2.0-product-ctx-1-qk'
+
+    Configurations that differ between q, k and v have none (ValueError), nor has alpha : beta : gamma but 1 : 2 : 8.
+    """
+    singles = {name[-1]: one for name, one in vars(config).items() if one is not None}
+    one = next(iter(singles.values()), None)
+    if one is None or any(other != one for other in singles.values()):
+        raise ValueError(f"{config} has no string form: q, k and v have different configurations, or none")
+    if (one.beta, one.gamma) != (2 * one.alpha, 8 * one.alpha):
+        raise ValueError(f"{config} has no string form: alpha : beta : gamma is not 1 : 2 : 8")
+    mode = one.mode.replace("contextual", "ctx")
+    return f"rpe-{one.alpha}-{_METHOD_NAMES[one.method]}-{mode}-{int(one.shared_head)}-{''.join(singles)}"
+
+
+def rpe_config_to_dict(config: RPEConfig) -> dict[str, Any]:
+    """The three encodings as nested plain values; `rpe_config_from_dict` gives an equal configuration back."""
+    return {
+        name: None if one is None else dataclasses.asdict(one) | {"method": _METHOD_NAMES[one.method]}
+        for name, one in vars(config).items()
+    }
+
+
+def rpe_config_from_dict(fields: dict[str, Any]) -> RPEConfig:
+    """The configuration that `rpe_config_to_dict` wrote."""
+    return RPEConfig(**{name: None if one is None else SingleRPEConfig(**one) for name, one in fields.items()})
