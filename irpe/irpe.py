@@ -676,8 +676,8 @@ def rpe_attention(
         dropout_p: probability that an attention weight is dropped; pass 0.0 in evaluation.
         backend: "cpu" is the fused C++ of `rpe_ops`, "eager" the formula in plain torch; "sdpa" hands the sum of
             encodings and mask to `F.scaled_dot_product_attention` (nothing on values); "reference" is the law. A name
-            is honoured or refused. None takes "cpu" where it runs, "sdpa" where nothing is trained and there is no
-            rpe_v, else "eager".
+            is honoured or refused. None takes "cpu" where it runs (see `rpe_ops.rpe_attention.choose`), "sdpa" where
+            nothing is trained and there is no rpe_v, else "eager".
 
     Returns (B, H, Lq, D).
     """
@@ -704,7 +704,7 @@ def rpe_attention(
     records = torch.compiler.is_exporting() or torch.jit.is_tracing()  # what others run without rpe_ops
     if _attention is not None and backend in (None, "eager") and one_map and not records:
         # dropped weights depend on the seed alone where rpe_ops draws them
-        in_rpe_ops = dropout_p > 0 or (backend is None and _attention.why_not("cpu", q, attn_mask) is None)
+        in_rpe_ops = dropout_p > 0 or (backend is None and _attention.choose(q, k, attn_mask) != "eager")
     if in_rpe_ops:
         on_q = [] if rpe_q is None else rpe_q.tables(k, **of_k)
         on_k = [] if rpe_k is None else rpe_k.tables(q, **of_q)

@@ -50,12 +50,12 @@ def rpe_attention(
         seed: int64 tensor of one element, what the dropped weights depend on; drawn from torch's generator when absent.
             One seed drops the same weights on every backend.
         backend: "cpu" is C++ that never holds an (Lq, Lk) tensor, "eager" the formula in plain torch, "reference" the
-            law. A name is honoured or refused. None takes "cpu" where it runs and "eager" elsewhere, also for second
-            derivatives and the gradient of attn_mask, which "cpu" does not have.
+            law. A name is honoured or refused. None takes what `choose` says, and "eager" for second derivatives.
 
     Returns:
         out (B, H, Lq, D) and a list: for each pair of on_v with N the bucket sums S of p, (B, H, Lq, N), so that the
-        caller can add S @ W; with W out has that already, and the list is empty. Under autocast q, k, v are cast as `F.scaled_dot_product_attention` does.
+        caller can add S @ W; with W out has that already, and the list is empty. Under
+        autocast q, k, v are cast as `F.scaled_dot_product_attention` does.
 
     Source: iRPE, arXiv 2107.14222, Eq. 12 to 14; recomputed tiles as in arXiv 2205.14135.
     """
@@ -65,8 +65,8 @@ def rpe_attention(
     _check(q, k, v, attn_mask, dropout_p)
     B, H, Lq, D = q.shape
     Lk = k.shape[2]
-    on_q = [(_table(table, ids, "on_q", (B, H, Lk, Lq), D), ids) for table, ids in on_q]
-    on_k = [(_table(table, ids, "on_k", (B, H, Lq, Lk), D), ids) for table, ids in on_k]
+    on_q = [(_table(table, ids, "on_q", (B, H, Lk, Lq, D)), ids) for table, ids in on_q]
+    on_k = [(_table(table, ids, "on_k", (B, H, Lq, Lk, D)), ids) for table, ids in on_k]
     on_v = _on_values(on_v, (H, Lq, Lk, D), q.device)
     if dropout_p > 0 and seed is None:
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
@@ -77,10 +77,9 @@ def rpe_attention(
         return _with_tables(reference.rpe_attention, q, k, v, on_q, on_k, on_v, **settings)
     if backend not in (None, "eager", "cpu"):
         raise ValueError(f'unknown backend {backend!r}; expected None, "cpu", "eager" or "reference"')
-    reason = why_not("cpu", q, attn_mask)
-    if backend == "cpu" and reason is not None:
+    if backend == "cpu" and (reason := why_not("cpu", q, attn_mask)) is not None:
         raise ValueError(f'backend="cpu" {reason}')
-    if backend == "eager" or reason is not None:
+    if (choose(q, k, attn_mask) if backend is None else backend) == "eager":
         return _formula(q, k, v, on_q, on_k, on_v, **settings)
     settings["formula"] = _formula if backend is None else None
     if torch._C._are_functorch_transforms_active():  # vmap folds into B, which W has not
@@ -114,6 +113,17 @@ def _with_tables(
     for bucket_sums, W in zip(sums, weights, strict=False):
         out = out + bucket_sums @ W
     return out, [] if weights else sums
+
+
+def choose(q: Tensor, k: Tensor, attn_mask: Tensor | None = None) -> str:
+    """The backend that None means for such a call: "cpu" where it runs, elsewhere "eager".
+
+    "cpu" computes in float32, so where short sequences are trained in bfloat16 the formula is faster, and takes little.
+    """
+    short = q.dtype == torch.bfloat16 and k.shape[2] < 512
+    if short and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        return "eager"
+    return "eager" if why_not("cpu", q, attn_mask) else "cpu"
 
 
 def why_not(backend: str, q: Tensor, attn_mask: Tensor | None = None) -> str | None:
@@ -154,9 +164,9 @@ def _check_ids(ids: Tensor, name: str, shape: tuple[int, int], device: torch.dev
         raise ValueError(f"{name}: q is on {device}, ids on {ids.device}: move one of them")
 
 
-def _table(table: Tensor, ids: Tensor, name: str, sizes: tuple[int, int, int, int], D: int) -> Tensor:
+def _table(table: Tensor, ids: Tensor, name: str, sizes: tuple[int, ...]) -> Tensor:
     """A side table expanded to (B, H, L, N), or W to (H, D, N), checked together with its ids (L, L')."""
-    B, H, rows, columns = sizes
+    B, H, rows, columns, D = sizes
     shape = table.shape
     if table.dim() == 3 and shape[0] in (1, H) and shape[1] == D:
         table = table.expand(H, -1, -1)
@@ -170,7 +180,7 @@ def _table(table: Tensor, ids: Tensor, name: str, sizes: tuple[int, int, int, in
     return table
 
 
-def _on_values(on_v: OnValues, sizes: tuple[int, int, int, int], device: torch.device) -> list[Any]:
+def _on_values(on_v: OnValues, sizes: tuple[int, ...], device: torch.device) -> list[Any]:
     """The pairs, checked, each W expanded to (H, N, D)."""
     H, Lq, Lk, D = sizes
     pairs: list[Any] = []

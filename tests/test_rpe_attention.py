@@ -13,7 +13,7 @@ import rpe_ops.rpe_attention_cpu as cpu
 from irpe import build_rpe, get_bucket_ids_2d, get_rpe_config
 from irpe import rpe_attention as irpe_attention
 from rpe_ops import _native, reference
-from rpe_ops.rpe_attention import rpe_attention, why_not
+from rpe_ops.rpe_attention import choose, rpe_attention, why_not
 
 needs_build = pytest.mark.skipif("cpu" not in _native.LOADED, reason=_native.MISSING.get("cpu", ""))
 BACKENDS = [pytest.param("cpu", marks=needs_build), "eager", "reference"]
@@ -496,3 +496,34 @@ def test_bad_input_gets_a_sentence(change, error, match):
     call = dict(zip("qkv", torch.randn(3, 2, 2, 9, 8), strict=True)) | change
     with pytest.raises(error, match=match):
         rpe_attention(**call)
+
+
+@needs_build
+def test_short_sequences_are_trained_in_bfloat16_by_the_formula():
+    for dtype, tokens, train, expected in (
+        (torch.bfloat16, 40, True, "eager"),
+        (torch.bfloat16, 40, False, "cpu"),
+        (torch.bfloat16, 600, True, "cpu"),
+        (torch.float32, 40, True, "cpu"),
+    ):
+        q, k, v = (torch.randn(1, 1, tokens, 8, dtype=dtype, requires_grad=train) for _ in range(3))
+        assert choose(q, k) == expected
+        with torch.no_grad():
+            assert choose(q, k) == "cpu"
+        none, named = (rpe_attention(q, k, v, backend=backend)[0] for backend in (None, expected))
+        assert torch.equal(none, named)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tables_that_do_not_fit_are_refused(backend):
+    q, k, v, on_q, on_k, on_v = problem((2, 3, 5, 7, 8), 4, (1, 1, 1), torch.float32, weights=True)
+    good = dict(on_q=on_q, on_k=on_k, on_v=on_v)
+    for name, bad, reason in (
+        ("on_k", [(torch.randn(2, 8, 4), on_k[0][1])], r"on_k: the table has shape \(2, 8, 4\); expected \(2 or 1, 3 or"),
+        ("on_q", [(torch.randn(3, 4, 8), on_q[0][1])], r"or W of shape \(3 or 1, 8, N\)"),
+        ("on_v", [(on_v[0][0], torch.randn(3, 8, 4))], r"on_v: W has shape \(3, 8, 4\); expected \(3 or 1, N, 8\)"),
+        ("on_v", [on_v[0], (on_v[0][0], 4)], "some pairs have W and others N"),
+        ("on_v", [(on_v[0][0], torch.ones(3, 4, 8, dtype=torch.int64))], "on_v: the table is torch.int64"),
+    ):  # fmt: skip
+        with pytest.raises((ValueError, TypeError), match=reason):
+            rpe_attention(q, k, v, **{**good, name: bad}, backend=backend)
