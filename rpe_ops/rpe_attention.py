@@ -81,7 +81,7 @@ def rpe_attention(
         raise ValueError(f'backend="cpu" {reason}')
     if (choose(q, k, attn_mask) if backend is None else backend) == "eager":
         return _formula(q, k, v, on_q, on_k, on_v, **settings)
-    settings["formula"] = _formula if backend is None else None
+    settings["second"] = backend is None
     if torch._C._are_functorch_transforms_active():  # vmap folds into B, which W has not
         return _with_tables(rpe_attention_cpu.attention, q, k, v, on_q, on_k, on_v, **settings)
     return rpe_attention_cpu.attention(q, k, v, on_q, on_k, on_v, **settings)
@@ -91,6 +91,9 @@ def _formula(
     q: Tensor, k: Tensor, v: Tensor, on_q: Pairs, on_k: Pairs, on_v: OnValues, **settings: Any
 ) -> tuple[Tensor, list[Tensor]]:
     return _with_tables(rpe_attention_eager.attention, q, k, v, on_q, on_k, on_v, **settings)
+
+
+rpe_attention_cpu.FORMULA[:] = [_formula]
 
 
 def _with_tables(

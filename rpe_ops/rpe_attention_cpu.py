@@ -3,7 +3,7 @@
 import itertools
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from . import _native
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
+FORMULA: list[Callable[..., Any]] = []  # called as `attention`: who knows the formula puts it here
 OnValues = Sequence[tuple[Tensor, int]] | Sequence[tuple[Tensor, Tensor]]
 
 
@@ -31,8 +32,8 @@ def why_not(q: Tensor, attn_mask: Tensor | None = None) -> str | None:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, on_q: Pairs, on_k: Pairs, on_v: OnValues, **settings: Any
 ) -> tuple[Tensor, list[Tensor]]:
-    """(out, sums) of checked arguments. Settings are scale, attn_mask, dropout_p, seed, and the formula for second
-    derivatives: a function that is called as this one, or None, which refuses them.
+    """(out, sums) of checked arguments. Settings are scale, attn_mask, dropout_p, seed, and whether second derivatives,
+    which `FORMULA` has, are wanted or refused.
 
     Tables are side tables (B, H, L, N), or W, (H, D, N), on values (H, N, D): either all of on_v have W, or none has.
     """
@@ -44,8 +45,12 @@ def attention(
     tables = [table for table, _ in (*on_q, *on_k)] + [W for _, W in on_v if isinstance(W, Tensor)]
     for ids, last in on_v:
         plans += _plan(ids, last.shape[1] if isinstance(last, Tensor) else last, False)
-    numbers = (settings["scale"], settings["dropout_p"], len(on_q), len(on_k), len(tables), settings["formula"])
-    out, _, *sums = RPEAttentionFunction.apply(q, k, v, mask, seed, numbers, *tables, *plans)
+    numbers = (settings["scale"], settings["dropout_p"], len(on_q), len(on_k), len(tables), settings["second"])
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *tables))
+    # where nothing is trained torch.compile calls forward with one argument too many
+    bare = torch.compiler.is_compiling() and not trains
+    call = RPEAttentionFunction.forward if bare else RPEAttentionFunction.apply
+    out, _, *sums = call(q, k, v, mask, seed, numbers, *tables, *plans)
     return out, sums
 
 
@@ -56,7 +61,9 @@ _plans_lock = threading.Lock()
 
 def _plan(ids: Tensor, num_buckets: int, blocks: bool) -> tuple[Tensor, Tensor, Tensor]:
     """What the kernels read instead of ids: small ids of the columns that occur, and which these are. Kept with ids."""
-    if torch.compiler.is_compiling() or type(ids) is not Tensor or ids.is_inference() or _is_wrapped(ids):
+    if torch.compiler.is_compiling():
+        return torch.ops.rpe_ops.rpe_attention_plan_of_graph(ids, num_buckets, blocks)
+    if type(ids) is not Tensor or ids.is_inference() or _is_wrapped(ids):
         return torch.ops.rpe_ops.rpe_attention_plan(ids, num_buckets, blocks)
     key = (id(ids), num_buckets, blocks)
     with _plans_lock:
@@ -72,12 +79,18 @@ def _plan(ids: Tensor, num_buckets: int, blocks: bool) -> tuple[Tensor, Tensor, 
     return plan
 
 
+def _plan_of_graph(ids: Tensor, num_buckets: int, blocks: bool) -> tuple[Tensor, Tensor, Tensor]:
+    # a compiled graph calls this each time it runs; what it gets is its own, and may be overwritten
+    compact, columns, groups = _plan(ids, num_buckets, blocks)
+    return compact.clone(), columns.clone(), groups.clone()
+
+
 def _is_wrapped(ids: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(ids)
 
 
 class RPEAttentionFunction(torch.autograd.Function):
-    """(q, k, v, mask, seed, (scale, p, len(on_q), len(on_k), len(tables), formula), *tables, *plans)
+    """(q, k, v, mask, seed, (scale, p, len(on_q), len(on_k), len(tables), second), *tables, *plans)
     -> (out, lse, *sums)."""
 
     @staticmethod
@@ -139,8 +152,8 @@ class RPEAttentionBackward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        scale, dropout_p, num_q, num_k, num_tables, formula, num_sums = ctx.numbers
-        if formula is None:
+        scale, dropout_p, num_q, num_k, num_tables, second_order, num_sums = ctx.numbers
+        if not second_order:
             raise NotImplementedError('second derivatives of rpe_attention: call it with backend="eager", or None')
         grad_out, q, k, v, mask, seed, *rest = ctx.saved_tensors
         sums, rest = rest[:num_sums], rest[num_sums:]
@@ -155,7 +168,7 @@ class RPEAttentionBackward(torch.autograd.Function):
             if num_tables > num_q + num_k:
                 on_v = [(one, W) for (one, _), W in zip(on_v, inputs[3 + num_q + num_k :], strict=True)]
             settings = dict(scale=scale, attn_mask=mask, dropout_p=dropout_p, seed=seed)
-            out, bucket_sums = formula(*inputs[:3], on_q, on_k, on_v, **settings)
+            out, bucket_sums = FORMULA[0](*inputs[:3], on_q, on_k, on_v, **settings)
             first = torch.autograd.grad([out, *bucket_sums], inputs, outer, create_graph=True)
             second = torch.autograd.grad(first, [*outer, *inputs], grads, allow_unused=True, materialize_grads=True)
         of_out, *of_sums = second[: 1 + num_sums]
@@ -236,5 +249,7 @@ def _fake_backward(
 
 if _native.first_time("rpe_attention"):
     torch.library.register_fake("rpe_ops::rpe_attention_plan", _fake_plan)
+    name = "rpe_ops::rpe_attention_plan_of_graph"
+    torch.library.custom_op(name, _plan_of_graph, mutates_args=(), device_types="cpu").register_fake(_fake_plan)
     torch.library.register_fake("rpe_ops::rpe_attention", _fake)
     torch.library.register_fake("rpe_ops::rpe_attention_backward", _fake_backward)

@@ -527,3 +527,39 @@ def test_tables_that_do_not_fit_are_refused(backend):
     ):  # fmt: skip
         with pytest.raises((ValueError, TypeError), match=reason):
             rpe_attention(q, k, v, **{**good, name: bad}, backend=backend)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, None])
+@pytest.mark.parametrize("mode", ["no_grad", "inference_mode", "frozen", "trained"])
+def test_compiled_whether_or_not_something_is_trained(backend, mode):
+    q, k, v, on_q, on_k, on_v = problem((1, 2, 7, 7, 8), 5, (1, 1, 1), torch.float32, weights=True)
+    q.requires_grad_(mode == "trained")
+    context = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}.get(mode, torch.enable_grad)
+
+    def call(q, k, v):
+        return rpe_attention(q, k, v, on_q, on_k, on_v, backend=backend)[0]
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    with context():
+        for _ in range(2):
+            torch.testing.assert_close(compiled(q, k, v), call(q, k, v))
+    if mode == "trained":
+        grads = [torch.autograd.grad(one(q, k, v).sum(), q)[0] for one in (compiled, call)]
+        torch.testing.assert_close(*grads)
+
+
+@needs_build
+def test_a_compiled_graph_makes_its_plans_once(monkeypatch):
+    _, rpe_k, _ = build_rpe(get_rpe_config(skip=1), 8, 2)
+    q, k, v = torch.randn(3, 1, 2, 13, 8)
+    made = []
+    monkeypatch.setattr(
+        cpu, "_plan", lambda ids, *rest, plan=cpu._plan: made.append(len(cpu._plans)) or plan(ids, *rest)
+    )
+    compiled = torch.compile(
+        lambda q, k, v: irpe_attention(q, k, v, rpe_k=rpe_k, height=3, width=4), backend="aot_eager"
+    )
+    with torch.no_grad():
+        results = [compiled(q, k, v) for _ in range(3)]
+    assert all(torch.equal(one, results[0]) for one in results)
+    assert len(made) >= 3 and made[1] == made[2]
