@@ -19,6 +19,7 @@ ALLOWED = {
     "irpe.integrations.timm_vit": {"timm", "irpe.irpe", "irpe.integrations.grid"},
     "irpe.equip": {"irpe.irpe", "irpe.config_io", "irpe.integrations"},
     "irpe.models": {"timm", "irpe.equip"},
+    "irpe.detr": {"transformers", "irpe.irpe", "irpe.equip"},
 }
 ABOVE = {"irpe", "irpe.irpe", "irpe.equip", "irpe._version", "rpe_ops", *THIRD_PARTY}
 FILES = sorted([*(ROOT / "irpe").rglob("*.py"), *(ROOT / "rpe_ops").rglob("*.py")])
