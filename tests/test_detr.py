@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GOLDEN
+from conftest import GOLDEN, load_golden, relative_error
 from torch import nn
 
 transformers = pytest.importorskip("transformers")
@@ -245,6 +245,18 @@ def test_refused():
 
 
 # numbers
+
+
+@pytest.mark.parametrize("golden", ["product_k", "product_qkv"])
+def test_the_reference_attention_is_the_released_one(golden):
+    arrays, meta = load_golden(f"detr_attention_{golden}")
+    attention = SelfAttention(meta["embed_dim"], meta["num_heads"], rpe_config_from_string(meta["enc_rpe2d"])).double()
+    state = {key.removeprefix("state/"): torch.tensor(a) for key, a in arrays.items() if key.startswith("state/")}
+    attention.load_state_dict(state, strict=True)
+    inputs = (torch.tensor(arrays[name]).double().transpose(0, 1) for name in ("query_key", "value"))
+    out = attention(*inputs, meta["height"], meta["width"], torch.tensor(arrays["key_padding_mask"]).bool())
+    assert relative_error(out.transpose(0, 1), arrays["output"]) < 1e-9
+
 
 IMAGE, VALID = (2, 3, 128, 192), torch.ones(2, 128, 192, dtype=torch.long)  # a map of 4 x 6 tokens
 VALID[1, :, 130:] = 0
