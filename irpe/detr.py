@@ -1,13 +1,16 @@
 """DETR-R50 with iRPE in the encoder: released checkpoints as transformers' `DetrForObjectDetection`.
 
->>> model = detr_r50("rpe-2.0-product-ctx-1-k")                              # built and equipped, no weights
->>> checkpoint = torch.load("rpe-2.0-product-ctx-1-k.pth", weights_only=True)
->>> model.load_state_dict(detr_state_dict(checkpoint["model"]), strict=True)
+>>> model = detr_r50("rpe-2.0-product-ctx-1-k", checkpoint="rpe-2.0-product-ctx-1-k.pth")
+
+The addresses of the checkpoints are in `RELEASED_DETRS`.
 """
 
+import argparse
+import os
 import re
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .equip import equip
@@ -114,22 +117,36 @@ def _rename_resnet(key: str, name: str) -> str:
     raise ValueError(f"the key {key!r} is not one of a ResNet-50")
 
 
-def detr_r50(config: RPEConfig | str | None = "rpe-2.0-product-ctx-1-k", **options: Any) -> nn.Module:
+def detr_r50(
+    config: RPEConfig | str | None = "rpe-2.0-product-ctx-1-k",
+    *,
+    checkpoint: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> nn.Module:
     """transformers' DETR-R50 for COCO's 91 classes, iRPE in its encoder, frozen where the release froze it.
 
     >>> model = detr_r50("rpe-2.0-product-ctx-1-k")     # 41,540,320 parameters, 41,317,920 of them are trained
 
-    Nothing is downloaded: load a checkpoint by `detr_state_dict`. As in the release, the stem and the first stage of
-    the ResNet get no gradients (transformers, whose test reads another name, freezes nothing of a timm backbone).
+    Nothing is downloaded. As in the release, the stem and the first stage of the ResNet get no gradients (transformers
+    5.18 freezes nothing of a timm backbone, and all of its own ResNet).
 
     Args:
         config: from `get_rpe_config`, its string form, or None for the plain DETR.
+        checkpoint: a file of the release (or of the original DETR, with `config=None`), loaded strictly. It is read as
+            tensors and plain containers alone, so one with code in it is refused by `torch.load`.
         options: for `transformers.DetrConfig`, such as `num_labels`, `dropout` or `auxiliary_loss`.
     """
     from transformers import DetrConfig, DetrForObjectDetection
 
     model = DetrForObjectDetection(DetrConfig(**{"num_labels": 91, **options}))
     for name, parameter in model.model.backbone.named_parameters():
-        if not re.search(r"\b(layer[234]|stages\.[123])\.", name):
-            parameter.requires_grad_(False)
-    return model if config is None else equip(model, config)
+        parameter.requires_grad_(re.search(r"\b(layer[234]|stages\.[123])\.", name) is not None)
+    if config is not None:
+        equip(model, config)
+    if checkpoint is not None:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # DETR keeps the arguments of its training there
+            loaded = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        timm_backbone = getattr(model.config.backbone_config, "model_type", None) == "timm_backbone"
+        renamed = detr_state_dict(loaded.get("model", loaded), timm_backbone=timm_backbone)
+        model.load_state_dict(renamed, strict=True)
+    return model

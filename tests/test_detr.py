@@ -1,7 +1,10 @@
 """Released DETRs under transformers' names: every key once, the same shapes, the same outputs."""
 
+import argparse
 import json
 import math
+import os
+import pickle
 import re
 
 import pytest
@@ -156,15 +159,18 @@ def reference(config=RPE, tables=True, **sizes):
     return model
 
 
-def tiny_detr(timm_backbone=True, **sizes):
-    sizes = {**TINY, **sizes}
-    config = DetrConfig(
+def tiny_config(timm_backbone=True):
+    sizes = TINY
+    return dict(
         d_model=sizes["dim"], encoder_layers=sizes["layers"], decoder_layers=sizes["layers"],
         encoder_attention_heads=sizes["heads"], decoder_attention_heads=sizes["heads"],
         encoder_ffn_dim=sizes["ffn"], decoder_ffn_dim=sizes["ffn"], num_queries=sizes["queries"],
         num_labels=sizes["classes"], **BACKBONES[timm_backbone],
     )  # fmt: skip
-    return DetrForObjectDetection(config).double().eval()
+
+
+def tiny_detr(timm_backbone=True):
+    return DetrForObjectDetection(DetrConfig(**tiny_config(timm_backbone))).double().eval()
 
 
 def equipped(model, config):
@@ -172,6 +178,16 @@ def equipped(model, config):
         return equip(model, config)
     except TypeError as error:
         pytest.skip(f"equip does not know DETR here: {error}")
+
+
+class Harm:
+    """Unpickled as code that leaves a folder behind."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
 
 
 # names
@@ -322,6 +338,39 @@ def test_detr_r50_without_iRPE():
     trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
     assert trained == RELEASED["trainable"] - 6 * 32 * 81
     assert model.config.num_labels == 91
+
+
+@pytest.mark.parametrize("timm_backbone", [True, False], ids=["timm", "transformers' ResNet"])
+def test_checkpoint_of_a_plain_detr(timm_backbone, tmp_path):
+    """As DETR's training writes it, arguments and all."""
+    reference_model = reference(config=None)
+    args = argparse.Namespace(lr=1e-4, backbone="resnet50")
+    torch.save({"model": reference_model.float().state_dict(), "epoch": 3, "args": args}, tmp_path / "detr.pth")
+    model = detr_r50(None, checkpoint=tmp_path / "detr.pth", **tiny_config(timm_backbone))
+    expected = detr_state_dict(reference_model.state_dict(), timm_backbone=timm_backbone)
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+    frozen = {key for key, value in model.named_parameters() if not value.requires_grad}
+    stem = r"backbone\.model\.(layer1|conv1)\." if timm_backbone else r"stages\.0\.|embedder"
+    assert frozen == {key for key, _ in model.named_parameters() if re.search(stem, key)}
+    torch.save({"model": {"query_embed.weight": torch.zeros(5, 32)}}, tmp_path / "part.pth")
+    with pytest.raises(RuntimeError, match="Missing key"):
+        detr_r50(None, checkpoint=tmp_path / "part.pth", **tiny_config(timm_backbone))
+
+
+def test_checkpoint_with_code_is_refused(tmp_path):
+    torch.save({"model": {}, "args": Harm(tmp_path / "ran")}, tmp_path / "bad.pth")
+    with pytest.raises(pickle.UnpicklingError, match="weights_only"):
+        detr_r50(None, checkpoint=tmp_path / "bad.pth", **tiny_config())
+    assert not (tmp_path / "ran").exists()
+
+
+def test_checkpoint_with_tables(tmp_path):
+    reference_model = reference()
+    torch.save({"model": reference_model.float().state_dict()}, tmp_path / "detr.pth")
+    equipped(tiny_detr(), RPE)
+    model = detr_r50(RPE, checkpoint=tmp_path / "detr.pth", **tiny_config())
+    for number, layer in enumerate(reference_model.transformer.encoder.layers):
+        assert torch.equal(model.model.encoder.layers[number].self_attn.rpe_k.table, layer.self_attn.rpe_k.table)
 
 
 def test_detr_r50_is_the_released_one(full_size):

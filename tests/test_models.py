@@ -87,6 +87,11 @@ def test_macs_are_the_published_ones(name):
         assert ours - plain == 3 * 12 * heads * tokens * head_dim * buckets
 
 
+def test_figures_in_the_docstring():
+    for on, macs in (("k", 4644.271104), ("qkv", 4735.048704)):
+        assert count_macs(on_meta(f"deit_small_patch16_224_ctx_product_50_shared_{on}")) == round(macs * 1e6)
+
+
 def test_macs_see_through_fused_operators_and_leave_the_model_alone():
     model = fill(timm.create_model(PRODUCT_QKV, img_size=(32, 48), **TINY)).train()
     image = torch.randn(1, 3, 32, 48)
