@@ -1,0 +1,29 @@
+"""iRPE in a model of transformers: equip, train, save_pretrained, and one call that loads it again."""
+
+import torch
+from transformers import ViTConfig, ViTForImageClassification
+
+from irpe import digits, equip
+from irpe.integrations.hf_vit import from_pretrained
+
+torch.manual_seed(0)
+config = ViTConfig(
+    image_size=8, patch_size=2, num_channels=1, num_labels=10,
+    hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96,
+)  # fmt: skip
+model = equip(ViTForImageClassification(config), "rpe-1.9-product-ctx-1-qkv").train()
+
+train = digits.splits()["train"]
+optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+for step, batch in enumerate(torch.randperm(len(train.labels)).split(64)[:12]):
+    loss = model(pixel_values=train.images[batch], labels=train.labels[batch]).loss
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    print(f"step {step:2}  loss {loss:.2f}")
+
+model.eval().save_pretrained("vit-with-irpe")
+again = from_pretrained(ViTForImageClassification, "vit-with-irpe")
+image = torch.rand(1, 1, 8, 12)  # not square, and not the size of training
+logits = [one(pixel_values=image, interpolate_pos_encoding=True).logits for one in (model, again)]
+assert torch.equal(*logits)

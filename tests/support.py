@@ -1,0 +1,85 @@
+"""docs/support.md, the matrix of model families and features, made from the outcomes of the tests.
+
+    python -m pytest tests -m "not gpu" --support docs/support.md
+
+A test function that stands in FEATURES and has a parameter `family` (or one whose name ends so) fills a cell: yes where
+all its cases have passed, no where one has not, empty where none ran.
+"""
+
+from collections import defaultdict
+from pathlib import Path
+
+# test function: the feature that it stands for; several may stand for one
+FEATURES = {
+    "test_zero_tables_change_nothing": "outputs kept",
+    "test_outputs_and_gradients_are_those_of_the_formula": "formula and gradients",
+    "test_masks": "masks",
+    "test_zero_tables_in_float32_stay_within_the_gap_between_timms_formulas": "float32",
+    "test_zero_tables_in_float32_stay_within_the_gap_between_backends": "float32",
+    "test_checkpointing": "checkpointing",
+    "test_checkpointing_repeats_each_pass_on_its_own_map": "checkpointing",
+    "test_copies_stand_alone": "copy, pickle",
+    "test_state_dicts": "save, load",
+    "test_saving_and_loading": "save, load",
+    "test_unequip_gives_the_original_back": "unequip",
+    "test_some_blocks": "some blocks",
+    "test_compiled": "compile",
+    "test_compile_fullgraph_with_image_sizes_in_turns": "compile",
+    "test_export": "export",
+    "test_export_with_dynamic_batch": "export",
+    "test_bfloat16_autocast": "bfloat16",
+    "test_half_precision": "bfloat16",
+    "test_ddp_and_fsdp2": "DDP, FSDP2",
+}
+LIBRARIES = {"test_timm": "timm", "test_hf": "transformers", "test_torch": "torch", "test_distributed": "timm"}
+
+outcomes: dict[tuple[str, str], dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--support", type=Path, metavar="FILE", help="where to write the matrix that this run makes")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        feature = FEATURES.get(getattr(item, "originalname", None))
+        library = next((name for prefix, name in LIBRARIES.items() if item.path.stem.startswith(prefix)), None)
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        family = next((value for name, value in parameters.items() if name.endswith("family")), None)
+        if feature and library and isinstance(family, str):
+            item.user_properties.append(("support", (library, family, feature)))
+
+
+def pytest_runtest_logreport(report):
+    for key, cell in report.user_properties:
+        if key == "support" and (report.when == "call" or report.outcome != "passed"):
+            library, family, feature = cell
+            outcomes[library, family][feature].add(report.outcome)
+
+
+def pytest_sessionfinish(session):
+    file = session.config.getoption("--support")
+    if file is not None and not hasattr(session.config, "workerinput"):
+        file.write_text(page())
+
+
+def page():
+    features = list(dict.fromkeys(FEATURES.values()))
+    lines = [
+        "# What `equip` supports",
+        "",
+        "Made by the tests (`make support`), not by hand: **yes** where every case of that family and feature has passed,",
+        "empty where no test looks at it on its own. CI makes it anew and compares.",
+    ]
+    for library in dict.fromkeys(LIBRARIES.values()):
+        rows = {family: cells for (one, family), cells in outcomes.items() if one == library}
+        shown = [feature for feature in features if any(feature in cells for cells in rows.values())]
+        lines += ["", f"## {library}", "", "| model | " + " | ".join(shown) + " |", "|---" * (len(shown) + 1) + "|"]
+        for family in sorted(rows):
+            marks = [mark(rows[family].get(feature, set())) for feature in shown]
+            lines.append(f"| {family} | " + " | ".join(marks) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def mark(found):
+    return "no" if "failed" in found else "yes" if "passed" in found else ""

@@ -1,0 +1,27 @@
+"""The examples run as they are, each in an interpreter and a folder of its own."""
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+NEEDS = {"timm_model": "timm", "transformers_model": "transformers", "detr": "transformers"}
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
+def test_example(file, tmp_path):
+    if importlib.util.find_spec(NEEDS.get(file.stem, "torch")) is None:
+        pytest.skip(f"needs {NEEDS[file.stem]}")
+    done = subprocess.run([sys.executable, file], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    losses = [float(line.rsplit(" ", 1)[1]) for line in done.stdout.splitlines() if line.startswith("step")]
+    assert not losses or losses[-1] < losses[0]
+
+
+def test_there_are_four_and_each_fits_a_screen():
+    assert [file.stem for file in EXAMPLES] == ["detr", "plain_torch", "timm_model", "transformers_model"]
+    for file in EXAMPLES:
+        assert len(file.read_text().splitlines()) < 40, file.name
