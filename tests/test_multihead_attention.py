@@ -481,7 +481,7 @@ def fresh_compiler():
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("option", ["default", "added keys", "sequence first"])
 def test_compiled(option):
-    attention = make(get_rpe_config(1.9, "cross", skip=4, rpe_on="qkv"), **OPTIONS[option])
+    attention = make(get_rpe_config(1.9, "product", skip=4, rpe_on="qkv"), **OPTIONS[option])
     masks = MASKS["both"]
 
     def run(attention, x, need_weights, hw):
