@@ -372,6 +372,11 @@ def test_compile_and_export():
     actual = torch.autograd.grad(out.sum() + sums.sin().sum(), leaves)
     out, sums = Attention()(*leaves)
     torch.testing.assert_close(actual, torch.autograd.grad(out.sum() + sums.sin().sum(), leaves), rtol=0, atol=0)
+    for mode in (torch.no_grad, torch.inference_mode):
+        torch._dynamo.reset()
+        with mode():
+            inferred = torch.compile(Attention(), fullgraph=True, backend="aot_eager")(q, k, v)
+        torch.testing.assert_close(inferred, expected)
 
 
 @needs_build

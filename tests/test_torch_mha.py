@@ -44,8 +44,8 @@ class Mine(nn.Module):
 
     def forward(self, x, mask=None, **kwargs):
         x = self.before(x)
-        out, self.seen = self.attention(x, x, x, attn_mask=mask, **kwargs)
-        return x + out
+        out, weights = self.attention(x, x, x, attn_mask=mask, **kwargs)
+        return x + out if weights is None else x + out * weights.sum(-1, keepdim=True)  # which is 1
 
 
 class Wrapper(nn.Module):
@@ -337,7 +337,6 @@ def test_a_module_of_ones_own_may_say_the_map_in_each_call():
     places = torch.cat([torch.full((1, 2), -1), torch.cartesian_prod(torch.arange(2), torch.arange(8))])
     assert torch.allclose(model(x, positions=places), expected)
     assert torch.allclose(model(x, need_weights=False), expected)
-    assert model.seen is None
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -594,6 +593,17 @@ def test_torchvisions_builders():
         model = equip(torchvision.models.vit_b_16(image_size=32), "rpe-1.9-product-ctx-1-k")
     assert len(tables_of(model)) == 12
     assert model(torch.empty(2, 3, 32, 32, device="meta")).shape == (2, 1000)
+
+
+def test_torchvisions_feature_extraction():
+    """torch.fx does not look into modules of torch.nn; that it has to stay out of these too is for the user to say."""
+    extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    model, x = make("torchvision VisionTransformer")
+    leaves = dict(leaf_modules=[RPEMultiheadAttention, EquippedMultiheadAttention])
+    taken = extraction.create_feature_extractor(model, ["encoder.ln"], tracer_kwargs=leaves)(x)["encoder.ln"]
+    assert (model.heads(taken[:, 0]) - by_hand(model, x)).abs().max() <= 1e-11
+    with pytest.raises(torch.fx.proxy.TraceError):
+        extraction.create_feature_extractor(model, ["encoder.ln"])
 
 
 def test_attentions_of_other_libraries_are_their_adapters_business():
