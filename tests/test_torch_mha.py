@@ -587,6 +587,18 @@ def test_a_vision_transformer_beside_other_attentions():
     assert not tables_of(unequip(model))
 
 
+def test_a_decoder_of_text_beside_a_vision_transformer():
+    model = Wrapper(vit(), decoder=nn.TransformerDecoder(decoder_layer(), 1))
+    snap = snapshot(model)
+    equip(model, QKV, blocks=[0])
+    equip(model.decoder.layers[0].self_attn, QKV, grid=GRID)
+    equip(model, QKV, blocks=[1])
+    assert {name.split(".rpe")[0] for name in tables_of(model)} == {
+        *(f"inner.encoder.layers.encoder_layer_{n}.self_attention" for n in range(2)), "decoder.layers.0.self_attn",
+    }  # fmt: skip
+    assert snapshot(unequip(model)) == snap
+
+
 def test_torchvisions_builders():
     torchvision = pytest.importorskip("torchvision")
     with torch.device("meta"):
@@ -599,7 +611,7 @@ def test_torchvisions_feature_extraction():
     """torch.fx does not look into modules of torch.nn; that it has to stay out of these too is for the user to say."""
     extraction = pytest.importorskip("torchvision.models.feature_extraction")
     model, x = make("torchvision VisionTransformer")
-    leaves = dict(leaf_modules=[RPEMultiheadAttention, EquippedMultiheadAttention])
+    leaves = dict(leaf_modules=[EquippedMultiheadAttention])
     taken = extraction.create_feature_extractor(model, ["encoder.ln"], tracer_kwargs=leaves)(x)["encoder.ln"]
     assert (model.heads(taken[:, 0]) - by_hand(model, x)).abs().max() <= 1e-11
     with pytest.raises(torch.fx.proxy.TraceError):

@@ -2,6 +2,9 @@
 
 An equipped attention is called as before and knows its map without any state: it has the constant `rpe_grid` (equip's
 `grid`), or takes its tokens for a square. torchvision's `VisionTransformer` has square images only, and checks them.
+
+torch.fx stays out of `nn.MultiheadAttention` by itself and of these when it is told to:
+`create_feature_extractor(model, nodes, tracer_kwargs={"leaf_modules": [EquippedMultiheadAttention]})`.
 """
 
 import dataclasses
@@ -25,7 +28,10 @@ _OF_OTHERS = ("timm", "transformers")  # their attentions are their adapters' bu
 def find(model: nn.Module) -> list[nn.Module]:
     """torchvision's vision transformers, and the model itself where it has attentions beside them."""
     vits = [one for one in model.modules() if _is_vit(one)]
-    return vits if model in vits or not _attentions(model) else [model, *vits]
+    if _is_vit(model) or not _attentions(model):
+        return vits
+    # beside a vit, attentions that could have none (a decoder of text) are no reason to refuse the whole
+    return [model, *vits] if not vits or attentions(model) or is_equipped(model) else vits
 
 
 def attentions(part: nn.Module) -> list[nn.Module]:
@@ -38,7 +44,7 @@ def why_not(
     part: nn.Module, config: RPEConfig, attentions: list[nn.Module], grid: tuple[int, int] | None
 ) -> str | None:
     """The reason that these encodings cannot be added to these attentions of a part, or None."""
-    if not attentions:
+    if not attentions and not is_equipped(part):
         return (
             "its attentions are those of decoder layers, whose tokens (queries, text) need not be a map; where they "
             "are, equip the one attention, such as layer.self_attn, with grid=(height, width)"
