@@ -479,7 +479,9 @@ def fresh_compiler():
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("option", ["default", "added keys", "sequence first"])
+@pytest.mark.parametrize(
+    "option", ["default", *(pytest.param(one, marks=pytest.mark.slow) for one in ("added keys", "sequence first"))]
+)
 def test_compiled(option):
     attention = make(get_rpe_config(1.9, "product", skip=4, rpe_on="qkv"), **OPTIONS[option])
     masks = MASKS["both"]

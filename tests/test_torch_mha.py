@@ -666,7 +666,11 @@ def fresh_compiler():
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(
     "family",
-    ["TransformerEncoder, nested tensors", "torchvision VisionTransformer", "MultiheadAttention in one's own module"],
+    [
+        "TransformerEncoder, nested tensors",
+        pytest.param("torchvision VisionTransformer", marks=pytest.mark.slow),
+        pytest.param("MultiheadAttention in one's own module", marks=pytest.mark.slow),
+    ],
 )
 def test_compiled(family):
     model, x = make(family)
