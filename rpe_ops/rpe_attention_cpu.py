@@ -42,10 +42,7 @@ def attention(
     plans += [plan for ids, num_buckets in on_v for plan in _plan(ids, num_buckets, False)]
     numbers = (settings["scale"], settings["dropout_p"], len(on_q), len(on_k), settings["formula"])
     tables = [lut for lut, _ in (*on_q, *on_k)]
-    # where no gradient is wanted torch.compile calls forward itself, and shifts the arguments of one that takes *rest
-    inlined = torch.compiler.is_compiling() and not torch.is_grad_enabled()
-    call = RPEAttentionFunction.forward if inlined else RPEAttentionFunction.apply
-    out, _, *sums = call(q, k, v, mask, seed, numbers, *tables, *plans)
+    out, _, *sums = RPEAttentionFunction.apply(q, k, v, mask, seed, numbers, *tables, *plans)
     return out, sums
 
 

@@ -372,16 +372,10 @@ def test_compile_and_export():
     actual = torch.autograd.grad(out.sum() + sums.sin().sum(), leaves)
     out, sums = Attention()(*leaves)
     torch.testing.assert_close(actual, torch.autograd.grad(out.sum() + sums.sin().sum(), leaves), rtol=0, atol=0)
-    for mode in (torch.no_grad, torch.inference_mode):
-        torch._dynamo.reset()
-        with mode():
-            inferred = torch.compile(Attention(), fullgraph=True, backend="aot_eager")(q, k, v)
-        torch.testing.assert_close(inferred, expected)
 
 
 @needs_build
 def test_a_plan_is_kept_with_its_ids_and_follows_their_changes():
-    gc.collect()  # what other tests left behind goes before the plans are counted
     q, k, v, _, on_k, _ = problem((1, 1, 6, 6, 8), 3, (0, 1, 0), torch.float32)
     lut, ids = on_k[0]
     first, _ = rpe_attention(q, k, v, on_k=[(lut, ids)], backend="cpu")
