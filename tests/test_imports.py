@@ -6,20 +6,25 @@ import sys
 import pytest
 from conftest import ROOT
 
-THIRD_PARTY = {"timm", "torchvision", "matplotlib", "sklearn", "typer", "rich", "numpy", "PIL", "click"}
+THIRD_PARTY = {"timm", "matplotlib", "sklearn", "typer", "rich", "numpy", "PIL", "click"}
 # who may import what, by the longest prefix that fits; torch and the standard library are everyone's
 ALLOWED = {
     "rpe_ops": {"rpe_ops"},
     "rpe_ops.setup": {"setuptools"},
     "irpe.irpe": {"rpe_ops", "irpe.rpe_ops"},
     "irpe._version": set(),
-    "irpe.__init__": {"irpe._version", "irpe.config_io", "irpe.equip", "irpe.irpe", "irpe.multihead_attention"},
+    "irpe.__init__": {
+        *("irpe._version", "irpe.config_io", "irpe.convert", "irpe.equip", "irpe.irpe", "irpe.multihead_attention")
+    },
     "irpe.config_io": {"irpe.irpe"},
+    "irpe.convert": {"irpe.irpe", "irpe.config_io"},
     "irpe.multihead_attention": {"irpe.irpe", "irpe.config_io"},
     "irpe.integrations.grid": set(),
     "irpe.integrations.timm_vit": {"timm", "irpe.irpe", "irpe.integrations.grid"},
-    "irpe.integrations.torch_mha": {"torchvision", "irpe.irpe", "irpe.multihead_attention"},
+    "irpe.integrations.torch_mha": {"irpe.irpe", "irpe.multihead_attention"},
     "irpe.equip": {"irpe.irpe", "irpe.config_io", "irpe.integrations"},
+    "irpe.models": {"timm", "irpe.equip"},
+    "irpe.detr": {"transformers", "irpe.irpe", "irpe.equip"},
 }
 ABOVE = {"irpe", "irpe.irpe", "irpe.equip", "irpe._version", "rpe_ops", *THIRD_PARTY}
 FILES = sorted([*(ROOT / "irpe").rglob("*.py"), *(ROOT / "rpe_ops").rglob("*.py")])
