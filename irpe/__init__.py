@@ -20,10 +20,12 @@ from .irpe import (
     piecewise_index,
     rpe_attention,
 )
+from .multihead_attention import RPEMultiheadAttention
 
 __all__ = [
     "METHOD",
     "RPEConfig",
+    "RPEMultiheadAttention",
     "SingleRPEConfig",
     "__version__",
     "build_rpe",

@@ -33,7 +33,9 @@ def equip(
             (number, name) that says yes or no; all when absent. Equip the others in a second call, with another
             configuration, if they are to differ.
         grid: (height, width) of the map in tokens, for models that cannot know it, such as a plain
-            `nn.TransformerEncoder`; without it their maps are taken for squares. Other models refuse it.
+            `nn.TransformerEncoder`; without it their maps are taken for squares. Other models refuse it. For those
+            models the number of prefix tokens is the configuration's `skip`, and attentions of decoder layers are
+            left alone; they are equipped where no vision transformer is found.
 
     Returns:
         The same object.
@@ -75,7 +77,7 @@ def unequip(model: Model) -> Model:
     Raises:
         TypeError, ValueError: the model is not supported, or no part of it is equipped.
     """
-    equipped = [(adapter, part) for adapter, part in _find(model) if adapter.is_equipped(part)]
+    equipped = [(adapter, part) for adapter, part in _find(model, everything=True) if adapter.is_equipped(part)]
     if not equipped:
         raise ValueError(f"{type(model).__name__} has no iRPE: it was never equipped, or unequipped before")
     for adapter, part in equipped:
@@ -129,8 +131,9 @@ class Adapter(Protocol):
 
 _SUPPORTED = (
     "Supported are timm's VisionTransformer (vit, deit, deit3, with registers, with dynamic image sizes) and "
-    "VisionTransformerDistilled (deit distilled), alone or inside another module; for other models add the modules of "
-    "build_rpe to the attention yourself, see the README"
+    "VisionTransformerDistilled (deit distilled), torchvision's VisionTransformer, and nn.MultiheadAttention in "
+    "nn.TransformerEncoder, nn.TransformerEncoderLayer or modules of your own, all alone or inside another module; for "
+    "other models add the modules of build_rpe to the attention yourself, or use RPEMultiheadAttention, see the README"
 )
 
 
@@ -141,11 +144,15 @@ def _adapters() -> Iterator[Adapter]:
         yield timm_vit
 
 
-def _find(model: nn.Module) -> list[tuple[Adapter, Any]]:
-    """The parts of the model, each with its adapter."""
+def _find(model: nn.Module, everything: bool = False) -> list[tuple[Adapter, Any]]:
+    """The parts of the model, each with its adapter; those of plain torch where there are no others, or everything."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module. {_SUPPORTED}")
     found = [(adapter, part) for adapter in _adapters() for part in adapter.find(model)]
+    if not found or everything:  # beside a vision transformer, torch's attentions are mostly heads and decoders
+        from .integrations import torch_mha
+
+        found += [(torch_mha, part) for part in torch_mha.find(model)]
     if not found:
         raise TypeError(f"{type(model).__name__} is not a model that iRPE can be added to. {_SUPPORTED}")
     return found
