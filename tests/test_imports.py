@@ -15,8 +15,13 @@ ALLOWED = {
     "irpe._version": set(),
     "irpe.__init__": {"irpe._version", "irpe.config_io", "irpe.equip", "irpe.irpe"},
     "irpe.config_io": {"irpe.irpe"},
-    "irpe.integrations.grid": set(),
-    "irpe.integrations.timm_vit": {"timm", "irpe.irpe", "irpe.integrations.grid"},
+    "irpe.integrations.blocks": {"irpe.irpe"},
+    "irpe.integrations.on_map": {"irpe.integrations.blocks"},
+    "irpe.integrations.timm_beit": {"timm", "irpe.integrations.blocks", "irpe.integrations.on_map"},
+    "irpe.integrations.timm_eva": {"timm", "irpe.integrations.blocks", "irpe.integrations.on_map"},
+    "irpe.integrations.timm_refused": {"timm", "irpe.irpe"},
+    "irpe.integrations.timm_swin": {"timm", "irpe.integrations.blocks"},
+    "irpe.integrations.timm_vit": {"timm", "irpe.integrations.blocks", "irpe.integrations.on_map"},
     "irpe.equip": {"irpe.irpe", "irpe.config_io", "irpe.integrations"},
 }
 ABOVE = {"irpe", "irpe.irpe", "irpe.equip", "irpe._version", "rpe_ops", *THIRD_PARTY}
