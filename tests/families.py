@@ -12,11 +12,11 @@ from irpe.equip import equip
 
 pytest.importorskip("timm")
 
-from timm.models.beit import Beit  # noqa: E402
-from timm.models.deit import VisionTransformerDistilled  # noqa: E402
-from timm.models.eva import Eva  # noqa: E402
-from timm.models.swin_transformer import SwinTransformer  # noqa: E402
-from timm.models.vision_transformer import ResPostBlock, VisionTransformer  # noqa: E402
+from timm.models.beit import Beit
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 
 QKV = get_rpe_config(ratio=1.9, method="product", rpe_on="qkv")
 SMALL = dict(img_size=(8, 12), patch_size=4, embed_dim=24, depth=2, num_heads=3, num_classes=5)
@@ -85,7 +85,9 @@ FAMILIES = {
     "deit distilled dynamic": vit(dict(dynamic_img_size=True), DYNAMIC, VisionTransformerDistilled),
     "deit3": vit(dict(no_embed_class=True, init_values=1e-1)),
     "registers": vit(dict(reg_tokens=4, no_embed_class=True, init_values=1e-1)),
-    "registers dynamic": vit(dict(reg_tokens=4, no_embed_class=True, dynamic_img_size=True), DYNAMIC),
+    "registers dynamic": vit(
+        dict(reg_tokens=4, no_embed_class=True, dynamic_img_size=True, global_pool="avg"), DYNAMIC
+    ),
     "no prefix": vit(dict(class_token=False, global_pool="avg")),
     "map pooling": vit(dict(class_token=False, global_pool="map")),
     "no positions": vit(dict(pos_embed="none")),
@@ -127,8 +129,7 @@ FAMILIES = {
     "beit dynamic": beit(dict(NO_BIAS, any_size=True), DYNAMIC),
     "swin": swin({}),
     "swin dynamic": swin(
-        dict(dynamic_img_size=True),
-        (((16, 24), (8, 12)), ((8, 32), (4, 16)), ((16, 16), (8, 8)), ((10, 26), (5, 13))),
+        dict(dynamic_img_size=True), (((16, 24), (8, 12)), ((8, 32), (4, 16)), ((16, 16), (8, 8)), ((10, 26), (5, 13)))
     ),
     "swin small windows": swin(dict(window_size=2, always_partition=True, head_dim=5, qkv_bias=False)),
     "swin stages": swin(dict(window_size=((2, 4), (4, 2)))),

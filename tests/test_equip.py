@@ -111,11 +111,7 @@ def test_refused_parts(extra, reason):
 
 @pytest.mark.parametrize(
     ("name", "kwargs"),
-    [
-        ("resnet18", {}),
-        ("vit_relpos_small_patch16_224", dict(depth=1)),
-        ("deepseek_vit_412m", dict(depth=1)),
-    ],
+    [("resnet18", {}), ("vit_relpos_small_patch16_224", dict(depth=1)), ("deepseek_vit_412m", dict(depth=1))],
 )
 def test_unknown_models(name, kwargs):
     with torch.device("meta"):
