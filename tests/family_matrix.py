@@ -25,8 +25,10 @@ from families import (
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from irpe import get_rpe_config
+from irpe import get_rpe_config, rpe_attention
 from irpe.equip import equip, rpe_parameters, unequip
+from irpe.integrations import blocks
+from rpe_ops import _native
 
 
 def snapshot(model):
@@ -115,6 +117,29 @@ class Matrix:
             assert_same(got, gradients(model, self.by_hand(model, image, height, width).square().sum()), 1e-11)
             got = gradients(model, spread(model.forward_features(image)))
             assert all(got[name].abs().max() > 1e-9 for name in tables_of(model))
+
+    @pytest.mark.skipif("cpu" not in _native.LOADED, reason="the operators are not built")
+    def test_the_fused_backend_takes_every_call_but_those_that_train_a_bias(self, family, monkeypatch):
+        model, image = make(family), image_of(family)
+        expected = model(image)
+        calls = []
+
+        def fused(*args, **options):
+            calls.append(options["attn_mask"])
+            return rpe_attention(*args, **options, backend="cpu")
+
+        monkeypatch.setattr(blocks, "rpe_attention", fused)
+        with torch.no_grad():
+            assert (model(image) - expected).abs().max() <= 1e-12
+        assert len(calls) == len(attention_names(model))
+        for name, one in model.named_parameters():
+            one.requires_grad_("relative_position_bias_table" not in name)
+        calls.clear()
+        assert (model(image) - expected).abs().max() <= 1e-12
+        assert len(calls) == len(attention_names(model))
+        if any("relative_position_bias_table" in name for name, _ in model.named_parameters()):
+            with pytest.raises(ValueError, match="has no gradient of attn_mask"):
+                model.requires_grad_()(image)
 
     @pytest.mark.parametrize("config", [(20, "cross", "bias", False, 0, "qk"), (33, "quant", "ctx", False, 0, "qkv")])
     def test_every_table_of_every_head_gets_a_gradient(self, family, config):
