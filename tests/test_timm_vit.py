@@ -488,15 +488,6 @@ def test_compiled_blocks(inside):
     assert_same(gradients(model, loss()), expected, 1e-10)
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("fresh_compiler")
-def test_inductor():
-    model = make().train()
-    expected = gradients(model, model(images(8, 32)).square().sum())
-    compiled = torch.compile(model, fullgraph=True)
-    assert_same(gradients(model, compiled(images(8, 32)).square().sum()), expected, 1e-10)
-
-
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("strict", [True, False])

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..irpe import RPEConfig, RPEModule, build_rpe, rpe_attention
@@ -35,6 +36,18 @@ class EncodedAttention:
             attn_mask=mask, dropout_p=self.attn_drop.p if self.training else 0.0,
         )  # fmt: skip
         return x.transpose(1, 2).flatten(2)
+
+
+def qkv_without_bias_on_keys(attn: Any, x: Tensor) -> Tensor:
+    """The projections of x, side by side: of attentions whose keys have no bias, which EVA took over from BEiT."""
+    if attn.q_bias is None:
+        return attn.qkv(x)
+    bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+    if attn.qkv_bias_separate:
+        qkv = attn.qkv(x)
+        qkv += bias  # in place, so that it keeps the dtype of the product under autocast
+        return qkv
+    return F.linear(x, attn.qkv.weight, bias)
 
 
 class BlockFamily:

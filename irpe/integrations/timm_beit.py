@@ -6,12 +6,10 @@ bias is trained, `rpe_attention` computes by the formula: the fused kernels have
 
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from timm.models.beit import Attention, Beit, Block
 from torch import Tensor
 
-from .blocks import BlockFamily
+from .blocks import BlockFamily, qkv_without_bias_on_keys
 from .on_map import AttentionOnMap, BlockOnMap, ModelOnMap
 
 
@@ -30,13 +28,7 @@ class RPEBeitAttention(AttentionOnMap, Attention):
     def forward(self: Any, x: Tensor, shared_rel_pos_bias: Any = None) -> Tensor:
         """Attention over x (B, L, C), with the encodings of the map that `shared_rel_pos_bias` names."""
         height, width, bias = self.map_of(shared_rel_pos_bias)
-        if self.q_bias is None:
-            qkv = self.qkv(x)
-        elif self.qkv_bias_separate:
-            qkv = self.qkv(x)
-            qkv += torch.cat((self.q_bias, self.k_bias, self.v_bias))  # in place, as timm: the dtype stays
-        else:
-            qkv = F.linear(x, self.qkv.weight, torch.cat((self.q_bias, self.k_bias, self.v_bias)))
+        qkv = qkv_without_bias_on_keys(self, x)
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         if self.relative_position_bias_table is not None:
             own = self._get_rel_pos_bias()

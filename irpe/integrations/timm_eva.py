@@ -8,12 +8,11 @@ as many heads as the queries.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import AttentionRope, apply_rot_embed_cat
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from torch import Tensor
 
-from .blocks import BlockFamily
+from .blocks import BlockFamily, qkv_without_bias_on_keys
 from .on_map import AttentionOnMap, BlockOnMap, ModelOnMap
 
 
@@ -67,15 +66,7 @@ class _RopeAttention(AttentionOnMap):
 class RPEEvaAttention(_RopeAttention, EvaAttention):
     """`EvaAttention` with iRPE: the class of an equipped attention, whose weights stay where they were."""
 
-    def project(self: Any, x: Tensor) -> Tensor:
-        if self.q_bias is None:
-            return self.qkv(x)
-        bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
-        if self.qkv_bias_separate:
-            qkv = self.qkv(x)
-            qkv += bias  # in place, so that it keeps the dtype of the product under autocast
-            return qkv
-        return F.linear(x, self.qkv.weight, bias)
+    project = qkv_without_bias_on_keys
 
 
 class RPEAttentionRope(_RopeAttention, AttentionRope):
