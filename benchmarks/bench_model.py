@@ -19,7 +19,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import irpe
 from benchmarks import common
-from irpe.integrations import timm_vit
+from irpe.integrations import blocks as attention_blocks
 
 NAME = "deit_small_patch16_224"
 BATCH = {224: 16, 384: 4}
@@ -53,7 +53,7 @@ def step(variant: str, size: int, train: bool):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5) if train else None
 
     def call() -> None:
-        timm_vit.rpe_attention = functools.partial(irpe.rpe_attention, backend=backend)
+        attention_blocks.rpe_attention = functools.partial(irpe.rpe_attention, backend=backend)
         if optimizer is None:
             with torch.inference_mode():
                 model(images)
@@ -72,7 +72,7 @@ def check(size: int) -> None:
         logits = {}
         for name in ("eager", "fused"):
             model = build(f"{on} {name}", size).eval()
-            timm_vit.rpe_attention = functools.partial(irpe.rpe_attention, backend=VARIANTS[f"{on} {name}"][1])
+            attention_blocks.rpe_attention = functools.partial(irpe.rpe_attention, backend=VARIANTS[f"{on} {name}"][1])
             with torch.inference_mode():
                 logits[name] = model(images)
         torch.testing.assert_close(logits["fused"], logits["eager"], rtol=1e-4, atol=1e-4)

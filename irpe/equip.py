@@ -106,7 +106,7 @@ def rpe_parameters(model: nn.Module, **options: Any) -> dict[str, Any]:
 
 
 class Adapter(Protocol):
-    """What a module of `integrations` offers. A part is a model, or a piece of one, that it knows how to work on."""
+    """What the modules of `integrations` offer. A part is a model, or a piece of one, that it knows how to work on."""
 
     def find(self, model: nn.Module) -> list[Any]:
         """The parts inside a model, itself included; also those that `why_not` has a reason against."""
@@ -130,18 +130,20 @@ class Adapter(Protocol):
 
 
 _SUPPORTED = (
-    "Supported are timm's VisionTransformer (vit, deit, deit3, with registers, with dynamic image sizes) and "
-    "VisionTransformerDistilled (deit distilled), torchvision's VisionTransformer, and nn.MultiheadAttention in "
-    "nn.TransformerEncoder, nn.TransformerEncoderLayer or modules of your own, all alone or inside another module; for "
-    "other models add the modules of build_rpe to the attention yourself, or use RPEMultiheadAttention, see the README"
+    "Supported are timm's VisionTransformer (vit, deit, deit3, with registers, with dynamic image sizes), "
+    "VisionTransformerDistilled (deit distilled), Eva (eva02, dinov3, vit with rope), Beit and SwinTransformer (v1), "
+    "torchvision's VisionTransformer, and nn.MultiheadAttention in nn.TransformerEncoder, nn.TransformerEncoderLayer or "
+    "modules of your own, all alone or inside another module; for other models add the modules of build_rpe to the "
+    "attention yourself, or use RPEMultiheadAttention, see the README"
 )
 
 
 def _adapters() -> Iterator[Adapter]:
     if "timm" in sys.modules:  # a model of a library cannot exist before that
-        from .integrations import timm_vit
+        from .integrations import timm_beit, timm_eva, timm_refused, timm_swin, timm_vit
 
-        yield timm_vit
+        for module in (timm_vit, timm_eva, timm_beit, timm_swin, timm_refused):
+            yield module.ADAPTER
 
 
 def _find(model: nn.Module, everything: bool = False) -> list[tuple[Adapter, Any]]:

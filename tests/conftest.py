@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+pytest.register_assert_rewrite("families", "family_matrix")
+
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -100,7 +100,7 @@ class Replaced(Attention):
         (dict(block_fn=DiffParallelScalingBlock), "blocks.0 is a DiffParallelScalingBlock"),
         (dict(block_fn=ParallelThingsBlock), "blocks.0 is a ParallelThingsBlock"),
         (dict(attn_layer="diff"), "blocks.0.attn is a DiffAttention"),
-        (dict(attn_layer=Replaced), "blocks.0.attn is a Replaced; expected timm.layers.Attention"),
+        (dict(attn_layer=Replaced), "blocks.0.attn is a Replaced; expected timm.layers.attention.Attention"),
         (dict(patch_drop_rate=0.5), "patch dropout removes tokens.*patch_drop_rate=0"),
     ],
 )
@@ -111,19 +111,27 @@ def test_refused_parts(extra, reason):
 
 @pytest.mark.parametrize(
     ("name", "kwargs"),
-    [
-        ("resnet18", {}),
-        ("swin_tiny_patch4_window7_224", dict(embed_dim=24, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1))),
-        ("eva02_tiny_patch14_224", dict(depth=1)),
-        ("beit_base_patch16_224", dict(depth=1)),
-        ("naflexvit_base_patch16_gap", dict(depth=1)),
-        ("vit_relpos_small_patch16_224", dict(depth=1)),
-    ],
+    [("resnet18", {}), ("vit_relpos_small_patch16_224", dict(depth=1)), ("deepseek_vit_412m", dict(depth=1))],
 )
-def test_refused_models(name, kwargs):
+def test_unknown_models(name, kwargs):
     with torch.device("meta"):
         model = timm.create_model(name, **kwargs)
     refused(model, "is not a model that iRPE can be added to", error=TypeError)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "reason"),
+    [
+        ("naflexvit_base_patch16_gap", dict(depth=1), "NaFlexVit: images of one batch have maps of different sizes"),
+        ("swinv2_tiny_window8_256", dict(depths=(1, 1, 1, 1)), "SwinTransformerV2: its scores are cosines"),
+        ("swinv2_cr_tiny_ns_224", dict(depths=(1, 1, 1, 1)), "SwinTransformerV2Cr: its scores are cosines"),
+    ],
+)
+def test_refused_models(name, kwargs, reason):
+    with torch.device("meta"):
+        model = timm.create_model(name, **kwargs)
+    refused(model, reason)
+    refused(nn.Sequential(VisionTransformer(**SMALL), model), reason)
 
 
 def test_refused_modules():

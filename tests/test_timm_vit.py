@@ -5,8 +5,11 @@ import io
 import pickle
 import threading
 
+import families
 import pytest
 import torch
+from families import FAMILIES, QKV, SHARED, SMALL, assert_same, fill, gradients, images, spread, tables_of
+from family_matrix import Matrix, fresh_compiler  # noqa: F401
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,55 +21,14 @@ timm = pytest.importorskip("timm")
 from timm.layers import Attention, set_reentrant_ckpt  # noqa: E402
 from timm.models._builder import build_model_with_cfg  # noqa: E402
 from timm.models._manipulate import checkpoint_seq  # noqa: E402
-from timm.models.deit import VisionTransformerDistilled  # noqa: E402
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer  # noqa: E402
 
-from irpe.integrations.timm_vit import RPEAttention, blocks_on_map  # noqa: E402
-
-SMALL = dict(img_size=(8, 12), patch_size=4, embed_dim=24, depth=2, num_heads=3, num_classes=5)
-QKV = get_rpe_config(ratio=1.9, method="product", rpe_on="qkv")
-
-# name: class, arguments beside SMALL
-FAMILIES = {
-    "vit": (VisionTransformer, {}),
-    "deit distilled": (VisionTransformerDistilled, {}),
-    "deit distilled dynamic": (VisionTransformerDistilled, dict(dynamic_img_size=True)),
-    "deit3": (VisionTransformer, dict(no_embed_class=True, init_values=1e-1)),
-    "registers": (VisionTransformer, dict(reg_tokens=4, no_embed_class=True, init_values=1e-1)),
-    "no prefix": (VisionTransformer, dict(class_token=False, global_pool="avg")),
-    "map pooling": (VisionTransformer, dict(class_token=False, global_pool="map")),
-    "no positions": (VisionTransformer, dict(pos_embed="none")),
-    "dynamic": (VisionTransformer, dict(dynamic_img_size=True)),
-    "dynamic padded": (VisionTransformer, dict(dynamic_img_size=True, dynamic_img_pad=True)),
-    "pre norm": (VisionTransformer, dict(pre_norm=True)),
-    "qk norm": (VisionTransformer, dict(qk_norm=True)),
-    "scale norms": (VisionTransformer, dict(scale_attn_norm=True, scale_mlp_norm=True)),
-    "residual post norm": (VisionTransformer, dict(block_fn=ResPostBlock, init_values=0.5)),
-    "fixed heads": (VisionTransformer, dict(qkv_bias=False, proj_bias=False)),
-}
+from irpe.integrations.timm_vit import blocks_on_map  # noqa: E402
 
 
-def make(family="dynamic", config=QKV, *, tables=True, dtype=torch.float64, **kwargs):
-    """An equipped small model in evaluation mode, its tables random unless `tables` is false."""
-    torch.manual_seed(0)
-    cls, extra = FAMILIES[family]
-    model = cls(**{**SMALL, **extra, **kwargs}).to(dtype).eval()
-    return fill(equip(model, config)) if tables else model
-
-
-def fill(model):
-    torch.manual_seed(1)
-    for table in tables_of(model).values():
-        nn.init.normal_(table)
-    return model
-
-
-def tables_of(model):
-    return {name: one for name, one in model.named_parameters() if "lookup_table" in name}
-
-
-def images(*size, batch=2, dtype=torch.float64):
-    return torch.randn(batch, 3, *size, dtype=dtype, generator=torch.Generator().manual_seed(sum(size)))
+def make(family="dynamic", config=QKV, *, tables=True, dtype=torch.float64, **options):
+    """An equipped tiny model in evaluation mode, its tables random; plain if `tables` is false."""
+    return families.make(family, config, dtype=dtype, **options) if tables else FAMILIES[family].build(dtype, **options)
 
 
 def attention_by_hand(attn, x, height, width, mask=None):
@@ -95,35 +57,11 @@ def by_hand(model, image, height, width, mask=None):
     return model.forward_head(model.norm(x))
 
 
-def gradients(model, *losses):
-    model.zero_grad()
-    sum(losses).backward()
-    return {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
-
-
-def spread(features):
-    """A number that every token has a say in: the class token alone sees one bucket on keys in the last block."""
-    return (features * torch.arange(features.numel()).view_as(features).cos()).sum()
-
-
-def assert_same(got, expected, tolerance=1e-12):
-    assert got.keys() == expected.keys()
-    for name in expected:
-        scale = max(1.0, expected[name].abs().max().item())
-        assert (got[name] - expected[name]).abs().max() <= tolerance * scale, name
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_zero_tables_change_nothing(family):
-    model = make(family, tables=False)
-    image = images(8, 12)
-    before, keys, weights = model(image), set(model.state_dict()), copy.deepcopy(model.state_dict())
-    assert equip(model, QKV) is model
-    assert (model(image) - before).abs().max() <= 1e-12
-    added = model.state_dict().keys() - keys
-    assert added == {f"blocks.{i}.attn.rpe_{x}.lookup_table_weight" for i in range(2) for x in "qkv"}
-    assert all(torch.equal(model.state_dict()[key], weights[key]) for key in keys)
-    assert all(block.attn.rpe_k.rpe_config.skip == model.num_prefix_tokens for block in model.blocks)
+class TestViT(Matrix):
+    adapter = "timm_vit"
+    compiled = ("registers dynamic", "deit3", "deit distilled")
+    registered = ("vit_tiny_patch16_224", dict(img_size=(32, 48), embed_dim=24, depth=2, num_heads=3))
+    by_hand = staticmethod(by_hand)
 
 
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "deit3_small_patch16_224", "vit_small_patch14_reg4_dinov2"])
@@ -141,26 +79,6 @@ def test_zero_tables_in_float32_stay_within_the_gap_between_sdpa_backends(name):
         before = model(image)
         assert gap > 0
         assert (equip(model, QKV)(image) - before).abs().max() <= 2 * gap
-
-
-# sizes that a model takes, and the map that each becomes
-STATIC = [((8, 12), (2, 3))]
-DYNAMIC = [((8, 12), (2, 3)), ((8, 32), (2, 8)), ((16, 16), (4, 4)), ((4, 24), (1, 6))]
-PADDED = [((9, 31), (3, 8)), ((32, 12), (8, 3))]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_outputs_and_gradients_are_those_of_the_formula(family):
-    model = make(family)
-    for size, (height, width) in {"dynamic padded": PADDED}.get(family, DYNAMIC if "dynamic" in family else STATIC):
-        image = images(*size)
-        expected = by_hand(model, image, height, width)
-        assert (model(image) - expected).abs().max() <= 1e-12
-        assert (unequip(copy.deepcopy(model))(image) - expected).abs().max() > 1e-6  # the tables do something
-        got = gradients(model, model(image).square().sum())
-        assert_same(got, gradients(model, by_hand(model, image, height, width).square().sum()))
-        got = gradients(model, spread(model.forward_features(image)))
-        assert all(got[name].abs().max() > 1e-9 for name in tables_of(model))
 
 
 @pytest.mark.parametrize("method", ["euc", "quant", "cross", "product"])
@@ -280,10 +198,6 @@ def test_threads_with_different_grids_do_not_disturb_each_other():
     assert wrong == []
 
 
-# two maps of 16 tokens: whoever mixes them up gets no error from the shapes
-SHARED = [(8, 32), (16, 16)]
-
-
 def features_of(model, image):
     return model.forward_head(model.forward_intermediates(image)[0])
 
@@ -398,12 +312,6 @@ def test_copies_stand_alone(how, ran):
     assert torch.equal(model(wide), expected)
 
 
-def test_state_dicts_load_strictly():
-    model, other = make(), make(tables=False)
-    equip(other, "rpe-1.9-product-ctx-1-qkv").load_state_dict(model.state_dict())
-    assert torch.equal(other(images(8, 32)), model(images(8, 32)))
-
-
 def test_set_input_size_and_reset_classifier():
     model = make("vit")
     model.set_input_size((16, 8))
@@ -513,15 +421,6 @@ def test_autocast():
     assert all(one.grad.dtype == torch.float32 and one.grad.isfinite().all() for one in tables_of(model).values())
 
 
-def test_a_frozen_model_trains_its_tables():
-    model = make(tables=False).train().requires_grad_(False)
-    equip(model, QKV)
-    assert {name for name, one in model.named_parameters() if one.requires_grad} == tables_of(model).keys()
-    model(images(8, 32)).square().sum().backward()
-    assert all(one.grad.abs().max() > 0 for name, one in tables_of(model).items())
-    assert model.patch_embed.proj.weight.grad is None
-
-
 def test_the_tables_follow_the_model_into_training_and_back():
     model = make(tables=False)
     equip(model, QKV)
@@ -552,13 +451,6 @@ def test_functional_call_and_per_sample_gradients():
 
 
 # tracing is what can fail, so most of what follows compiles with aot_eager
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(
     ("forward", "inside"),
@@ -596,15 +488,6 @@ def test_compiled_blocks(inside):
     assert_same(gradients(model, loss()), expected, 1e-10)
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("fresh_compiler")
-def test_inductor():
-    model = make().train()
-    expected = gradients(model, model(images(8, 32)).square().sum())
-    compiled = torch.compile(model, fullgraph=True)
-    assert_same(gradients(model, compiled(images(8, 32)).square().sum()), expected, 1e-10)
-
-
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("strict", [True, False])
@@ -631,33 +514,6 @@ def test_export_with_dynamic_height_and_width():
         )
     for size in ((8, 32), (32, 8), (20, 12)):
         assert (program.module()(images(*size)) - model(images(*size))).abs().max() <= 1e-12
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("ran", [False, True])
-def test_unequip_gives_the_original_back(family, ran):
-    model = make(family, tables=False)
-    image = images(8, 12)
-
-    def state():
-        return [
-            (name, type(one), sorted(vars(one)), list(one._parameters), list(one._modules),
-             *(len(hooks) for key, hooks in sorted(vars(one).items()) if "hooks" in key and hooks is not None))
-            for name, one in model.named_modules()
-        ]  # fmt: skip
-
-    before, state_before, keys = model(image), state(), list(model.state_dict())
-    fill(equip(model, QKV))
-    assert state() != state_before
-    if ran:
-        model(image).sum().backward()
-    assert unequip(model) is model
-    assert state() == state_before
-    assert list(model.state_dict()) == keys
-    assert torch.equal(model(image), before)
-    assert not any(isinstance(one, RPEAttention) for one in model.modules())
-    equip(model, QKV)
-    assert (model(image) - before).abs().max() <= 1e-12
 
 
 def test_hooks_of_others_stay():
