@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-THIRD_PARTY = {"timm", "matplotlib", "sklearn", "typer", "rich", "numpy", "PIL", "click"}
+THIRD_PARTY = {"timm", "transformers", "matplotlib", "sklearn", "typer", "rich", "numpy", "PIL", "click"}
 # who may import what, by the longest prefix that fits; torch and the standard library are everyone's
 ALLOWED = {
     "rpe_ops": {"rpe_ops"},
@@ -27,6 +27,7 @@ ALLOWED = {
     "irpe.integrations.timm_refused": {"timm", "irpe.irpe"},
     "irpe.integrations.timm_swin": {"timm", "irpe.integrations.blocks"},
     "irpe.integrations.timm_vit": {"timm", "irpe.integrations.blocks", "irpe.integrations.on_map"},
+    "irpe.integrations.hf_vit": {"transformers", "irpe.irpe", "irpe.config_io", "irpe.integrations.hf_vit"},
     "irpe.equip": {"irpe.irpe", "irpe.config_io", "irpe.integrations"},
     "irpe.models": {"timm", "irpe.equip"},
     "irpe.detr": {"transformers", "irpe.irpe", "irpe.equip"},
