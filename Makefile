@@ -8,7 +8,7 @@ PYTEST := $(BIN)/python -m pytest -q --numprocesses=auto
 RESULTS ?= gpu-check
 KERNELS := rpe_ops/setup.py $(wildcard rpe_ops/csrc/*.* rpe_ops/csrc/*/*.*)
 
-.PHONY: demo test test-full ops asan bench gpu-check lint format wheel clean
+.PHONY: demo test test-full support ops asan bench gpu-check lint format wheel clean
 
 demo: .venv/ops  ## train a small vision transformer with and without iRPE on real digits
 	$(BIN)/irpe train
@@ -16,8 +16,12 @@ demo: .venv/ops  ## train a small vision transformer with and without iRPE on re
 test: .venv/ops  ## every test but the long ones
 	$(PYTEST) -m "not slow and not gpu"
 
-test-full: .venv/ops  ## every test that needs no GPU
-	$(PYTEST) -m "not gpu"
+test-full: .venv/ops  ## every test that needs no GPU; the support matrix that they make goes to build/support.md
+	mkdir -p build
+	$(PYTEST) -m "not gpu" --support build/support.md
+
+support: test-full  ## docs/support.md, from the outcomes of every test
+	cp build/support.md docs/support.md
 
 ops: .venv/installed  ## the C++ and CUDA operators, in place: CUDA where nvcc is found (RPE_OPS_CUDA=0 leaves it out)
 	$(BIN)/python rpe_ops/setup.py build_ext --inplace

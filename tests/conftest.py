@@ -8,6 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support import pytest_addoption, pytest_collection_modifyitems, pytest_runtest_logreport, pytest_sessionfinish
+
+__all__ = [  # pytest's hooks
+    "pytest_addoption",
+    "pytest_collection_modifyitems",
+    "pytest_runtest_logreport",
+    "pytest_sessionfinish",
+]
 
 pytest.register_assert_rewrite("families", "family_matrix")
 
