@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import threading
+from typing import ClassVar
 
 import pytest
 import timm
@@ -56,6 +57,7 @@ class Matrix:
 
     adapter: str
     compiled: tuple
+    smaller: ClassVar[dict] = {}  # arguments that leave less for inductor, which takes minutes
     registered: tuple  # a name in timm's registry, and arguments that make it tiny
 
     @staticmethod
@@ -334,10 +336,11 @@ class Matrix:
         assert_same(gradients(model, loss(compiled)), expected, 1e-10)
 
     @pytest.mark.slow
+    @pytest.mark.timeout(900)
     @pytest.mark.usefixtures("fresh_compiler")
     def test_inductor(self):
         family = self.compiled[0]
-        model, image = make(family).train(), image_of(family)
+        model, image = make(family, **self.smaller).train(), image_of(family)
         expected = gradients(model, model(image).square().sum())
         compiled = torch.compile(model, fullgraph=True)
         assert_same(gradients(model, compiled(image).square().sum()), expected, 1e-10)

@@ -1,5 +1,7 @@
 """Equipped Swin transformers of timm: the matrix, shifted windows that are no squares, windows that change."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 from families import QKV, SWIN, attention_by_hand, images, make
@@ -45,6 +47,7 @@ def by_hand(model, image, height=None, width=None):
 class TestSwin(Matrix):
     adapter = "timm_swin"
     compiled = ("swin", "swin dynamic")
+    smaller: ClassVar = dict(depths=(2,), num_heads=(2,))
     registered = (
         "swin_tiny_patch4_window7_224",
         dict(img_size=(32, 48), embed_dim=12, depths=(2, 2), num_heads=(2, 3), window_size=(4, 3)),
