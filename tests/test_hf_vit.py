@@ -948,7 +948,7 @@ def test_compile_fullgraph_with_image_sizes_in_turns(family, dynamic):
     expected = gradients(model, *losses(model))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     # DINOv2 resamples its positions in float32
-    assert_same(compiled_gradients(model, expected, *losses(compiled)), expected, 1e-7 if "dino" in family else 1e-10)
+    assert_same(compiled_gradients(model, expected, *losses(compiled)), expected, 1e-6 if "dino" in family else 1e-10)
 
 
 @pytest.mark.slow
