@@ -14,16 +14,18 @@ config = ViTConfig(
 model = equip(ViTForImageClassification(config), "rpe-1.9-product-ctx-1-qkv").train()
 
 train = digits.splits()["train"]
-optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-for step, batch in enumerate(torch.randperm(len(train.labels)).split(64)[:12]):
-    loss = model(pixel_values=train.images[batch], labels=train.labels[batch]).loss
+optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+for step in range(80):
+    batch = torch.randint(len(train.labels), (64,))
+    loss = model(pixel_values=(train.images[batch] - 0.3) / 0.38, labels=train.labels[batch]).loss
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    print(f"step {step:2}  loss {loss:.2f}")
+    if step % 8 == 7:
+        print(f"step {step:2}  loss {loss:.2f}")
 
 model.eval().save_pretrained("vit-with-irpe")
 again = from_pretrained(ViTForImageClassification, "vit-with-irpe")
 image = torch.rand(1, 1, 8, 12)  # not square, and not the size of training
 logits = [one(pixel_values=image, interpolate_pos_encoding=True).logits for one in (model, again)]
-assert torch.equal(*logits)
+torch.testing.assert_close(*logits)

@@ -54,9 +54,6 @@ class METHOD(enum.IntEnum):
     CROSS_ROWS = 41
     CROSS_COLS = 42
 
-    def __repr__(self) -> str:
-        return f"METHOD.{self.name}"
-
 
 _METHOD_NAMES = {method: "euc" if method is METHOD.EUCLIDEAN else method.name.lower() for method in METHOD}
 _METHODS = {name: method for method, name in _METHOD_NAMES.items()}
@@ -68,12 +65,12 @@ Places = Tensor | tuple[Tensor, Tensor] | None  # of one sequence, or (of the in
 
 def _as_method(method: str | int) -> METHOD:
     if isinstance(method, str):
-        if method.lower() not in _METHODS:
-            raise ValueError(f"unknown method {method!r}; expected one of {', '.join(_METHODS)}, or a METHOD")
-        return _METHODS[method.lower()]
+        method = _METHODS.get(method.lower(), method)
+    if isinstance(method, METHOD):
+        return method
     if method not in METHOD.__members__.values():
-        raise ValueError(f"unknown method {method!r}; expected a METHOD, or one of {', '.join(_METHODS)}")
-    return METHOD(method)
+        raise ValueError(f"unknown method {method!r}; expected one of {', '.join(_METHODS)}, or a METHOD")
+    return METHOD(method)  # type: ignore[arg-type]
 
 
 def _check_piecewise(alpha: float, beta: float, gamma: float) -> None:
@@ -159,10 +156,8 @@ def get_rpe_config(
     # contextual product encodings on keys, all heads share one table, one class token: the paper's default
     >>> get_rpe_config(ratio=1.9, method="product", mode="ctx", shared_head=True, skip=1, rpe_on="k").rpe_k.num_buckets
     50
-
     # biases by row and by column, on queries and keys, each head its own, no class token
     >>> config = get_rpe_config(ratio=20, method="cross", mode="bias", shared_head=False, rpe_on="qk")
-
     # different encodings on keys and values
     >>> config = RPEConfig(rpe_k=get_single_rpe_config(method="product"), rpe_v=get_single_rpe_config(method="cross"))
 
@@ -371,9 +366,19 @@ def _cached_bucket_ids(mapping: str, height: int, width: int, device: torch.devi
     return ids
 
 
-# torch.compile and torch.export call it while they trace, and keep the ids as a constant of the graph (this mark is
-# what torch.compiler.assume_constant_result sets; calling that would import the whole compiler)
-_cached_bucket_ids._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def _add_constant(name: str, *key: Any) -> None:
+    """For torch.compile, which names a constant after the function it comes from: a function for this map alone."""
+
+    def ids() -> Tensor:
+        return _cached_bucket_ids(*key)
+
+    ids.__code__ = ids.__code__.replace(co_name=name)
+    ids._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    setattr(_add_constant, name, ids)
+
+
+# what torch.compiler.assume_constant_result sets; calling that would import the whole compiler
+_add_constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _build_bucket_ids(mapping: str, height: int, width: int, device: torch.device) -> Tensor:
@@ -391,6 +396,11 @@ def _bucket_ids(mapping: str, height: int, width: int, x: Tensor) -> Tensor:
         in_graph = not (has_static_value(height) and has_static_value(width))
         if not in_graph:  # a size that was pinned after tracing had begun is still a symbol
             height, width = operator.index(height), operator.index(width)
+        if not in_graph and torch.compiler.is_dynamo_compiling():
+            name = f"ids {mapping} {height} {width} {x.device.type} {x.device.index}"
+            name = name.replace(" ", "_").replace(".", "p").replace("-", "m")
+            _add_constant(name, mapping, height, width, x.device)
+            return getattr(_add_constant, name)()
     return (_build_bucket_ids if in_graph else _cached_bucket_ids)(mapping, height, width, x.device)
 
 
@@ -447,7 +457,6 @@ class iRPE(nn.Module):
         initializer: called with the zero table, changes it in place; tables stay zero without one.
         rpe_config: `SingleRPEConfig`; the default of `get_single_rpe_config` when absent.
         device, dtype: of the table.
-
     The parameter is `lookup_table_bias` (H', N), or `lookup_table_weight` (H', D, N), on values (H', N, D).
     """
 
@@ -476,15 +485,14 @@ class iRPE(nn.Module):
             raise ValueError('mode="bias" does not exist on values; use mode="ctx" there')
         if num_buckets not in (None, config.num_buckets):
             raise ValueError(f"num_buckets={num_buckets}, but the configuration has {config.num_buckets}: leave it out")
-        head_dim, num_heads = _as_int(head_dim, "head_dim", 1), _as_int(num_heads, "num_heads", 1)
-        self.head_dim, self.num_heads = head_dim, num_heads
+        self.head_dim, self.num_heads = _as_int(head_dim, "head_dim", 1), _as_int(num_heads, "num_heads", 1)
         self.rpe_config = config
         fields = (_METHOD_NAMES[config.method], config.skip, config.alpha, config.beta, config.gamma)
         self._mapping = " ".join(map(str, fields))  # text: torch.compile would turn floats into inputs of the graph
         self.method, self.mode, self.num_buckets = config.method, config.mode, config.num_buckets
         self.transposed, self.initializer = transposed, initializer
-        inner = (head_dim, self.num_buckets) if transposed else (self.num_buckets, head_dim)
-        shape = (num_heads, self.num_buckets) if self.mode == "bias" else (num_heads, *inner)
+        inner = (self.head_dim, self.num_buckets) if transposed else (self.num_buckets, self.head_dim)
+        shape = (self.num_heads, self.num_buckets) if self.mode == "bias" else (self.num_heads, *inner)
         name = "lookup_table_bias" if self.mode == "bias" else "lookup_table_weight"
         self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         self.reset_parameters()
@@ -678,7 +686,6 @@ def rpe_attention(
             encodings and mask to `F.scaled_dot_product_attention` (nothing on values); "reference" is the law. A name
             is honoured or refused. None takes "cpu" where it runs (see `rpe_ops.rpe_attention.choose`), "sdpa" where
             nothing is trained and there is no rpe_v, else "eager".
-
     Returns (B, H, Lq, D).
     """
     for name, rpe, transposed in (("rpe_q", rpe_q, True), ("rpe_k", rpe_k, True), ("rpe_v", rpe_v, False)):

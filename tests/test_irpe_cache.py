@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import irpe.irpe as source
-from irpe import build_rpe, get_bucket_ids_2d, get_rpe_config
+from irpe import RPEConfig, build_rpe, get_bucket_ids_2d, get_rpe_config, get_single_rpe_config, rpe_attention
 
 DIM, HEADS = 4, 2
 GRIDS = [(2, 8), (8, 2), (4, 4), (1, 16), (3, 5), (5, 3), (7, 2), (1, 1), (6, 7)]
@@ -326,3 +326,22 @@ def test_devices_have_their_own_ids():
     on_gpu = module.cuda()(x.cuda(), 3, 4)
     torch.testing.assert_close(on_gpu.cpu(), on_cpu)
     assert {str(key[-1]) for key in source._ids} == {"cpu", "cuda:0"}
+
+
+@pytest.mark.parametrize("dynamic", [False, None, True])
+def test_a_graph_with_several_maps(dynamic):
+    """Cross has two, other encodings have others, and so have other sizes: all of them constants of one graph."""
+    configs = (get_single_rpe_config(20, "cross", skip=1), get_single_rpe_config(2.5, skip=1))
+    rpe = build_rpe(RPEConfig(rpe_q=configs[0], rpe_k=configs[1], rpe_v=configs[0]), 8, 2)
+    for one in rpe:
+        for table in one.parameters():
+            torch.nn.init.normal_(table)
+    q, k, v = torch.randn(3, 1, 2, 13, 8)
+
+    def call(q, k, v):
+        return rpe_attention(rpe_attention(q, k, v, *rpe, height=3, width=4), k, v, *rpe, height=2, width=6)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    torch.testing.assert_close(compiled(q, k, v), call(q, k, v))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(q, k, v), call(q, k, v))
