@@ -54,6 +54,9 @@ class METHOD(enum.IntEnum):
     CROSS_ROWS = 41
     CROSS_COLS = 42
 
+    def __repr__(self) -> str:
+        return f"METHOD.{self.name}"
+
 
 _METHOD_NAMES = {method: "euc" if method is METHOD.EUCLIDEAN else method.name.lower() for method in METHOD}
 _METHODS = {name: method for method, name in _METHOD_NAMES.items()}
@@ -156,9 +159,9 @@ def get_rpe_config(
     # contextual product encodings on keys, all heads share one table, one class token: the paper's default
     >>> get_rpe_config(ratio=1.9, method="product", mode="ctx", shared_head=True, skip=1, rpe_on="k").rpe_k.num_buckets
     50
-    # biases by row and by column, on queries and keys, each head its own, no class token
+    >>> # biases by row and by column, on queries and keys, each head its own, no class token
     >>> config = get_rpe_config(ratio=20, method="cross", mode="bias", shared_head=False, rpe_on="qk")
-    # different encodings on keys and values
+    >>> # different encodings on keys and values
     >>> config = RPEConfig(rpe_k=get_single_rpe_config(method="product"), rpe_v=get_single_rpe_config(method="cross"))
 
     Args:
@@ -312,18 +315,16 @@ def get_bucket_ids(
 ) -> tuple[Tensor, int]:
     """ids[..., i, j] = bucket of the offset positions[..., i, :] - key_positions[..., j, :], for tokens of any places.
 
-    >>> places = torch.tensor([[-1, -1], [0, 0], [0, 5], [2, 1]])  # a class token and three tokens that were kept
+    >>> places = torch.tensor([[-1, -1], [0, 0], [0, 5]])  # a class token and two tokens that were kept
     >>> get_bucket_ids("product", places, places, skip=1, alpha=1.9, beta=3.8, gamma=15.2)[0]
-    tensor([[49, 49, 49, 49],
-            [49, 24, 21,  9],
-            [49, 27, 24, 13],
-            [49, 39, 35, 24]])
+    tensor([[49, 49, 49],
+            [49, 24, 21],
+            [49, 27, 24]])
 
     Args:
         method: any but cross, as in `get_bucket_ids_2d`.
         positions, key_positions: (..., Lq, 2) and (..., Lk, 2): row and column in tokens, whole numbers or not. A row
-            below 0 marks a token without a place (class token, padding): its pairs have the last bucket.
-        skip: above 0 where there are such tokens; how many does not matter here.
+            below 0 marks a token without a place (class token, padding): its pairs have the last bucket, if skip > 0.
 
     Returns ids (..., Lq, Lk) and the number of buckets, on a full grid those of `get_bucket_ids_2d`.
     """
@@ -514,8 +515,7 @@ class iRPE(nn.Module):
     ) -> list[tuple[Tensor, Tensor]]:
         """Pairs (table, ids) that x is encoded with: one here, two for cross. This is what a fused kernel needs.
 
-        table is W, (H', D, N), on values (H', N, D); in bias mode it is (1, H', L, N). ids are (L, L), or (B, 1, L, L)
-        where positions differ between samples.
+        table is W, (H', D, N), on values (H', N, D), or (1, H', L, N) biases; ids (L, L), by sample (B, 1, L, L).
         """
         self._check(x, positions)
         tokens = x.shape[2]
