@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference, rpe_attention_cpu, rpe_attention_eager
+from . import reference, rpe_attention_cpu, rpe_attention_eager, rpe_attention_triton
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
 _INDEX_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_FUSED = {"cpu": rpe_attention_cpu, "triton": rpe_attention_triton}
 
 
 def rpe_attention(
@@ -46,9 +47,9 @@ def rpe_attention(
         dropout_p: probability that a weight is dropped.
         seed: int64 tensor of one element, what the dropped weights depend on; drawn from torch's generator when absent.
             One seed drops the same weights on every backend.
-        backend: "cpu" is C++ that never holds an (Lq, Lk) tensor, "eager" the formula in plain torch, "reference" the
-            law. A name is honoured or refused. None takes "cpu" where it runs and "eager" elsewhere, also for second
-            derivatives and the gradient of attn_mask, which "cpu" does not have.
+        backend: "cpu" (C++) and "triton" (CUDA and ROCm) never hold an (Lq, Lk) tensor, "eager" is the formula in plain
+            torch, "reference" the law. A name is honoured or refused. None takes the one of q's device where it runs
+            and "eager" elsewhere, also for second derivatives and the gradient of attn_mask, which these do not have.
 
     Returns:
         out (B, H, Lq, D) without the encoding on values, and for each pair of on_v the bucket sums of p, (B, H, Lq, N):
@@ -73,20 +74,26 @@ def rpe_attention(
     )
     if backend == "reference":
         return reference.rpe_attention(q, k, v, on_q, on_k, on_v, **settings)
-    if backend not in (None, "eager", "cpu"):
-        raise ValueError(f'unknown backend {backend!r}; expected None, "cpu", "eager" or "reference"')
-    reason = why_not("cpu", q, attn_mask)
-    if backend == "cpu" and reason is not None:
-        raise ValueError(f'backend="cpu" {reason}')
-    if backend == "eager" or reason is not None:
-        return rpe_attention_eager.attention(q, k, v, on_q, on_k, on_v, **settings)
+    if backend not in (None, "eager", *_FUSED):
+        raise ValueError(f'unknown backend {backend!r}; expected None, "cpu", "triton", "eager" or "reference"')
+    if backend in _FUSED and (reason := why_not(backend, q, attn_mask)):
+        raise ValueError(f'backend="{backend}" {reason}')
     formula = rpe_attention_eager.attention if backend is None else None
-    return rpe_attention_cpu.attention(q, k, v, on_q, on_k, on_v, formula=formula, **settings)
+    name = fused(q, attn_mask) if backend is None else backend
+    if name not in _FUSED:
+        return rpe_attention_eager.attention(q, k, v, on_q, on_k, on_v, **settings)
+    return _FUSED[name].attention(q, k, v, on_q, on_k, on_v, formula=formula, **settings)
+
+
+def fused(q: Tensor, attn_mask: Tensor | None = None) -> str | None:
+    """The backend that `backend=None` takes for a call with this q and mask; None is the formula."""
+    name = "cpu" if q.device.type == "cpu" else "triton"
+    return name if why_not(name, q, attn_mask) is None else None
 
 
 def why_not(backend: str, q: Tensor, attn_mask: Tensor | None = None) -> str | None:
     """Why `backend` cannot take a call with this q and mask, as the end of a sentence; None where it can."""
-    return rpe_attention_cpu.why_not(q, attn_mask) if backend == "cpu" else None
+    return _FUSED[backend].why_not(q, attn_mask) if backend in _FUSED else None
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p: float) -> None:
