@@ -58,13 +58,15 @@ class _Call:
             MASK="none" if mask is None else "bool" if mask.dtype == torch.bool else "added", DROP=dropout_p > 0
         )
         self.settings["PRECISION"] = "ieee"
-        if torch.version.hip is None and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        if q.device.type == "cpu":
+            self.settings["PRECISION"] = "interpreted"
+        elif torch.version.hip is None and torch.backends.cuda.matmul.fp32_precision == "tf32":
             self.settings["PRECISION"] = "tf32"
 
     def launch(self, name: str, rows: int, sums: Sequence[tuple], *arguments: Any) -> None:
         """The kernel `name` for `rows` rows of every head; sums are the last of its tuples before mask."""
         size = (self.H, self.Lq, self.Lk, _padded(self.Lq), _padded(self.Lk))
-        most = max([N for _, _, N, _ in sums], default=1)
+        most = max([N for _, _, _, N, _ in sums], default=1)
         chunks = (most + _MOST_BUCKETS - 1) // _MOST_BUCKETS
         options = tiles(name, self.wide, self.dtype.itemsize, len(sums) > 0)
         blocks = (rows + options["R"] - 1) // options["R"]
@@ -87,7 +89,7 @@ def _tables(luts: Sequence[Tensor], plans: Sequence[Tensor]) -> tuple:
 
 def _sums(plans: Sequence[Tensor], results: Sequence[Tensor]) -> tuple:
     orders, ends = plans[1::3], plans[2::3]
-    return tuple((o, e, e.shape[2], result) for o, e, result in zip(orders, ends, results, strict=True))
+    return tuple((o, e, e.stride(1), e.shape[2], result) for o, e, result in zip(orders, ends, results, strict=True))
 
 
 def _on(x: Tensor) -> contextlib.AbstractContextManager:
@@ -102,7 +104,9 @@ def _empty_plan(ids: Tensor, num_buckets: int) -> tuple[Tensor, Tensor, Tensor]:
     rows, padded = ids.shape[0], _padded(ids.shape[1])
     dtype = torch.uint8 if num_buckets <= 2**8 else torch.int16 if num_buckets <= 2**15 else torch.int32
     order = ids.new_empty(rows, padded, dtype=torch.uint8)
-    return ids.new_empty(rows, padded, dtype=dtype), order, order.new_empty(rows, padded // _TILE, num_buckets)
+    # 16 bytes at a time can be read where every row starts at a multiple of 16
+    ends = order.new_empty(rows, padded // _TILE, (num_buckets + 15) // 16 * 16)[..., :num_buckets]
+    return ids.new_empty(rows, padded, dtype=dtype), order, ends
 
 
 def _plan(ids: Tensor, num_buckets: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,7 +120,8 @@ def _plan(ids: Tensor, num_buckets: int) -> tuple[Tensor, Tensor, Tensor]:
     if rows * padded > 0:
         with _on(ids):
             _triton_tiles.plan[(rows + 3) // 4, padded // _TILE](
-                ids, small, order, ends, rows, ids.shape[1], padded, num_buckets, *ids.stride(), R=4, NB=16, num_warps=8
+                ids, small, order, ends, rows, ids.shape[1], padded, ends.stride(1), num_buckets, *ids.stride(),
+                R=4, NB=16, num_warps=8,
             )
     return small, order, ends
 

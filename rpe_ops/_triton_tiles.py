@@ -5,7 +5,8 @@ How they read their arguments, which are tuples:
 
     x (q, k, v, out, grad_out, ...)   pointer, strides of batch, head, token; the last dimension is contiguous
     table                             pointer, strides of batch, head, row, bucket, then the map's small ids
-    sums                              where a row lies in order of its buckets, where each bucket ends, N, the results
+    sums                              where a row lies in order of its buckets, where each bucket ends and the stride
+                                      of that, N, the results
     mask                              pointer, strides of batch, head, query, key
     size                              H, queries, keys, padded queries, padded keys
 
@@ -20,7 +21,10 @@ TILE = tl.constexpr(64)  # columns of a tile; the plans are made for this width
 
 
 @triton.jit
-def plan(ids, small, order, ends, rows, columns, padded, N, stride_i, stride_j, R: tl.constexpr, NB: tl.constexpr):
+def plan(
+    ids, small, order, ends, rows, columns, padded, stride_n, N, stride_i, stride_j,
+    R: tl.constexpr, NB: tl.constexpr,
+):  # fmt: skip
     """Of R rows and one tile: small ids, the tile's columns in order of their ids, and how many ids are <= n."""
     i = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
     tile = tl.program_id(1)
@@ -37,8 +41,15 @@ def plan(ids, small, order, ends, rows, columns, padded, N, stride_i, stride_j, 
     for start in range(0, N, NB):
         n = start + tl.arange(0, NB)
         count = tl.sum((key[:, None, :] < (n[None, :, None] + 1) * TILE).to(tl.int32), 2)  # (R, NB)
-        to = (i[:, None] * (padded // TILE) + tile) * N + n
+        to = (i[:, None] * (padded // TILE) + tile) * stride_n + n
         tl.store(ends + to, count.to(tl.uint8), mask=(i[:, None] < rows) & (n < N))
+
+
+@triton.jit
+def _dot(one, other, acc, PRECISION: tl.constexpr):
+    if PRECISION == "interpreted":  # the interpreter would multiply the bits of bfloat16 as integers
+        return tl.dot(one.to(tl.float32), other.to(tl.float32), acc)
+    return tl.dot(one, other, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -66,10 +77,9 @@ def _put(x, value, b, h, i, there, d, D: tl.constexpr):
 def _look_up(table, b, h, i, there, j, padded):
     """table[b, h, i, ids[i, j]]; columns beyond the map have id 0."""
     pointer, stride_b, stride_h, stride_i, stride_n, ids = table
-    i = i.to(tl.int64)[:, None]
-    n = tl.load(ids + i * padded + j, mask=there[:, None], other=0).to(tl.int32)
-    at = pointer + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + i * stride_i + n * stride_n
-    return tl.load(at, mask=there[:, None], other=0.0).to(tl.float32)
+    n = tl.load(ids + (i[:, None] * padded + j), mask=there[:, None], other=0).to(tl.int32)
+    at = pointer + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
+    return tl.load(at + (i[:, None] * stride_i + n * stride_n), mask=there[:, None], other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -120,12 +130,13 @@ def _take(totals, count):
 @triton.jit
 def _bucket_totals(x, sums, i, there, tile, padded, chunk, NB: tl.constexpr, MANY: tl.constexpr):
     """(R, NB) of the sums over x[i, j] with ids[i, j] <= n, or = n where MANY, for the chunk's n."""
-    order, ends, N, _ = sums
-    i = i.to(tl.int64)[:, None]
-    column = tl.load(order + i * padded + tile * TILE + tl.arange(0, TILE), mask=there[:, None], other=0)
+    order, ends, stride_n, N, _ = sums
+    i = i[:, None]
+    at = order + (i * padded + (tile * TILE + tl.arange(0, TILE)[None, :]))
+    column = tl.load(at, mask=there[:, None], other=0)
     totals = tl.cumsum(tl.gather(x, column.to(tl.int32), 1), 1)
     n = chunk * NB + tl.arange(0, NB)[None, :]
-    at = ends + (i * (padded // TILE) + tile) * N + n
+    at = ends + ((i * (padded // TILE) + tile) * stride_n + n)
     result = _take(totals, tl.load(at, mask=there[:, None] & (n < N), other=0).to(tl.int32))
     if MANY:
         result -= _take(totals, tl.load(at - 1, mask=there[:, None] & (n > 0) & (n < N), other=0).to(tl.int32))
@@ -134,7 +145,7 @@ def _bucket_totals(x, sums, i, there, tile, padded, chunk, NB: tl.constexpr, MAN
 
 @triton.jit
 def _put_sums(sums, total, head, i, there, length, chunk, R: tl.constexpr, NB: tl.constexpr, MANY: tl.constexpr):
-    _, _, N, result = sums
+    _, _, _, N, result = sums
     n = tl.arange(0, NB)[None, :]
     if not MANY:
         left = tl.gather(total, tl.broadcast_to(tl.maximum(n - 1, 0), (R, NB)), 1)
@@ -174,7 +185,7 @@ def forward(
         j = start + tl.arange(0, TILE)
         j_there = j < Lk
         rows_k = _rows(k, b, h, j, j_there, d, D)
-        s = tl.dot(rows_q, tl.trans(rows_k), input_precision=PRECISION) * scale
+        s = _dot(rows_q, tl.trans(rows_k), None, PRECISION) * scale
         s = _add_tables(s, on_k, on_q, b, h, i, i_there, j, j_there, padded_k, padded_q)
         s = _add_mask(s, mask, b, h, i[:, None], j[None, :], i_there[:, None] & j_there, MASK)
         new = tl.maximum(top, tl.max(s, 1))
@@ -185,7 +196,7 @@ def forward(
         if DROP:
             p = _drop(p, dropout, head, i[:, None], j[None, :])
         rows_v = _rows(v, b, h, j, j_there, d, D)
-        acc = tl.dot(p.to(rows_v.dtype), rows_v, acc * fade[:, None], input_precision=PRECISION)
+        acc = _dot(p.to(rows_v.dtype), rows_v, acc * fade[:, None], PRECISION)
         added = ()
         for t in tl.static_range(len(sums)):
             of_tile = _bucket_totals(p, sums[t], i, i_there, start // TILE, padded_k, chunk, NB, MANY)
@@ -252,17 +263,17 @@ def backward_queries(
         j = start + tl.arange(0, TILE)
         j_there = j < Lk
         rows_k = _rows(k, b, h, j, j_there, d, D)
-        s = tl.dot(rows_q, tl.trans(rows_k), input_precision=PRECISION) * scale
+        s = _dot(rows_q, tl.trans(rows_k), None, PRECISION) * scale
         s = _add_tables(s, on_k, on_q, b, h, i, i_there, j, j_there, padded_k, padded_q)
         s = _add_mask(s, mask, b, h, i[:, None], j[None, :], i_there[:, None] & j_there, MASK)
         p = tl.exp(s - row_lse[:, None])
         rows_v = _rows(v, b, h, j, j_there, d, D)
-        grad = tl.dot(rows_grad, tl.trans(rows_v), input_precision=PRECISION)
+        grad = _dot(rows_grad, tl.trans(rows_v), None, PRECISION)
         grad = _add_tables(grad, on_v, (), b, h, i, i_there, j, j_there, padded_k, padded_q)
         if DROP:
             grad = _drop(grad, dropout, head, i[:, None], j[None, :])
         grad = p * (grad - row_delta[:, None])
-        acc = tl.dot(grad.to(rows_k.dtype), rows_k, acc, input_precision=PRECISION)
+        acc = _dot(grad.to(rows_k.dtype), rows_k, acc, PRECISION)
         added = ()
         for t in tl.static_range(len(sums)):
             of_tile = _bucket_totals(grad, sums[t], i, i_there, start // TILE, padded_k, chunk, NB, MANY)
@@ -294,22 +305,22 @@ def backward_keys(
         i = start + tl.arange(0, TILE)
         i_there = i < Lq
         rows_q = _rows(q, b, h, i, i_there, d, D)
-        s = tl.dot(rows_k, tl.trans(rows_q), input_precision=PRECISION) * scale
+        s = _dot(rows_k, tl.trans(rows_q), None, PRECISION) * scale
         s = _add_tables(s, on_q, on_k, b, h, j, j_there, i, i_there, padded_q, padded_k)
         s = _add_mask(s, mask, b, h, i[None, :], j[:, None], j_there[:, None] & i_there, MASK)
         at = head.to(tl.int64) * Lq + i
         p = tl.exp(s - tl.load(lse + at, mask=i_there, other=float("inf"))[None, :])
         rows_grad = _rows(grad_out, b, h, i, i_there, d, D)
-        grad = tl.dot(rows_v, tl.trans(rows_grad), input_precision=PRECISION)
+        grad = _dot(rows_v, tl.trans(rows_grad), None, PRECISION)
         grad = _add_tables(grad, (), on_v, b, h, j, j_there, i, i_there, padded_q, padded_k)
         if DROP:
             dropped = _drop(p, dropout, head, i[None, :], j[:, None])
             grad = _drop(grad, dropout, head, i[None, :], j[:, None])
         else:
             dropped = p
-        acc_v = tl.dot(dropped.to(rows_grad.dtype), rows_grad, acc_v, input_precision=PRECISION)
+        acc_v = _dot(dropped.to(rows_grad.dtype), rows_grad, acc_v, PRECISION)
         grad = p * (grad - tl.load(delta + at, mask=i_there, other=0.0)[None, :])
-        acc_k = tl.dot(grad.to(rows_q.dtype), rows_q, acc_k, input_precision=PRECISION)
+        acc_k = _dot(grad.to(rows_q.dtype), rows_q, acc_k, PRECISION)
         added = ()
         for t in tl.static_range(len(sums)):
             of_tile = _bucket_totals(grad, sums[t], j, j_there, start // TILE, padded_q, chunk, NB, MANY)
