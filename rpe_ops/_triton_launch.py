@@ -23,16 +23,13 @@ def _power_of_two(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-def tiles(kernel: str, head: int, bytes_each: int, sums: bool) -> dict[str, int]:
-    """Rows of a program, warps and pipeline stages: what fits registers and shared memory of sm_80, without spills."""
+def tiles(kernel: str, head: int, bytes_each: int, sums: bool, major: int) -> dict[str, int]:
+    """Rows of a program, warps and pipeline stages: what registers and shared memory hold, as compiled for `major`.0."""
     if bytes_each == 4:
-        rows, warps = (32, 4) if head == 128 and kernel != "forward" else (64, 8 if head == 128 else 4)
-        return dict(R=rows, num_warps=warps, num_stages=1)
-    if sums:
-        return dict(R=64, num_warps=4, num_stages=2)
-    if kernel == "forward":
-        return dict(R=128, num_warps=8 if head == 128 else 4, num_stages=3 if head <= 64 else 2)
-    return dict(R=64, num_warps=4, num_stages=2)
+        return dict(R=32, num_warps=4, num_stages=1) if major < 9 else dict(R=64, num_warps=8, num_stages=1)
+    if major < 9:
+        return dict(R=32 if sums or kernel != "forward" else 64, num_warps=4, num_stages=2)
+    return dict(R=64, num_warps=8 if sums or kernel != "forward" else 4, num_stages=2)
 
 
 class _Call:
@@ -57,18 +54,21 @@ class _Call:
         self.settings = dict(
             MASK="none" if mask is None else "bool" if mask.dtype == torch.bool else "added", DROP=dropout_p > 0
         )
+        self.major = torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 8
         self.settings["PRECISION"] = "ieee"
         if q.device.type == "cpu":
             self.settings["PRECISION"] = "interpreted"
-        elif torch.version.hip is None and torch.backends.cuda.matmul.fp32_precision == "tf32":
-            self.settings["PRECISION"] = "tf32"
+        elif torch.version.hip is None:
+            # three products of tf32 are as exact as float32 and, unlike those, have units of their own
+            is_rough = torch.backends.cuda.matmul.fp32_precision == "tf32"
+            self.settings["PRECISION"] = "tf32" if is_rough else "tf32x3"
 
     def launch(self, name: str, rows: int, sums: Sequence[tuple], *arguments: Any) -> None:
         """The kernel `name` for `rows` rows of every head; sums are the last of its tuples before mask."""
         size = (self.H, self.Lq, self.Lk, _padded(self.Lq), _padded(self.Lk))
         most = max([N for _, _, _, N, _ in sums], default=1)
         chunks = (most + _MOST_BUCKETS - 1) // _MOST_BUCKETS
-        options = tiles(name, self.wide, self.dtype.itemsize, len(sums) > 0)
+        options = tiles(name, self.wide, self.dtype.itemsize, len(sums) > 0, self.major)
         blocks = (rows + options["R"] - 1) // options["R"]
         if blocks * self.heads == 0:
             return
@@ -84,6 +84,8 @@ def _rows(x: Tensor) -> tuple:
 
 
 def _tables(luts: Sequence[Tensor], plans: Sequence[Tensor]) -> tuple:
+    # within a head the kernels count in 32 bits
+    luts = [lut if lut.shape[2] * lut.stride(2) < 2**31 else lut.contiguous() for lut in luts]
     return tuple((lut, *lut.stride(), small) for lut, small in zip(luts, plans[::3], strict=True))
 
 
@@ -117,12 +119,15 @@ def _plan(ids: Tensor, num_buckets: int) -> tuple[Tensor, Tensor, Tensor]:
     )
     small, order, ends = _empty_plan(ids, num_buckets)
     rows, padded = small.shape
+    if max(rows * padded, rows * padded // _TILE * ends.stride(1)) >= 2**31:
+        raise ValueError(f'backend="triton" counts in 32 bits, and a map of {tuple(ids.shape)} is too large for it')
+    each = 4 if ids.is_cuda else 64  # the interpreter takes one program after another
     if rows * padded > 0:
         with _on(ids):
-            _triton_tiles.plan[(rows + 3) // 4, padded // _TILE](
+            _triton_tiles.plan[(rows + each - 1) // each, padded // _TILE](
                 ids, small, order, ends, rows, ids.shape[1], padded, ends.stride(1), num_buckets, *ids.stride(),
-                R=4, NB=16, num_warps=8,
-            )
+                R=each, NB=16, num_warps=8,
+            )  # fmt: skip
     return small, order, ends
 
 
@@ -188,9 +193,7 @@ def _attention_backward(
     grad_q, grad_k, grad_v, grads_lut_q, grads_lut_k = grads
     call = _Call(q, k, attn_mask, seed, scale, dropout_p)
     delta = torch.empty_like(lse)
-    pairs = tuple(
-        (grad, *grad.stride(), s.contiguous(), s.shape[3]) for grad, s in zip(grad_sums, sums, strict=True)
-    )
+    pairs = tuple((grad, *grad.stride(), s.contiguous(), s.shape[3]) for grad, s in zip(grad_sums, sums, strict=True))
     blocks = (call.Lq + 31) // 32
     of_out = _rows(grad_out)
     common = (_rows(q), _rows(k), _rows(v), of_out, lse, delta)

@@ -1,4 +1,4 @@
-# ruff: noqa: N803
+# ruff: noqa: N803, RUF005 (Triton unpacks no tuple into another)
 """The Triton kernels of `rpe_attention`: one program for each block of rows of a head, no atomics, one order of sums.
 
 How they read their arguments, which are tuples:
