@@ -33,7 +33,8 @@ asan: .venv/installed  ## the operators' tests against a build that stops at any
 
 bench: .venv/ops  ## operators beside torch's own, as ratios; JSON in benchmarks/results/
 	$(BIN)/python benchmarks/bench_rpe_index.py --out benchmarks/results
-	$(BIN)/python benchmarks/bench_attention.py --memory --json benchmarks/results/bench_attention_cpu.json
+	$(BIN)/python benchmarks/bench_attention.py --memory --maps 14 24 32 64 --dtype float32 bfloat16 --out benchmarks/results
+	$(BIN)/python benchmarks/bench_model.py --out benchmarks/results
 
 gpu-check:  ## builds for CUDA, tests and benchmarks on a GPU; JSON in the folder $(RESULTS)
 	RPE_OPS_CUDA=1 $(PYTHON) rpe_ops/setup.py build_ext --inplace

@@ -9,9 +9,7 @@ one projection, as timm has them, and includes the products of queries and keys 
 
 import argparse
 import copy
-import json
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks import common
 from irpe import build_rpe, get_rpe_config, rpe_attention
 
 HEADS, DIM, SKIP = 6, 64, 1
@@ -101,30 +101,22 @@ def medians(calls, seconds, clock):
 
 
 def peak_mib(side, on, dtype, train, name):
-    """Peak of the resident memory over what inputs and imports take, in a process of its own."""
+    """Peak of the resident memory over what inputs and imports take."""
     code = f"""
-import sys, torch
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-import bench_attention as b
-torch.set_num_threads({torch.get_num_threads()})
-def status(key):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+from benchmarks import bench_attention as b
 q, k, v, grad = b.inputs({side}, {dtype}, {train})
 rpe = b.encodings({on!r}, {dtype})
-call = dict(sdpa=lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v), matmul=lambda: b.formula(q, k, v),
+attention = dict(sdpa=lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v),
     ours=lambda: b.rpe_attention(q, k, v, *rpe, backend="cpu"),
     eager=lambda: b.rpe_attention(q, k, v, *rpe, backend="eager"))[{name!r}]
+def call():
+    out = attention()
+    if {train}:
+        out.backward(grad)
 small = [x[:1, :, :17].detach() for x in (q, k, v)]
 b.rpe_attention(*small, *rpe, height=4, width=4).sum()
-before = status("VmRSS")
-open("/proc/self/clear_refs", "w").write("5")
-out = call()
-if {train}:
-    out.backward(grad)
-print((status("VmHWM") - before) / 1024)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    return float(done.stdout) if done.returncode == 0 else float("nan")
+    return common.peak_mib(code, threads=torch.get_num_threads())
 
 
 def main():
@@ -136,7 +128,7 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cpu-time", action="store_true", help="of one thread: for a machine that others use too")
     parser.add_argument("--memory", action="store_true", help="peak memory of each variant too, in MiB")
-    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--out", type=Path, help="folder for bench_attention_cpu.json")
     args = parser.parse_args()
     clock = time.process_time if args.cpu_time else time.perf_counter
     torch.set_num_threads(1 if args.cpu_time else args.threads)
@@ -151,6 +143,7 @@ def main():
                     base = min(seconds["sdpa"], seconds["matmul"])
                     flops = 4 * BATCH[side] * HEADS * (SKIP + side * side) ** 2 * DIM * (3.5 if train else 1)
                     line = dict(dtype=dtype, map=side, pass_="forward+backward" if train else "forward", on=on)
+                    line["clock"] = "CPU time of one thread" if args.cpu_time else "wall time"
                     line |= dict(base_ms=base * 1e3, base_gflops=flops / base / 1e9)
                     line["ratio"] = {name: value / base for name, value in seconds.items()}
                     if args.memory:
@@ -164,14 +157,8 @@ def main():
                         flush=True,
                     )
                     lines.append(line)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(
-            json.dumps(
-                dict(torch=torch.__version__, threads=torch.get_num_threads(), cpu_time=args.cpu_time, lines=lines),
-                indent=1,
-            )
-        )
+    if args.out is not None:
+        print(common.write(args.out, "bench_attention", "cpu", lines))
 
 
 if __name__ == "__main__":

@@ -502,12 +502,12 @@ class iRPE(nn.Module):
                 self.initializer(self.table)
 
     def tables(
-        self, x: Tensor, height: Size = None, width: Size = None, scale: float | None = None, positions: Places = None
+        self, x: Tensor, height: Size = None, width: Size = None, *, positions: Places = None
     ) -> list[tuple[Tensor, Tensor]]:
         """Pairs (table, ids) that x is encoded with: one here, two for cross. This is what a fused kernel needs.
 
-        table is scale * x @ W, (B, H, L, N), in bias mode (1, H', L, N), on values W, (H', N, D); ids are (L, L), or
-        (B, 1, L, L) where positions differ between samples.
+        table is W, (H', D, N), on values (H', N, D); in bias mode it is (1, H', L, N). ids are (L, L), or (B, 1, L, L)
+        where positions differ between samples.
         """
         self._check(x, positions)
         tokens = x.shape[2]
@@ -517,11 +517,8 @@ class iRPE(nn.Module):
             ids = _bucket_ids(self._mapping, *_grid(tokens, self.rpe_config.skip, height, width), x)
         else:
             ids = self._ids_at(x, positions)
-        if not self.transposed:
-            return [(self.table, ids)]
-        if self.mode == "bias":
-            return [(self.table[None, :, None, :].expand(1, -1, tokens, -1), ids)]
-        return [(x @ (self.table if scale is None else self.table * scale), ids)]  # W is smaller than x
+        bias = self.mode == "bias"
+        return [(self.table[None, :, None, :].expand(1, -1, tokens, -1) if bias else self.table, ids)]
 
     def _ids_at(self, x: Tensor, positions: Any) -> Tensor:
         own, others = positions if isinstance(positions, tuple) else (positions, positions)
@@ -549,7 +546,7 @@ class iRPE(nn.Module):
         """
         ((table, ids),) = self.tables(x, height, width, positions=positions)
         if self.transposed:
-            return _rpe_index(table, ids)
+            return _rpe_index(table if self.mode == "bias" else x @ table, ids)
         return _rpe_bucket_sum(x, ids, self.num_buckets) @ table
 
     def _check(self, x: Tensor, positions: Places) -> None:
@@ -677,10 +674,10 @@ def rpe_attention(
         attn_mask: broadcasts to (B, H, Lq, Lk). Boolean: True takes part. Floating: added to the scores. A row without
             any key gets zero weights, so its output is 0 (as `F.scaled_dot_product_attention` has it), never NaN.
         dropout_p: probability that an attention weight is dropped; pass 0.0 in evaluation.
-        backend: "cpu" is the fused C++ of `rpe_ops`, "eager" the formula in plain torch; "sdpa" hands the sum of
-            encodings and mask to `F.scaled_dot_product_attention` (nothing on values); "reference" is the law. A name
-            is honoured or refused. None takes "cpu" where it runs, "sdpa" where nothing is trained and there is no
-            rpe_v, else "eager".
+        backend: "cpu" (C++) and "triton" (GPUs) are the fused kernels of `rpe_ops`, "eager" the formula in plain torch;
+            "sdpa" hands the sum of encodings and mask to `F.scaled_dot_product_attention` (nothing on values);
+            "reference" is the law. A name is honoured or refused. None takes what is fused where it runs (see
+            `rpe_ops.rpe_attention.choose`), "sdpa" where nothing is trained and there is no rpe_v, else "eager".
 
     Returns (B, H, Lq, D).
     """
@@ -699,7 +696,7 @@ def rpe_attention(
     of_q: dict[str, Any] = dict(height=height, width=width, positions=None if at_q is None else (at_q, at_k))
     of_k = of_q | dict(positions=None if at_q is None else (at_k, at_q))
     one_map = not encoded or at_q is None or at_k is None or at_q.dim() == at_k.dim() == 2
-    in_rpe_ops = backend in ("cpu", "reference")
+    in_rpe_ops = backend in ("cpu", "triton", "reference")
     if in_rpe_ops and not one_map:
         raise ValueError(f'backend="{backend}" takes one map for all samples; use "eager" for positions (B, L, 2)')
     if in_rpe_ops and _attention is None:
@@ -707,20 +704,16 @@ def rpe_attention(
     records = torch.compiler.is_exporting() or torch.jit.is_tracing()  # what others run without rpe_ops
     if _attention is not None and backend in (None, "eager") and one_map and not records:
         # dropped weights depend on the seed alone where rpe_ops draws them
-        in_rpe_ops = dropout_p > 0 or (backend is None and _attention.why_not("cpu", q, attn_mask) is None)
+        in_rpe_ops = dropout_p > 0 or (backend is None and _attention.choose(q, k, attn_mask) != "eager")
     if in_rpe_ops:
-        on_q = [] if rpe_q is None else rpe_q.tables(k, scale=scale, **of_k)
-        on_k = [] if rpe_k is None else rpe_k.tables(q, scale=scale, **of_q)
+        on_q = [] if rpe_q is None else rpe_q.tables(k, **of_k)
+        on_k = [] if rpe_k is None else rpe_k.tables(q, **of_q)
         weights_like = q[:1, :, :, :1].expand(-1, -1, -1, k.shape[2])
-        on_v = [] if rpe_v is None else rpe_v.tables(weights_like, **of_q)
-        sizes = [(ids, table.shape[-2]) for table, ids in on_v]
+        on_v = [] if rpe_v is None else [(ids, W) for W, ids in rpe_v.tables(weights_like, **of_q)]
         rest = dict(scale=scale, attn_mask=attn_mask, dropout_p=dropout_p, backend=backend)
-        out, sums = _attention.rpe_attention(q, k, v, on_q, on_k, sizes, **rest)
-        for (table, _), bucket_sums in zip(on_v, sums, strict=True):
-            out = out + bucket_sums @ table
-        return out
+        return _attention.rpe_attention(q, k, v, on_q, on_k, on_v, **rest)[0]
     if backend not in (None, "eager", "sdpa"):
-        raise ValueError(f'unknown backend {backend!r}; expected None, "cpu", "eager", "sdpa" or "reference"')
+        raise ValueError(f'unknown backend {backend!r}; expected None, "cpu", "triton", "eager", "sdpa" or "reference"')
     if backend == "sdpa" and rpe_v is not None:
         raise ValueError('backend="sdpa" returns no attention weights, which an encoding on values needs; use "eager"')
     bias = empty = None  # what is added to the scores, (B, H, Lq, Lk); rows without a key, (B, H, Lq, 1)

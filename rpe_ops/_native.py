@@ -21,15 +21,15 @@ _SCHEMAS = {
         "rpe_ops::rpe_attention_plan(Tensor ids, SymInt num_buckets, bool blocks) -> (Tensor, Tensor, Tensor)"
     ),
     "rpe_attention": (
-        "rpe_ops::rpe_attention(Tensor q, Tensor k, Tensor v, Tensor[] lut_q, Tensor[] lut_k, Tensor[] plan_q, "
-        "Tensor[] plan_k, Tensor[] plan_v, Tensor? attn_mask, Tensor? seed, float scale, float dropout_p) -> "
-        "(Tensor, Tensor, Tensor[])"
+        "rpe_ops::rpe_attention(Tensor q, Tensor k, Tensor v, Tensor[] tables_q, Tensor[] tables_k, "
+        "Tensor[] tables_v, Tensor[] plan_q, Tensor[] plan_k, Tensor[] plan_v, Tensor? attn_mask, Tensor? seed, "
+        "float scale, float dropout_p) -> (Tensor, Tensor, Tensor[])"
     ),
     "rpe_attention_backward": (
         "rpe_ops::rpe_attention_backward(Tensor grad_out, Tensor[] grad_sums, Tensor q, Tensor k, Tensor v, "
-        "Tensor lse, Tensor[] lut_q, Tensor[] lut_k, Tensor[] plan_q, Tensor[] plan_k, Tensor[] plan_v, "
-        "Tensor? attn_mask, Tensor? seed, float scale, float dropout_p) -> "
-        "(Tensor, Tensor, Tensor, Tensor[], Tensor[])"
+        "Tensor lse, Tensor[] tables_q, Tensor[] tables_k, Tensor[] tables_v, Tensor[] plan_q, Tensor[] plan_k, "
+        "Tensor[] plan_v, Tensor? attn_mask, Tensor? seed, float scale, float dropout_p) -> "
+        "(Tensor, Tensor, Tensor, Tensor[], Tensor[], Tensor[])"
     ),
 }
 _ON_CUDA = ("rpe_index", "rpe_bucket_sum")

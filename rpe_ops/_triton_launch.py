@@ -24,7 +24,7 @@ def _power_of_two(n: int) -> int:
 
 
 def tiles(kernel: str, head: int, bytes_each: int, sums: bool, major: int) -> dict[str, int]:
-    """Rows of a program, warps and pipeline stages: what registers and shared memory hold, as compiled for `major`.0."""
+    """Rows of a program, warps and pipeline stages: what the registers of compute capability `major` hold."""
     if bytes_each == 4:
         return dict(R=32, num_warps=4, num_stages=1) if major < 9 else dict(R=64, num_warps=8, num_stages=1)
     if major < 9:
@@ -102,7 +102,7 @@ def _empty_heads(q: Tensor, tokens: int) -> Tensor:
     return q.new_empty(q.shape[0], tokens, q.shape[1], q.shape[3]).transpose(1, 2)
 
 
-def _empty_plan(ids: Tensor, num_buckets: int) -> tuple[Tensor, Tensor, Tensor]:
+def empty_plan(ids: Tensor, num_buckets: int) -> tuple[Tensor, Tensor, Tensor]:
     rows, padded = ids.shape[0], _padded(ids.shape[1])
     dtype = torch.uint8 if num_buckets <= 2**8 else torch.int16 if num_buckets <= 2**15 else torch.int32
     order = ids.new_empty(rows, padded, dtype=torch.uint8)
@@ -117,7 +117,7 @@ def _plan(ids: Tensor, num_buckets: int) -> tuple[Tensor, Tensor, Tensor]:
     torch._assert_async(
         ((ids >= 0) & (ids < num_buckets)).all(), f"rpe_attention: an id is outside [0, N) with N={num_buckets}"
     )
-    small, order, ends = _empty_plan(ids, num_buckets)
+    small, order, ends = empty_plan(ids, num_buckets)
     rows, padded = small.shape
     if max(rows * padded, rows * padded // _TILE * ends.stride(1)) >= 2**31:
         raise ValueError(f'backend="triton" counts in 32 bits, and a map of {tuple(ids.shape)} is too large for it')
@@ -212,7 +212,7 @@ def _attention_backward(
 
 if not hasattr(torch.ops.rpe_ops, "rpe_attention_triton"):  # once in a process, however many copies of this there are
     for _name, _function, _its_fake in (
-        ("rpe_attention_triton_plan", _plan, _empty_plan),
+        ("rpe_attention_triton_plan", _plan, empty_plan),
         ("rpe_attention_triton", _attention, _fake),
         ("rpe_attention_triton_backward", _attention_backward, _fake_backward),
     ):

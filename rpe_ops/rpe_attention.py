@@ -1,6 +1,6 @@
 """`rpe_attention`: attention with encodings on queries, keys and values, in tensors; the choice of its backends."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from . import reference, rpe_attention_cpu, rpe_attention_eager, rpe_attention_triton
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
+OnValues = Sequence[tuple[Tensor, int]] | Sequence[tuple[Tensor, Tensor]]
 _INDEX_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _FUSED = {"cpu": rpe_attention_cpu, "triton": rpe_attention_triton}
@@ -20,7 +21,7 @@ def rpe_attention(
     v: Tensor,
     on_q: Pairs = (),
     on_k: Pairs = (),
-    on_v: Sequence[tuple[Tensor, int]] = (),
+    on_v: OnValues = (),
     *,
     scale: float | None = None,
     attn_mask: Tensor | None = None,
@@ -40,7 +41,9 @@ def rpe_attention(
         q, k, v: (B, H, Lq, D), (B, H, Lk, D), (B, H, Lk, D) of one dtype and any strides, q not scaled yet.
         on_q: pairs of a side table lut_q, (B or 1, H or 1, Lk, N), and its ids (Lk, Lq); cross has two pairs.
         on_k: pairs of a side table lut_k, (B or 1, H or 1, Lq, N), and its ids (Lq, Lk).
-        on_v: pairs of ids (Lq, Lk) and N. Ids are uint8, int16, int32 or int64 in [0, N).
+            In both, W (H or 1, D, N) in place of a side table stands for lut_q = scale k @ W, lut_k = scale q @ W.
+        on_v: pairs of ids (Lq, Lk) and N, or of ids and W (H or 1, N, D), which then is in all of them. Ids are uint8,
+            int16, int32 or int64 in [0, N).
         scale: D ** -0.5 by default.
         attn_mask: broadcasts to (B, H, Lq, Lk); boolean (True takes part) or floating point (added). A row that is
             masked whole has weights 0.
@@ -48,12 +51,13 @@ def rpe_attention(
         seed: int64 tensor of one element, what the dropped weights depend on; drawn from torch's generator when absent.
             One seed drops the same weights on every backend.
         backend: "cpu" (C++) and "triton" (CUDA and ROCm) never hold an (Lq, Lk) tensor, "eager" is the formula in plain
-            torch, "reference" the law. A name is honoured or refused. None takes the one of q's device where it runs
-            and "eager" elsewhere, also for second derivatives and the gradient of attn_mask, which these do not have.
+            torch, "reference" the law. A name is honoured or refused. None takes what `choose` says, and "eager" for
+            second derivatives.
 
     Returns:
-        out (B, H, Lq, D) without the encoding on values, and for each pair of on_v the bucket sums of p, (B, H, Lq, N):
-        the caller adds S @ W_v. Under autocast q, k, v are cast as `F.scaled_dot_product_attention` does.
+        out (B, H, Lq, D) and a list: for each pair of on_v with N the bucket sums S of p, (B, H, Lq, N), so that the
+        caller can add S @ W; with W out has that already, and the list is empty. Under
+        autocast q, k, v are cast as `F.scaled_dot_product_attention` does.
 
     Source: iRPE, arXiv 2107.14222, Eq. 12 to 14; recomputed tiles as in arXiv 2205.14135.
     """
@@ -63,32 +67,72 @@ def rpe_attention(
     _check(q, k, v, attn_mask, dropout_p)
     B, H, Lq, D = q.shape
     Lk = k.shape[2]
-    on_q = [(_table(lut, ids, "on_q", (B, H, Lk, Lq)), ids) for lut, ids in on_q]
-    on_k = [(_table(lut, ids, "on_k", (B, H, Lq, Lk)), ids) for lut, ids in on_k]
-    for ids, _ in on_v:
-        _check_ids(ids, "on_v", (Lq, Lk), q.device)
+    on_q = [(_table(table, ids, "on_q", (B, H, Lk, Lq, D)), ids) for table, ids in on_q]
+    on_k = [(_table(table, ids, "on_k", (B, H, Lq, Lk, D)), ids) for table, ids in on_k]
+    on_v = _on_values(on_v, (H, Lq, Lk, D), q.device)
     if dropout_p > 0 and seed is None:
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
     settings: dict[str, Any] = dict(
         scale=D**-0.5 if scale is None else scale, attn_mask=attn_mask, dropout_p=dropout_p, seed=seed
     )
     if backend == "reference":
-        return reference.rpe_attention(q, k, v, on_q, on_k, on_v, **settings)
+        return _with_tables(reference.rpe_attention, q, k, v, on_q, on_k, on_v, **settings)
     if backend not in (None, "eager", *_FUSED):
         raise ValueError(f'unknown backend {backend!r}; expected None, "cpu", "triton", "eager" or "reference"')
-    if backend in _FUSED and (reason := why_not(backend, q, attn_mask)):
+    if backend is not None and (reason := why_not(backend, q, attn_mask)) is not None:
         raise ValueError(f'backend="{backend}" {reason}')
-    formula = rpe_attention_eager.attention if backend is None else None
-    name = fused(q, attn_mask) if backend is None else backend
-    if name not in _FUSED:
-        return rpe_attention_eager.attention(q, k, v, on_q, on_k, on_v, **settings)
-    return _FUSED[name].attention(q, k, v, on_q, on_k, on_v, formula=formula, **settings)
+    name = choose(q, k, attn_mask) if backend is None else backend
+    if name == "eager":
+        return _formula(q, k, v, on_q, on_k, on_v, **settings)
+    settings["second"] = backend is None
+    # "triton" takes side tables; vmap folds into B, which W has not
+    if name == "triton" or torch._C._are_functorch_transforms_active():
+        return _with_tables(_FUSED[name].attention, q, k, v, on_q, on_k, on_v, **settings)
+    return rpe_attention_cpu.attention(q, k, v, on_q, on_k, on_v, **settings)
 
 
-def fused(q: Tensor, attn_mask: Tensor | None = None) -> str | None:
-    """The backend that `backend=None` takes for a call with this q and mask; None is the formula."""
-    name = "cpu" if q.device.type == "cpu" else "triton"
-    return name if why_not(name, q, attn_mask) is None else None
+def _formula(
+    q: Tensor, k: Tensor, v: Tensor, on_q: Pairs, on_k: Pairs, on_v: OnValues, **settings: Any
+) -> tuple[Tensor, list[Tensor]]:
+    return _with_tables(rpe_attention_eager.attention, q, k, v, on_q, on_k, on_v, **settings)
+
+
+rpe_attention_cpu.FORMULA[:] = rpe_attention_triton.FORMULA[:] = [_formula]
+
+
+def _with_tables(
+    attention: Callable[..., tuple[Tensor, list[Tensor]]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    on_q: Pairs,
+    on_k: Pairs,
+    on_v: OnValues,
+    **settings: Any,
+) -> tuple[Tensor, list[Tensor]]:
+    """`attention` for a backend that takes side tables and returns bucket sums: the products with W are done here."""
+    scale = settings["scale"]  # of W, which is smaller than q and k
+    on_q = [(k @ (table * scale) if table.dim() == 3 else table, ids) for table, ids in on_q]
+    on_k = [(q @ (table * scale) if table.dim() == 3 else table, ids) for table, ids in on_k]
+    weights = [W for _, W in on_v if isinstance(W, Tensor)]
+    sizes = [(ids, W.shape[1] if isinstance(W, Tensor) else W) for ids, W in on_v]
+    out, sums = attention(q, k, v, on_q, on_k, sizes, **settings)
+    for bucket_sums, W in zip(sums, weights, strict=False):
+        out = out + bucket_sums @ W
+    return out, [] if weights else sums
+
+
+def choose(q: Tensor, k: Tensor, attn_mask: Tensor | None = None) -> str:
+    """The backend that None means for such a call: "cpu" or "triton", by q's device, where it runs, elsewhere "eager".
+
+    "cpu" computes in float32, so where short sequences are trained in bfloat16 the formula is faster, and takes little.
+    """
+    if q.device.type != "cpu":
+        return "eager" if why_not("triton", q, attn_mask) else "triton"
+    short = q.dtype == torch.bfloat16 and k.shape[2] < 512
+    if short and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        return "eager"
+    return "eager" if why_not("cpu", q, attn_mask) else "cpu"
 
 
 def why_not(backend: str, q: Tensor, attn_mask: Tensor | None = None) -> str | None:
@@ -129,13 +173,40 @@ def _check_ids(ids: Tensor, name: str, shape: tuple[int, int], device: torch.dev
         raise ValueError(f"{name}: q is on {device}, ids on {ids.device}: move one of them")
 
 
-def _table(lut: Tensor, ids: Tensor, name: str, sizes: tuple[int, int, int, int]) -> Tensor:
-    """lut expanded to (B, H, L, N), checked together with its ids (L, L')."""
-    B, H, rows, columns = sizes
-    fits = lut.dim() == 4 and lut.shape[0] in (1, B) and lut.shape[1] in (1, H) and lut.shape[2] == rows
-    if not fits:
-        raise ValueError(f"{name}: the table has shape {tuple(lut.shape)}; expected ({B} or 1, {H} or 1, {rows}, N)")
-    if lut.dtype not in _FLOATS:
-        raise TypeError(f"{name}: the table is {lut.dtype}; expected one of {', '.join(map(str, _FLOATS))}")
-    _check_ids(ids, name, (rows, columns), lut.device)
-    return lut.expand(B, H, -1, -1)
+def _table(table: Tensor, ids: Tensor, name: str, sizes: tuple[int, ...]) -> Tensor:
+    """A side table expanded to (B, H, L, N), or W to (H, D, N), checked together with its ids (L, L')."""
+    B, H, rows, columns, D = sizes
+    shape = table.shape
+    if table.dim() == 3 and shape[0] in (1, H) and shape[1] == D:
+        table = table.expand(H, -1, -1)
+    elif table.dim() == 4 and shape[0] in (1, B) and shape[1] in (1, H) and shape[2] == rows:
+        table = table.expand(B, H, -1, -1)
+    else:
+        expected = f"({B} or 1, {H} or 1, {rows}, N), or W of shape ({H} or 1, {D}, N)"
+        raise ValueError(f"{name}: the table has shape {tuple(shape)}; expected {expected}")
+    _check_dtype(table, name)
+    _check_ids(ids, name, (rows, columns), table.device)
+    return table
+
+
+def _on_values(on_v: OnValues, sizes: tuple[int, ...], device: torch.device) -> list[Any]:
+    """The pairs, checked, each W expanded to (H, N, D)."""
+    H, Lq, Lk, D = sizes
+    pairs: list[Any] = []
+    for ids, W in on_v:
+        _check_ids(ids, "on_v", (Lq, Lk), device)
+        if isinstance(W, Tensor):
+            if W.dim() != 3 or W.shape[0] not in (1, H) or W.shape[2] != D:
+                raise ValueError(f"on_v: W has shape {tuple(W.shape)}; expected ({H} or 1, N, {D})")
+            _check_dtype(W, "on_v")
+            pairs.append((ids, W.expand(H, -1, -1)))
+        else:
+            pairs.append((ids, W))
+    if len({isinstance(W, Tensor) for _, W in pairs}) > 1:
+        raise TypeError("on_v: some pairs have W and others N; give the same in all of them")
+    return pairs
+
+
+def _check_dtype(table: Tensor, name: str) -> None:
+    if table.dtype not in _FLOATS:
+        raise TypeError(f"{name}: the table is {table.dtype}; expected one of {', '.join(map(str, _FLOATS))}")

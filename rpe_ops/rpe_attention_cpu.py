@@ -3,7 +3,7 @@
 import itertools
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from . import _native
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
+FORMULA: list[Callable[..., Any]] = []  # called as `attention`: who knows the formula puts it here
+OnValues = Sequence[tuple[Tensor, int]] | Sequence[tuple[Tensor, Tensor]]
 
 
 def why_not(q: Tensor, attn_mask: Tensor | None = None) -> str | None:
@@ -28,21 +30,27 @@ def why_not(q: Tensor, attn_mask: Tensor | None = None) -> str | None:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, on_q: Pairs, on_k: Pairs, on_v: Sequence[tuple[Tensor, int]], **settings: Any
+    q: Tensor, k: Tensor, v: Tensor, on_q: Pairs, on_k: Pairs, on_v: OnValues, **settings: Any
 ) -> tuple[Tensor, list[Tensor]]:
-    """(out, sums) of checked arguments; settings are scale, attn_mask, dropout_p, seed, and the formula for second
+    """(out, sums) of checked arguments. Settings are scale, attn_mask, dropout_p, seed, and whether second derivatives,
+    which `FORMULA` has, are wanted or refused.
 
-    derivatives: a function that is called as this one, or None, which refuses them.
+    Tables are side tables (B, H, L, N), or W, (H, D, N), on values (H, N, D): either all of on_v have W, or none has.
     """
     mask, seed = settings["attn_mask"], settings["seed"]
     if mask is not None:
         mask = mask.expand(*q.shape[:3], k.shape[2])
-    plans = [plan for lut, ids in on_q for plan in _plan(ids, lut.shape[3], True)]
-    plans += [plan for lut, ids in on_k for plan in _plan(ids, lut.shape[3], False)]
-    plans += [plan for ids, num_buckets in on_v for plan in _plan(ids, num_buckets, False)]
-    numbers = (settings["scale"], settings["dropout_p"], len(on_q), len(on_k), settings["formula"])
-    tables = [lut for lut, _ in (*on_q, *on_k)]
-    out, _, *sums = RPEAttentionFunction.apply(q, k, v, mask, seed, numbers, *tables, *plans)
+    plans = [plan for table, ids in on_q for plan in _plan(ids, table.shape[-1], True)]
+    plans += [plan for table, ids in on_k for plan in _plan(ids, table.shape[-1], False)]
+    tables = [table for table, _ in (*on_q, *on_k)] + [W for _, W in on_v if isinstance(W, Tensor)]
+    for ids, last in on_v:
+        plans += _plan(ids, last.shape[1] if isinstance(last, Tensor) else last, False)
+    numbers = (settings["scale"], settings["dropout_p"], len(on_q), len(on_k), len(tables), settings["second"])
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *tables))
+    # where nothing is trained torch.compile calls forward with one argument too many
+    bare = torch.compiler.is_compiling() and not trains
+    call = RPEAttentionFunction.forward if bare else RPEAttentionFunction.apply
+    out, _, *sums = call(q, k, v, mask, seed, numbers, *tables, *plans)
     return out, sums
 
 
@@ -53,7 +61,9 @@ _plans_lock = threading.Lock()
 
 def _plan(ids: Tensor, num_buckets: int, blocks: bool) -> tuple[Tensor, Tensor, Tensor]:
     """What the kernels read instead of ids: small ids of the columns that occur, and which these are. Kept with ids."""
-    if torch.compiler.is_compiling() or type(ids) is not Tensor or ids.is_inference() or _is_wrapped(ids):
+    if torch.compiler.is_compiling():
+        return torch.ops.rpe_ops.rpe_attention_plan_of_graph(ids, num_buckets, blocks)
+    if type(ids) is not Tensor or ids.is_inference() or _is_wrapped(ids):
         return torch.ops.rpe_ops.rpe_attention_plan(ids, num_buckets, blocks)
     key = (id(ids), num_buckets, blocks)
     with _plans_lock:
@@ -69,12 +79,19 @@ def _plan(ids: Tensor, num_buckets: int, blocks: bool) -> tuple[Tensor, Tensor, 
     return plan
 
 
+def _plan_of_graph(ids: Tensor, num_buckets: int, blocks: bool) -> tuple[Tensor, Tensor, Tensor]:
+    # a compiled graph calls this each time it runs; what it gets is its own, and may be overwritten
+    compact, columns, groups = _plan(ids, num_buckets, blocks)
+    return compact.clone(), columns.clone(), groups.clone()
+
+
 def _is_wrapped(ids: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(ids)
 
 
 class RPEAttentionFunction(torch.autograd.Function):
-    """(q, k, v, mask, seed, (scale, p, number of on_q, of on_k, formula), *tables, *plans) -> (out, lse, *sums)."""
+    """(q, k, v, mask, seed, (scale, p, len(on_q), len(on_k), len(tables), second), *tables, *plans)
+    -> (out, lse, *sums)."""
 
     @staticmethod
     def forward(
@@ -96,8 +113,7 @@ class RPEAttentionFunction(torch.autograd.Function):
         # a compiled graph has no second derivative that RPEAttentionBackward would have to refuse
         call = RPEAttentionBackward.forward if torch.compiler.is_compiling() else RPEAttentionBackward.apply
         grads = call(grad_out, q, k, v, lse, mask, seed, numbers, *grad_sums, *rest)
-        tables = ctx.numbers[2] + ctx.numbers[3]
-        return *grads[:3], None, None, None, *grads[3:], *[None] * (len(rest) - tables)
+        return *grads[:3], None, None, None, *grads[3:], *[None] * (len(rest) - ctx.numbers[4])
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -119,10 +135,14 @@ class RPEAttentionBackward(torch.autograd.Function):
         numbers: tuple,
         *rest: Tensor,
     ) -> tuple[Tensor, ...]:
-        sums, rest = list(rest[: numbers[5]]), rest[numbers[5] :]
+        sums, rest = list(rest[: numbers[6]]), rest[numbers[6] :]
         arguments = _arguments(mask, seed, numbers, rest)
         grads = torch.ops.rpe_ops.rpe_attention_backward(grad_out, sums, q, k, v, lse, *arguments)
-        return *grads[:3], *grads[3], *grads[4]
+        of_tables = [
+            grad.sum(0).to(table.dtype) if table.dim() == 3 else grad  # of W they come for each sample
+            for grad, table in zip(itertools.chain(*grads[3:]), rest, strict=False)
+        ]
+        return *grads[:3], *of_tables
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -132,25 +152,27 @@ class RPEAttentionBackward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        scale, dropout_p, num_q, num_k, formula, num_v = ctx.numbers
-        if formula is None:
+        scale, dropout_p, num_q, num_k, num_tables, second_order, num_sums = ctx.numbers
+        if not second_order:
             raise NotImplementedError('second derivatives of rpe_attention: call it with backend="eager", or None')
         grad_out, q, k, v, mask, seed, *rest = ctx.saved_tensors
-        sums, rest = rest[:num_v], rest[num_v:]
-        tables, plans = rest[: num_q + num_k], rest[num_q + num_k :]
-        keys = [q.shape[2]] * num_q + [k.shape[2]] * (num_k + num_v)
+        sums, rest = rest[:num_sums], rest[num_sums:]
+        tables, plans = rest[:num_tables], rest[num_tables:]
+        keys = [q.shape[2]] * num_q + [k.shape[2]] * (len(plans) // 3 - num_q)
         ids = [_ids(one, two, n) for one, two, n in zip(plans[::3], plans[1::3], keys, strict=True)]
         with torch.enable_grad():
             inputs = [x.detach().requires_grad_() for x in (q, k, v, *tables)]
             outer = [x.detach().requires_grad_() for x in (grad_out, *sums)]
             pairs = list(zip(inputs[3:], [one for one, _ in ids], strict=False))
-            on_q, on_k, on_v = pairs[:num_q], pairs[num_q:], ids[num_q + num_k :]
+            on_q, on_k, on_v = pairs[:num_q], pairs[num_q : num_q + num_k], ids[num_q + num_k :]
+            if num_tables > num_q + num_k:
+                on_v = [(one, W) for (one, _), W in zip(on_v, inputs[3 + num_q + num_k :], strict=True)]
             settings = dict(scale=scale, attn_mask=mask, dropout_p=dropout_p, seed=seed)
-            out, bucket_sums = formula(*inputs[:3], on_q, on_k, on_v, **settings)
+            out, bucket_sums = FORMULA[0](*inputs[:3], on_q, on_k, on_v, **settings)
             first = torch.autograd.grad([out, *bucket_sums], inputs, outer, create_graph=True)
             second = torch.autograd.grad(first, [*outer, *inputs], grads, allow_unused=True, materialize_grads=True)
-        of_out, *of_sums = second[: 1 + num_v]
-        of_q, of_k, of_v, *of_tables = second[1 + num_v :]
+        of_out, *of_sums = second[: 1 + num_sums]
+        of_q, of_k, of_v, *of_tables = second[1 + num_sums :]
         return of_out, of_q, of_k, of_v, None, None, None, None, *of_sums, *of_tables, *[None] * len(plans)
 
     @staticmethod
@@ -159,8 +181,9 @@ class RPEAttentionBackward(torch.autograd.Function):
 
 
 def _arguments(mask: Tensor | None, seed: Tensor | None, numbers: tuple, rest: Sequence[Tensor]) -> tuple:
-    scale, dropout_p, num_q, num_k = numbers[:4]
-    ends = [0, num_q, num_q + num_k, 4 * num_q + num_k, 4 * (num_q + num_k), len(rest)]
+    scale, dropout_p, num_q, num_k, num_tables = numbers[:5]
+    plans = num_tables + 3 * num_q
+    ends = [0, num_q, num_q + num_k, num_tables, plans, plans + 3 * num_k, len(rest)]
     return *(list(rest[a:b]) for a, b in itertools.pairwise(ends)), mask, seed, scale, dropout_p
 
 
@@ -201,21 +224,32 @@ def _empty_heads(q: Tensor, tokens: int) -> Tensor:
 
 
 def _fake(
-    q: Tensor, k: Tensor, v: Tensor, lut_q: list, lut_k: list, plan_q: list, plan_k: list, plan_v: list, *_: Any
+    q: Tensor, k: Tensor, v: Tensor, tables_q: list, tables_k: list, tables_v: list, *rest: Any
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    precise = torch.float64 if q.dtype == torch.float64 else torch.float32
+    plan_v = [] if tables_v else rest[2]
     sums = [q.new_empty(*q.shape[:3], columns.shape[0] - _HEADER) for columns in plan_v[1::3]]
-    return _empty_heads(q, q.shape[2]), q.new_empty(q.shape[:3], dtype=precise), sums
+    return _empty_heads(q, q.shape[2]), q.new_empty(q.shape[:3], dtype=_precise(q)), sums
+
+
+def _precise(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 def _fake_backward(
-    grad_out: Tensor, grad_sums: list, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, lut_q: list, lut_k: list, *_: Any
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
-    grads_q, grads_k = ([lut.new_empty(lut.shape) for lut in luts] for luts in (lut_q, lut_k))
-    return _empty_heads(q, q.shape[2]), _empty_heads(q, k.shape[2]), _empty_heads(q, k.shape[2]), grads_q, grads_k
+    grad_out: Tensor, grad_sums: list, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *tables: Any
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    def gradient(table: Tensor) -> Tensor:
+        if table.dim() == 3:
+            return table.new_empty(q.shape[0], *table.shape, dtype=_precise(q))
+        return table.new_empty(table.shape)
+
+    of_q, of_k, of_v = ([gradient(table) for table in some] for some in tables[:3])
+    return _empty_heads(q, q.shape[2]), _empty_heads(q, k.shape[2]), _empty_heads(q, k.shape[2]), of_q, of_k, of_v
 
 
 if _native.first_time("rpe_attention"):
     torch.library.register_fake("rpe_ops::rpe_attention_plan", _fake_plan)
+    name = "rpe_ops::rpe_attention_plan_of_graph"
+    torch.library.custom_op(name, _plan_of_graph, mutates_args=(), device_types="cpu").register_fake(_fake_plan)
     torch.library.register_fake("rpe_ops::rpe_attention", _fake)
     torch.library.register_fake("rpe_ops::rpe_attention_backward", _fake_backward)

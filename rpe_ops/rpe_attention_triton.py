@@ -6,7 +6,7 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _disable_current_modes
 
-from . import _triton_launch  # noqa: F401 registers the operators
+from . import _triton_launch
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
+FORMULA: list[Callable[..., Any]] = []  # called as `attention`: who knows the formula puts it here
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _WIDEST = 128
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -53,18 +54,21 @@ def _too_old(device: int) -> str:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, on_q: Pairs, on_k: Pairs, on_v: Sequence[tuple[Tensor, int]], **settings: Any
 ) -> tuple[Tensor, list[Tensor]]:
-    """(out, sums) of checked arguments; settings are scale, attn_mask, dropout_p, seed, and the formula for second
-
-    derivatives: a function that is called as this one, or None, which refuses them.
+    """(out, sums) of checked arguments. Settings are scale, attn_mask, dropout_p, seed, and whether second derivatives,
+    which `FORMULA` has, are wanted or refused.
     """
     mask, seed = settings["attn_mask"], settings["seed"]
     if mask is not None:
         mask = mask.expand(*q.shape[:3], k.shape[2])
     sizes = [(ids, lut.shape[3]) for lut, ids in (*on_q, *on_k)] + list(on_v)
     plans = [x for ids, num_buckets in sizes for x in (ids, *_plan(ids, num_buckets))]
-    numbers = (settings["scale"], settings["dropout_p"], len(on_q), len(on_k), settings["formula"])
+    numbers = (settings["scale"], settings["dropout_p"], len(on_q), len(on_k), settings["second"])
     tables = [lut for lut, _ in (*on_q, *on_k)]
-    out, _, *sums = RPEAttentionFunction.apply(q, k, v, mask, seed, numbers, *tables, *plans)
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *tables))
+    # where nothing is trained torch.compile calls forward with one argument too many
+    bare = torch.compiler.is_compiling() and not trains
+    call = RPEAttentionFunction.forward if bare else RPEAttentionFunction.apply
+    out, _, *sums = call(q, k, v, mask, seed, numbers, *tables, *plans)
     return out, sums
 
 
@@ -75,7 +79,9 @@ _plans_lock = threading.Lock()
 def _plan(ids: Tensor, num_buckets: int) -> tuple[Tensor, Tensor, Tensor]:
     """What the kernels read instead of ids: small ids, rows in order of their buckets, their ends. Kept with ids."""
     is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    if torch.compiler.is_compiling() or type(ids) is not Tensor or ids.is_inference() or is_wrapped(ids):
+    if torch.compiler.is_compiling():
+        return torch.ops.rpe_ops.rpe_attention_triton_plan_of_graph(ids, num_buckets)
+    if type(ids) is not Tensor or ids.is_inference() or is_wrapped(ids):
         return torch.ops.rpe_ops.rpe_attention_triton_plan(ids, num_buckets)
     key = (id(ids), num_buckets)
     with _plans_lock:
@@ -95,8 +101,15 @@ def _plan(ids: Tensor, num_buckets: int) -> tuple[Tensor, Tensor, Tensor]:
     return plan
 
 
+def _plan_of_graph(ids: Tensor, num_buckets: int) -> tuple[Tensor, Tensor, Tensor]:
+    # a compiled graph calls this each time it runs; what it gets is its own, and may be overwritten
+    small, order, ends = _plan(ids, num_buckets)
+    own = torch.empty_strided(ends.shape, ends.stride(), dtype=ends.dtype, device=ends.device)
+    return small.clone(), order.clone(), own.copy_(ends)
+
+
 class RPEAttentionFunction(torch.autograd.Function):
-    """(q, k, v, mask, seed, (scale, p, number of on_q, of on_k, formula), *tables, *plans) -> (out, lse, *sums).
+    """(q, k, v, mask, seed, (scale, p, len(on_q), len(on_k), second), *tables, *plans) -> (out, lse, *sums).
 
     A plan is ids and the three tensors that `_plan` makes of them.
     """
@@ -167,8 +180,8 @@ class RPEAttentionBackward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        scale, dropout_p, num_q, num_k, formula, num_v = ctx.numbers
-        if formula is None:
+        scale, dropout_p, num_q, num_k, second_order, num_v = ctx.numbers
+        if not second_order:
             raise NotImplementedError('second derivatives of rpe_attention: call it with backend="eager", or None')
         grad_out, q, k, v, mask, seed, *rest = ctx.saved_tensors
         sums, rest = rest[:num_v], rest[num_v:]
@@ -179,7 +192,7 @@ class RPEAttentionBackward(torch.autograd.Function):
             pairs = list(zip(inputs[3:], plans[::4], strict=False))
             on_v = [(ids, ends.shape[2]) for ids, ends in zip(plans[::4], plans[3::4], strict=True)][num_q + num_k :]
             settings = dict(scale=scale, attn_mask=mask, dropout_p=dropout_p, seed=seed)
-            out, bucket_sums = formula(*inputs[:3], pairs[:num_q], pairs[num_q:], on_v, **settings)
+            out, bucket_sums = FORMULA[0](*inputs[:3], pairs[:num_q], pairs[num_q:], on_v, **settings)
             first = torch.autograd.grad([out, *bucket_sums], inputs, outer, create_graph=True)
             second = torch.autograd.grad(first, [*outer, *inputs], grads, allow_unused=True, materialize_grads=True)
         of_out, *of_sums = second[: 1 + num_v]
@@ -217,3 +230,8 @@ def _vmap(function: Any, info: Any, in_dims: tuple, args: tuple) -> tuple[tuple[
 
     outputs = function.apply(*(fold(x, dim) for x, dim in zip(args, in_dims, strict=True)))
     return tuple(x.unflatten(0, (info.batch_size, -1)) for x in outputs), (0,) * len(outputs)
+
+
+if not hasattr(torch.ops.rpe_ops, "rpe_attention_triton_plan_of_graph"):
+    name = "rpe_ops::rpe_attention_triton_plan_of_graph"
+    torch.library.custom_op(name, _plan_of_graph, mutates_args=()).register_fake(_triton_launch.empty_plan)

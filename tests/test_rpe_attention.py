@@ -13,7 +13,7 @@ import rpe_ops.rpe_attention_cpu as cpu
 from irpe import build_rpe, get_bucket_ids_2d, get_rpe_config
 from irpe import rpe_attention as irpe_attention
 from rpe_ops import _native, reference
-from rpe_ops.rpe_attention import rpe_attention, why_not
+from rpe_ops.rpe_attention import choose, rpe_attention, why_not
 
 needs_build = pytest.mark.skipif("cpu" not in _native.LOADED, reason=_native.MISSING.get("cpu", ""))
 BACKENDS = [pytest.param("cpu", marks=needs_build), "eager", "reference"]
@@ -34,11 +34,14 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
     dropout_p=st.sampled_from([0.0, 0.0, 0.3]),
     dtype=st.sampled_from(DTYPES),
     layout=st.sampled_from(["contiguous", "timm", "detr", "gaps"]),
+    weights=st.booleans(),
+    seed=st.integers(0, 2**31),
 )
 def test_cpu_is_as_exact_as_the_formula(
-    batch, heads, queries, keys, dim, buckets, terms, mask, dropout_p, dtype, layout
+    batch, heads, queries, keys, dim, buckets, terms, mask, dropout_p, dtype, layout, weights, seed
 ):
-    arguments = problem((batch, heads, queries, keys, dim), buckets, terms, dtype, layout)
+    torch.manual_seed(seed)
+    arguments = problem((batch, heads, queries, keys, dim), buckets, terms, dtype, layout, weights=weights)
     options = dict(attn_mask=make_mask(mask, (batch, heads, queries, keys)), dropout_p=dropout_p)
     assert_rule_9(arguments, dtype, **options, seed=torch.tensor([-3]))
 
@@ -195,12 +198,16 @@ def test_func_transforms():
 
 
 @needs_build
-def test_opcheck():
-    q, k, v, on_q, on_k, on_v = problem((2, 2, 18, 33, 8), 3, (1, 1, 1), torch.float32)
+@pytest.mark.parametrize("weights", [False, True])
+def test_opcheck(weights):
+    q, k, v, on_q, on_k, on_v = problem((2, 2, 18, 33, 8), 3, (1, 1, 1), torch.float32, weights=weights)
     operators = torch.ops.rpe_ops
     for blocks in (False, True):
         opcheck(operators.rpe_attention_plan.default, (on_k[0][1], 3, blocks))
-    tables = [on_q[0][0].expand(2, 2, -1, -1)], [on_k[0][0].expand(2, 2, -1, -1)]
+    if weights:
+        tables = [on_q[0][0].expand(2, -1, -1)], [on_k[0][0]], [on_v[0][1]]
+    else:
+        tables = [on_q[0][0].expand(2, 2, -1, -1)], [on_k[0][0].expand(2, 2, -1, -1)], []
     pairs = (on_q[0][1], True), (on_k[0][1], False), (on_v[0][0], False)
     plans = [list(operators.rpe_attention_plan(ids, 3, blocks)) for ids, blocks in pairs]
     rest = (*tables, *plans, torch.zeros(2, 2, 18, 33), torch.tensor([3]), 0.3, 0.1)
@@ -218,11 +225,11 @@ def test_a_forged_plan_reads_nothing_outside_its_tensors():
         forged[index] = value
         with pytest.raises(RuntimeError, match="not a plan"):
             torch.ops.rpe_ops.rpe_attention(
-                q, k, v, [], [on_k[0][0]], [], [compact, forged, groups], [], None, None, 1.0, 0.0
+                q, k, v, [], [on_k[0][0]], [], [], [compact, forged, groups], [], None, None, 1.0, 0.0
             )
     with pytest.raises(RuntimeError, match="not a plan"):
         torch.ops.rpe_ops.rpe_attention(
-            q, k, v, [], [on_k[0][0]], [], [compact + 3, columns, groups], [], None, None, 1.0, 0.0
+            q, k, v, [], [on_k[0][0]], [], [], [compact + 3, columns, groups], [], None, None, 1.0, 0.0
         )
 
 
@@ -345,3 +352,70 @@ def test_bad_input_gets_a_sentence(change, error, match):
     call = dict(zip("qkv", torch.randn(3, 2, 2, 9, 8), strict=True)) | change
     with pytest.raises(error, match=match):
         rpe_attention(**call)
+
+
+@needs_build
+def test_short_sequences_are_trained_in_bfloat16_by_the_formula():
+    for dtype, tokens, train, expected in (
+        (torch.bfloat16, 40, True, "eager"),
+        (torch.bfloat16, 40, False, "cpu"),
+        (torch.bfloat16, 600, True, "cpu"),
+        (torch.float32, 40, True, "cpu"),
+    ):
+        q, k, v = (torch.randn(1, 1, tokens, 8, dtype=dtype, requires_grad=train) for _ in range(3))
+        assert choose(q, k) == expected
+        with torch.no_grad():
+            assert choose(q, k) == "cpu"
+        none, named = (rpe_attention(q, k, v, backend=backend)[0] for backend in (None, expected))
+        assert torch.equal(none, named)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tables_that_do_not_fit_are_refused(backend):
+    q, k, v, on_q, on_k, on_v = problem((2, 3, 5, 7, 8), 4, (1, 1, 1), torch.float32, weights=True)
+    good = dict(on_q=on_q, on_k=on_k, on_v=on_v)
+    for name, bad, reason in (
+        ("on_k", [(torch.randn(2, 8, 4), on_k[0][1])], r"on_k: the table has shape \(2, 8, 4\); expected \(2 or 1, 3"),
+        ("on_q", [(torch.randn(3, 4, 8), on_q[0][1])], r"or W of shape \(3 or 1, 8, N\)"),
+        ("on_v", [(on_v[0][0], torch.randn(3, 8, 4))], r"on_v: W has shape \(3, 8, 4\); expected \(3 or 1, N, 8\)"),
+        ("on_v", [on_v[0], (on_v[0][0], 4)], "some pairs have W and others N"),
+        ("on_v", [(on_v[0][0], torch.ones(3, 4, 8, dtype=torch.int64))], "on_v: the table is torch.int64"),
+    ):  # fmt: skip
+        with pytest.raises((ValueError, TypeError), match=reason):
+            rpe_attention(q, k, v, **{**good, name: bad}, backend=backend)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, None])
+@pytest.mark.parametrize("mode", ["no_grad", "inference_mode", "frozen", "trained"])
+def test_compiled_whether_or_not_something_is_trained(backend, mode):
+    q, k, v, on_q, on_k, on_v = problem((1, 2, 7, 7, 8), 5, (1, 1, 1), torch.float32, weights=True)
+    q.requires_grad_(mode == "trained")
+    context = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}.get(mode, torch.enable_grad)
+
+    def call(q, k, v):
+        return rpe_attention(q, k, v, on_q, on_k, on_v, backend=backend)[0]
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    with context():
+        for _ in range(2):
+            torch.testing.assert_close(compiled(q, k, v), call(q, k, v))
+    if mode == "trained":
+        grads = [torch.autograd.grad(one(q, k, v).sum(), q)[0] for one in (compiled, call)]
+        torch.testing.assert_close(*grads)
+
+
+@needs_build
+def test_a_compiled_graph_makes_its_plans_once(monkeypatch):
+    _, rpe_k, _ = build_rpe(get_rpe_config(skip=1), 8, 2)
+    q, k, v = torch.randn(3, 1, 2, 13, 8)
+    made = []
+    monkeypatch.setattr(
+        cpu, "_plan", lambda ids, *rest, plan=cpu._plan: made.append(len(cpu._plans)) or plan(ids, *rest)
+    )
+    compiled = torch.compile(
+        lambda q, k, v: irpe_attention(q, k, v, rpe_k=rpe_k, height=3, width=4), backend="aot_eager"
+    )
+    with torch.no_grad():
+        results = [compiled(q, k, v) for _ in range(3)]
+    assert all(torch.equal(one, results[0]) for one in results)
+    assert len(made) >= 3 and made[1] == made[2]

@@ -1,7 +1,7 @@
 """The kernels of backend "triton" where there is no GPU: run by Triton's interpreter, and compiled ahead of time.
 
-The interpreter is chosen when kernels are defined, so the tests marked `interpreted` run in processes of their own, which
-`test_interpreted` starts. What needs a GPU is in test_rpe_attention_gpu.py.
+The interpreter is chosen when kernels are defined, so the tests marked `interpreted` run in processes of their own,
+which `test_interpreted` starts. What needs a GPU is in test_rpe_attention_gpu.py.
 """
 
 import gc
@@ -21,7 +21,7 @@ import rpe_ops.rpe_attention_triton as backend
 from irpe import build_rpe, get_bucket_ids_2d, get_rpe_config
 from irpe import rpe_attention as irpe_attention
 from rpe_ops import _triton_launch
-from rpe_ops.rpe_attention import fused, rpe_attention, why_not
+from rpe_ops.rpe_attention import choose, rpe_attention, why_not
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -31,7 +31,9 @@ half, brain, single = torch.float16, torch.bfloat16, torch.float32
 
 
 @outside
-@pytest.mark.parametrize("part", ["exact and dropout or exact and pairs", "exact and not dropout and not pairs", "not exact"])
+@pytest.mark.parametrize(
+    "part", ["exact and dropout or exact and pairs", "exact and not dropout and not pairs", "not exact"]
+)
 def test_interpreted(part):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__, "-k", part]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -153,14 +155,8 @@ def test_second_derivatives_by_the_formula():
         first = torch.autograd.grad(out.sin().sum() + sums.cos().sum(), leaves, create_graph=True)
         return torch.autograd.grad(sum(x.square().sum() for x in first), leaves)
 
-    formula = _formula()
-    torch.testing.assert_close(second(backend.attention, formula=formula), second(formula), atol=1e-4, rtol=1e-4)
-
-
-def _formula():
-    from rpe_ops import rpe_attention_eager
-
-    return rpe_attention_eager.attention
+    actual, expected = second(backend.attention, second=True), second(backend.FORMULA[0])
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
 @interpreted
@@ -261,7 +257,7 @@ def test_it_says_why_not():
     assert why_not("triton", q) == "runs on CUDA and ROCm, and q is on cpu"
     with pytest.raises(ValueError, match='backend="triton" runs on CUDA and ROCm, and q is on cpu'):
         rpe_attention(q, q, q, backend="triton")
-    assert fused(q) in ("cpu", None) and fused(q.to("meta")) is None
+    assert choose(q, q) in ("cpu", "eager") and choose(q.to("meta"), q) == "eager"
 
 
 @interpreted
@@ -318,7 +314,7 @@ def signature(kernel, dtype, on, mask, dropout):
 
 
 def compiled(kernel, major, dtype="bf16", head=64, on="qkv", mask="none", dropout=False, buckets=50):
-    """(registers, bytes of stack, bytes of shared memory) of a kernel that was compiled for compute capability major.0."""
+    """(registers, bytes of stack, bytes of shared memory) of a kernel, compiled for compute capability `major`.0."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

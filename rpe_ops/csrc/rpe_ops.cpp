@@ -7,10 +7,12 @@ STABLE_TORCH_LIBRARY(rpe_ops, m) {
   m.def("rpe_bucket_sum(Tensor input, Tensor index, SymInt num_buckets) -> Tensor");
   m.def("rpe_attention_plan(Tensor ids, SymInt num_buckets, bool blocks) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "rpe_attention(Tensor q, Tensor k, Tensor v, Tensor[] lut_q, Tensor[] lut_k, Tensor[] plan_q, Tensor[] plan_k, "
-      "Tensor[] plan_v, Tensor? attn_mask, Tensor? seed, float scale, float dropout_p) -> (Tensor, Tensor, Tensor[])");
+      "rpe_attention(Tensor q, Tensor k, Tensor v, Tensor[] tables_q, Tensor[] tables_k, Tensor[] tables_v, "
+      "Tensor[] plan_q, Tensor[] plan_k, Tensor[] plan_v, Tensor? attn_mask, Tensor? seed, float scale, "
+      "float dropout_p) -> (Tensor, Tensor, Tensor[])");
   m.def(
       "rpe_attention_backward(Tensor grad_out, Tensor[] grad_sums, Tensor q, Tensor k, Tensor v, Tensor lse, "
-      "Tensor[] lut_q, Tensor[] lut_k, Tensor[] plan_q, Tensor[] plan_k, Tensor[] plan_v, Tensor? attn_mask, "
-      "Tensor? seed, float scale, float dropout_p) -> (Tensor, Tensor, Tensor, Tensor[], Tensor[])");
+      "Tensor[] tables_q, Tensor[] tables_k, Tensor[] tables_v, Tensor[] plan_q, Tensor[] plan_k, Tensor[] plan_v, "
+      "Tensor? attn_mask, Tensor? seed, float scale, float dropout_p) -> "
+      "(Tensor, Tensor, Tensor, Tensor[], Tensor[], Tensor[])");
 }

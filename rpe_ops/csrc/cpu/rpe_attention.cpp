@@ -205,6 +205,7 @@ Term term_of(
   term.buckets = columns.numel() - kHeader;
   term.used = column[0];
   term.columns = column + kHeader;
+  vector = std::max<int64_t>(vector, 8);
   term.width = std::max(round_up(term.used, vector), vector);
   bool sound = term.used >= 0 && term.used <= term.buckets;
   for (int64_t c = 0; sound && c < term.used; ++c) sound = term.columns[c] >= 0 && term.columns[c] < term.buckets;
@@ -254,8 +255,8 @@ struct Call {
   Kernels kernel{};
   Tensor seed;
 
-  Call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensors& lut_q, const Tensors& lut_k,
-       const Tensors& plan_q, const Tensors& plan_k, const Tensors& plan_v, const std::optional<Tensor>& attn_mask,
+  Call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensors& tables_q, const Tensors& tables_k,
+       const Tensors& tables_v, const Tensors& plan_q, const Tensors& plan_k, const Tensors& plan_v, const std::optional<Tensor>& attn_mask,
        const std::optional<Tensor>& seed, double scale, double dropout_p) {
     check(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k, v have ", q.dim(), ", ", k.dim(), ", ", v.dim(),
           " dimensions; expected 4");
@@ -267,9 +268,9 @@ struct Call {
     check(p.q.storage != Storage::boolean, "q is bool; expected floating point");
     const bool wide = p.q.storage == Storage::f64;
     kernel = wide ? kernels<double>() : kernels<float>();
-    terms(on_q, plan_q, &lut_q, p.Lk, p.Lq, "encoding on q");
-    terms(on_k, plan_k, &lut_k, p.Lq, p.Lk, "encoding on k");
-    terms(on_v, plan_v, nullptr, p.Lq, p.Lk, "encoding on v");
+    terms(on_q, plan_q, &tables_q, p.Lk, p.Lq, "encoding on q");
+    terms(on_k, plan_k, &tables_k, p.Lq, p.Lk, "encoding on k");
+    terms(on_v, plan_v, tables_v.empty() ? nullptr : &tables_v, p.Lq, p.Lk, "encoding on v");
     p.on_q = on_q.data(), p.on_k = on_k.data(), p.on_v = on_v.data();
     p.num_q = int64_t(on_q.size()), p.num_k = int64_t(on_k.size()), p.num_v = int64_t(on_v.size());
     if (attn_mask.has_value()) {
@@ -298,8 +299,17 @@ struct Call {
           plans[3 * t], plans[3 * t + 1], plans[3 * t + 2], rows, cols, &to == &on_q, kernel.width, name);
       if (tables != nullptr) {
         const Tensor& table = (*tables)[t];
-        check_size(table, name, {p.B, p.H, rows, term.buckets});
-        term.table = view_of(table, name);
+        term.weight = table.dim() == 3;
+        if (term.weight) {
+          const bool on_values = &to == &on_v;
+          check_size(table, name, {p.H, on_values ? term.buckets : p.D, on_values ? p.D : term.buckets});
+          term.table = {static_cast<char*>(table.data_ptr()), 0, table.stride(0), table.stride(1), table.stride(2),
+                        storage_of(table, name)};
+        } else {
+          check(&to != &on_v, name, ": expected W, of 3 dimensions");
+          check_size(table, name, {p.B, p.H, rows, term.buckets});
+          term.table = view_of(table, name);
+        }
         check(term.table.storage != Storage::boolean, name, ": the table is bool; expected floating point");
       }
       to.push_back(term);
@@ -324,15 +334,16 @@ Tensor empty_heads(const Tensor& like, int64_t B, int64_t H, int64_t L, int64_t 
 }
 
 std::tuple<Tensor, Tensor, Tensors> rpe_attention(
-    Tensor q, Tensor k, Tensor v, Tensors lut_q, Tensors lut_k, Tensors plan_q, Tensors plan_k, Tensors plan_v,
-    std::optional<Tensor> attn_mask, std::optional<Tensor> seed, double scale, double dropout_p) {
-  Call call(q, k, v, lut_q, lut_k, plan_q, plan_k, plan_v, attn_mask, seed, scale, dropout_p);
+    Tensor q, Tensor k, Tensor v, Tensors tables_q, Tensors tables_k, Tensors tables_v, Tensors plan_q, Tensors plan_k,
+    Tensors plan_v, std::optional<Tensor> attn_mask, std::optional<Tensor> seed, double scale, double dropout_p) {
+  Call call(q, k, v, tables_q, tables_k, tables_v, plan_q, plan_k, plan_v, attn_mask, seed, scale, dropout_p);
   Problem& p = call.p;
   Tensor out = empty_heads(q, p.B, p.H, p.Lq, p.D);
   const auto precise = p.q.storage == Storage::f64 ? ScalarType::Double : ScalarType::Float;
   Tensor lse = torch::stable::new_empty(q, {p.B, p.H, p.Lq}, precise);
   Tensors sums;
   for (Term& term : call.on_v) {
+    if (term.weight) continue;
     sums.push_back(torch::stable::new_empty(q, {p.B, p.H, p.Lq, term.buckets}));
     term.result = view_of(sums.back(), "sums");
   }
@@ -342,18 +353,17 @@ std::tuple<Tensor, Tensor, Tensors> rpe_attention(
   return {out, lse, sums};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors> rpe_attention_backward(
-    Tensor grad_out, Tensors grad_sums, Tensor q, Tensor k, Tensor v, Tensor lse, Tensors lut_q, Tensors lut_k,
-    Tensors plan_q, Tensors plan_k, Tensors plan_v, std::optional<Tensor> attn_mask, std::optional<Tensor> seed,
-    double scale, double dropout_p) {
-  Call call(q, k, v, lut_q, lut_k, plan_q, plan_k, plan_v, attn_mask, seed, scale, dropout_p);
+std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors> rpe_attention_backward(
+    Tensor grad_out, Tensors grad_sums, Tensor q, Tensor k, Tensor v, Tensor lse, Tensors tables_q, Tensors tables_k,
+    Tensors tables_v, Tensors plan_q, Tensors plan_k, Tensors plan_v, std::optional<Tensor> attn_mask,
+    std::optional<Tensor> seed, double scale, double dropout_p) {
+  Call call(q, k, v, tables_q, tables_k, tables_v, plan_q, plan_k, plan_v, attn_mask, seed, scale, dropout_p);
   Problem& p = call.p;
   check_size(grad_out, "grad_out", {p.B, p.H, p.Lq, p.D});
   check_size(lse, "lse", {p.B, p.H, p.Lq});
-  check(lse.is_contiguous() &&
-            lse.scalar_type() == (p.q.storage == Storage::f64 ? ScalarType::Double : ScalarType::Float),
-        "lse is not what rpe_attention returned");
-  check(grad_sums.size() == call.on_v.size(), "expected a gradient for every encoding on v");
+  const auto precise = p.q.storage == Storage::f64 ? ScalarType::Double : ScalarType::Float;
+  check(lse.is_contiguous() && lse.scalar_type() == precise, "lse is not what rpe_attention returned");
+  check(grad_sums.size() == (tables_v.empty() ? call.on_v.size() : 0), "expected a gradient for every bucket sum");
   Tensor grad_q = empty_heads(q, p.B, p.H, p.Lq, p.D);
   Tensor grad_k = empty_heads(q, p.B, p.H, p.Lk, p.D), grad_v = empty_heads(q, p.B, p.H, p.Lk, p.D);
   p.grad_out = view_of(grad_out, "grad_out");
@@ -366,14 +376,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors> rpe_attention_backward(
   const auto results = [&](std::vector<Term>& terms, const Tensors& tables, int64_t rows) {
     Tensors grads;
     for (size_t t = 0; t < terms.size(); ++t) {
-      grads.push_back(torch::stable::new_empty(tables[t], {p.B, p.H, rows, terms[t].buckets}));
+      const std::vector<int64_t> sizes{p.B, p.H, terms[t].weight ? p.D : rows, terms[t].buckets};
+      grads.push_back(terms[t].weight ? torch::stable::new_empty(tables[t], sizes, precise)
+                                      : torch::stable::new_empty(tables[t], sizes));
       terms[t].result = view_of(grads.back(), "gradient");
     }
     return grads;
   };
-  Tensors grads_q = results(call.on_q, lut_q, p.Lk), grads_k = results(call.on_k, lut_k, p.Lq);
+  Tensors grads_q = results(call.on_q, tables_q, p.Lk), grads_k = results(call.on_k, tables_k, p.Lq), grads_v;
+  for (size_t t = 0; t < tables_v.size(); ++t) {
+    Term& term = call.on_v[t];
+    grads_v.push_back(torch::stable::new_zeros(tables_v[t], {p.B, p.H, term.buckets, p.D}, precise));
+    term.result = view_of(grads_v.back(), "gradient");
+  }
   call.run(true);
-  return {grad_q, grad_k, grad_v, grads_q, grads_k};
+  return {grad_q, grad_k, grad_v, grads_q, grads_k, grads_v};
 }
 
 // ids (R, C) -> ids among the columns that occur, uint8 where N allows, in rows padded to 16 or, for an encoding on

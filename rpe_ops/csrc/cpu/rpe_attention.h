@@ -15,7 +15,8 @@ struct View {
   Storage storage = Storage::f32;
 };
 
-// One side table with its ids. `ids` are compact: columns that the map never uses have none. On keys and values they are
+// One side table with its ids, or the weight W that it is a product with: then neither the table nor its gradient is ever
+// in memory. `ids` are compact: columns that the map never uses have none. On keys and values they are
 // rows, each of a query, padded to `ids_stride` with zeros; on queries blocks (Lq / 16, Lk, 16), as tiles read them.
 //
 // A row of a map of tokens has few kinds of image rows: far ones are alike. Where that is so, the keys are `first` single
@@ -23,15 +24,16 @@ struct View {
 // are added as vectors before they are sorted into buckets. A row of `groups` is the segments in order of their groups,
 // then the sizes of the groups, 0 behind the last.
 struct Term {
-  View table;               // side table; on values the gradient of the bucket sums
-  View result;              // its gradient; on values the bucket sums
+  View table;               // side table; on values the gradient of the bucket sums; or W, (H, D, N), on values (H, N, D)
+  View result;              // its gradient; on values the bucket sums; or the gradient of W, for each (b, h)
+  bool weight = false;      // `table` is W
   const void* ids = nullptr;
   int64_t ids_stride = 0;
   bool narrow = true;       // ids are uint8, else int32
   const int32_t* columns = nullptr;  // compact id -> column of the table
   int64_t used = 0;         // number of compact ids
   int64_t buckets = 0;      // number of columns
-  int64_t width = 0;        // `used`, padded to whole vectors
+  int64_t width = 0;        // `used`, padded to whole vectors and to 8
   int64_t first = 0, segments = 0, length = 0;
   const uint8_t* groups = nullptr;
   int64_t groups_stride = 0;

@@ -544,22 +544,36 @@ template <class T>
 struct Arena {
   char* base;
   int64_t used = 0;
-  T* take(int64_t n) {
-    T* at = base == nullptr ? nullptr : reinterpret_cast<T*>(base + used);
-    used += round_up(n * int64_t(sizeof(T)), 64) + 64;  // a line between, against 4 KiB aliases
+  T* take(int64_t n) { return array<T>(n); }
+  template <class U>
+  U* array(int64_t n) {
+    U* at = base == nullptr ? nullptr : reinterpret_cast<U*>(base + used);
+    used += round_up(n * int64_t(sizeof(U)), 64) + 64;  // a line between, against 4 KiB aliases
     return at;
   }
+};
+
+// What a thread keeps of a term with a weight. On queries W comes with the scale.
+template <class T>
+struct Weight {
+  T* down = nullptr;   // (D, width): W, on values its transpose
+  T* up = nullptr;     // (width, Dp): the transpose of W, on values W
+  T* tile = nullptr;   // (tile, width): rows of the table of a tile's queries, then those of its gradient; on values
+                       // first those of the bucket sums' gradient, then the sums
+  T* gradient = nullptr;  // of W, laid out as W is
 };
 
 template <class T>
 struct Worker {
   static constexpr int W = simd<T>::W;
   const Problem& p;
-  const int64_t Dp = round_up(p.D, W), Lp = round_up(p.Lk, W), L16 = round_up(p.Lk, 16);
+  const int64_t Dp = round_up(p.D, W > 8 ? W : 8), Lp = round_up(p.Lk, W), L16 = round_up(p.Lk, 16);
+  const int64_t L8 = round_up(p.Lk, 8);
   const bool backward = p.backward;
   Arena<T> arena;
   T *keys, *keys_t, *values, *values_t, *query, *grad, *scores, *weights_grad, *result, *mask_row, *keep, *row_table, *segment;
   T *grad_k = nullptr, *grad_v = nullptr, *tables_q, *grads_q = nullptr;
+  Weight<T> *weights_q, *weights_k, *weights_v;
   int64_t head = -1, b = 0, h = 0;
   bool mask_ready = false;
 
@@ -582,11 +596,68 @@ struct Worker {
     for (int64_t t = 0; t < p.num_q; ++t) total += p.on_q[t].width;
     row_table = arena.take(4 * widest);
     segment = arena.take(p.Lk + W);
-    tables_q = arena.take(total * p.Lk);
+    tables_q = arena.take(total * L8);
     if (backward) {
       grad_k = arena.take(L16 * Dp);
       grad_v = arena.take(L16 * Dp);
-      grads_q = arena.take(total * p.Lk);
+      grads_q = arena.take(total * L8);
+    }
+    weights_q = weights(p.on_q, p.num_q, true, backward, false);
+    weights_k = weights(p.on_k, p.num_k, true, backward, true);
+    weights_v = weights(p.on_v, p.num_v, backward, !backward, true);
+  }
+
+  Weight<T>* weights(const Term* terms, int64_t count, bool down, bool up, bool tile) {
+    Weight<T>* all = arena.template array<Weight<T>>(count);
+    for (int64_t t = 0; t < count; ++t) {
+      Weight<T> one;
+      if (terms[t].weight) {
+        const int64_t width = terms[t].width;
+        if (down) one.down = arena.take(p.D * width);
+        if (up) one.up = arena.take(width * Dp);
+        if (tile) one.tile = arena.take(p.tile * width);
+        if (backward) one.gradient = arena.take(Dp * width);
+      }
+      if (all != nullptr) all[t] = one;
+    }
+    return all;
+  }
+
+  // W of this head, in the forms that are wanted of it
+  void load_weight(const Weight<T>& to, const Term& term, T factor) {
+    const int64_t width = term.width;
+    for (int64_t d = 0; d < p.D; ++d) {
+      T* row = to.down + d * width;
+      load_table(row, term, term.table, row_of(term.table, 0, h, d));
+      for (int64_t c = 0; c < term.used; ++c) row[c] *= factor;
+      clear(row + term.used, width - term.used);
+    }
+    if (to.up != nullptr) transpose(to.up, Dp, to.down, width, p.D, width);
+  }
+  void load_weight_on_values(const Weight<T>& to, const Term& term) {
+    if (to.up != nullptr) {
+      for (int64_t c = 0; c < term.used; ++c) {
+        T* row = to.up + c * Dp;
+        load_row<T>(row, term.table, row_of(term.table, 0, h, term.columns[c]), p.D);
+        clear(row + p.D, Dp - p.D);
+      }
+      clear(to.up + term.used * Dp, (term.width - term.used) * Dp);
+    } else {
+      for (int64_t c = 0; c < term.used; ++c) {
+        const int64_t at = row_of(term.table, 0, h, term.columns[c]);
+        for (int64_t d = 0; d < p.D; ++d) {
+          to.down[d * term.width + c] = get<T>(term.table.data, at + d * term.table.d, term.table.storage);
+        }
+      }
+      for (int64_t d = 0; d < p.D; ++d) clear(to.down + d * term.width + term.used, term.width - term.used);
+    }
+  }
+
+  // to (cols, ld) = from (rows, cols)^T, zeros behind
+  static void transpose(T* to, int64_t ld, const T* from, int64_t from_ld, int64_t rows, int64_t cols) {
+    for (int64_t c = 0; c < cols; ++c) {
+      for (int64_t r = 0; r < rows; ++r) to[c * ld + r] = from[r * from_ld + c];
+      clear(to + c * ld + rows, ld - rows);
     }
   }
 
@@ -619,16 +690,38 @@ struct Worker {
     T* at = tables_q;
     for (int64_t t = 0; t < p.num_q; ++t) {
       const Term& term = p.on_q[t];
-      for (int64_t j = 0; j < p.Lk; ++j, at += term.width) {
-        load_table(at, term, term.table, row_of(term.table, b, h, j));
+      if (term.weight) {
+        load_weight(weights_q[t], term, T(p.scale));
+        product<T, false>(L8, term.width / W, p.D, keys, Dp, weights_q[t].down, term.width, false, at, term.width, false);
+      } else {
+        for (int64_t j = 0; j < p.Lk; ++j) {
+          load_table(at + j * term.width, term, term.table, row_of(term.table, b, h, j));
+        }
       }
+      at += L8 * term.width;
     }
     if (backward) clear(grads_q, at - tables_q);
+    for (int64_t t = 0; t < p.num_k; ++t) {
+      if (!p.on_k[t].weight) continue;
+      load_weight(weights_k[t], p.on_k[t], T(1));
+      if (backward) clear(weights_k[t].gradient, Dp * p.on_k[t].width);
+    }
+    for (int64_t t = 0; t < p.num_v; ++t) {
+      if (!p.on_v[t].weight) continue;
+      load_weight_on_values(weights_v[t], p.on_v[t]);
+      if (backward) clear(weights_v[t].gradient, Dp * p.on_v[t].width);
+    }
   }
 
   // scale q k^T, then the encodings on queries, whose tables belong to columns of the tile
   void score_tile(int64_t first, int64_t rows) {
     load_rows(query, p.q, first, rows, round_up(rows, 8), T(p.scale));
+    for (int64_t t = 0; t < p.num_k; ++t) {
+      const int64_t width = p.on_k[t].width;
+      if (!p.on_k[t].weight) continue;
+      product<T, false>(round_up(rows, 8), width / W, p.D, query, Dp, weights_k[t].down, width, false,
+                        weights_k[t].tile, width, false);
+    }
     for (int64_t n = 0; n < Lp / W;) {
       const int64_t count = panel_of(Lp / W - n), begin = n * W;
       product<T, false>(round_up(rows, 8), count, p.D, query, Dp, keys_t + begin * p.D, 0, true, scores + begin, L16,
@@ -638,7 +731,7 @@ struct Worker {
       const T* at = tables_q;
       for (int64_t t = 0; t < p.num_q; ++t) {
         add_gathered_transposed(scores, L16, at, p.on_q[t], first, rows, p.Lk, begin, end);
-        at += p.on_q[t].width * p.Lk;
+        at += p.on_q[t].width * L8;
       }
     }
   }
@@ -650,12 +743,23 @@ struct Worker {
     mask_ready = true;
   }
 
-  // the encodings on keys, and the mask
-  void finish_scores(T* row, int64_t i) {
+  // row r of the table of query i
+  const T* table_row(const Term& term, const Weight<T>& weight, int64_t r, int64_t i) {
+    if (term.weight) return weight.tile + r * term.width;
+    load_table(row_table, term, term.table, row_of(term.table, b, h, i));
+    return row_table;
+  }
+
+  // row r of the sums of query i goes where it is wanted
+  void put_sums(const Term& term, const Weight<T>& weight, int64_t r, int64_t i, T factor) {
+    if (!term.weight) return store_table(term, term.result, row_of(term.result, b, h, i), row_table, factor);
+    for (int64_t c = 0; c < term.width; c += W) store(weight.tile + r * term.width + c, load(row_table + c));
+  }
+
+  // the encodings on keys, and the mask, of row r of the tile
+  void finish_scores(T* row, int64_t r, int64_t i) {
     for (int64_t t = 0; t < p.num_k; ++t) {
-      const Term& term = p.on_k[t];
-      load_table(row_table, term, term.table, row_of(term.table, b, h, i));
-      add_gathered(row, row_table, term, i, Lp);
+      add_gathered(row, table_row(p.on_k[t], weights_k[t], r, i), p.on_k[t], i, Lp);
     }
     if (p.mask.data != nullptr) {
       read_mask(i);
@@ -671,7 +775,7 @@ struct Worker {
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t i = first + r;
       T* row = scores + r * L16;
-      finish_scores(row, i);
+      finish_scores(row, r, i);
       vec<T> most = spread(-T(__builtin_inf()));
       for (int64_t j = 0; j < Lp; j += W) {
         const vec<T> x = load(row + j);
@@ -698,43 +802,55 @@ struct Worker {
       for (int64_t t = 0; t < p.num_v; ++t) {
         const Term& term = p.on_v[t];
         bucket_sums(row_table, row, term, i, p.Lk, segment);
-        store_table(term, term.result, row_of(term.result, b, h, i), row_table, factor[r]);
+        put_sums(term, weights_v[t], r, i, factor[r]);
       }
     }
     product<T, false>(round_up(rows, 8), Dp / W, p.Lk, scores, L16, values, Dp, false, result, Dp, false);
+    for (int64_t t = 0; t < p.num_v; ++t) {
+      const int64_t width = p.on_v[t].width;
+      if (!p.on_v[t].weight) continue;
+      product<T, false>(round_up(rows, 8), Dp / W, width, weights_v[t].tile, width, weights_v[t].up, Dp, false, result,
+                        Dp, true);
+    }
     for (int64_t r = 0; r < rows; ++r) {
       store_row<T>(p.out, row_of(p.out, b, h, first + r), result + r * Dp, p.D, factor[r]);
     }
   }
 
   // scores -> weights (after dropout), weights_grad -> gradient of the scores
-  void backward_row(T* row, T* grad_row, int64_t i) {
-    finish_scores(row, i);
+  void backward_row(T* row, T* grad_row, int64_t r, int64_t i) {
+    finish_scores(row, r, i);
     const vec<T> lse = spread(static_cast<const T*>(p.lse)[head * p.Lq + i]);
     for (int64_t t = 0; t < p.num_v; ++t) {
-      const Term& term = p.on_v[t];
-      load_table(row_table, term, term.table, row_of(term.table, b, h, i));
-      add_gathered(grad_row, row_table, term, i, Lp);
+      add_gathered(grad_row, table_row(p.on_v[t], weights_v[t], r, i), p.on_v[t], i, Lp);
     }
     if (keep != nullptr) {
       dropout_row(keep, p.dropout_p, dropout_key(p.seed, head, i), Lp);
       for (int64_t j = 0; j < Lp; j += W) store(grad_row + j, load(grad_row + j) * load(keep + j));
     }
-    vec<T> dot{};
+    vec<T> dot{}, sum{};
     for (int64_t j = 0; j < Lp; j += W) {
       const vec<T> x = exponential<T>(load(row + j) - lse);
       dot += x * load(grad_row + j);
+      sum += x;
       store(row + j, x);
     }
-    const vec<T> delta = spread(sum_of<T>(dot));
-    for (int64_t j = 0; j < Lp; j += W) store(grad_row + j, load(row + j) * (load(grad_row + j) - delta));
-    if (keep != nullptr) {
-      for (int64_t j = 0; j < Lp; j += W) store(row + j, load(row + j) * load(keep + j));
+    // lse is rounded, by more than eps where it is large: these weights add up to about 1, those below to 1
+    const T total = sum_of<T>(sum);
+    const vec<T> factor = spread(total > 0 ? 1 / total : T(0)), delta = factor * sum_of<T>(dot);
+    for (int64_t j = 0; j < Lp; j += W) {
+      const vec<T> x = load(row + j) * factor;
+      store(grad_row + j, x * (load(grad_row + j) - delta));
+      store(row + j, keep != nullptr ? x * load(keep + j) : x);
     }
     for (int64_t t = 0; t < p.num_k; ++t) {
-      const Term& term = p.on_k[t];
-      bucket_sums(row_table, grad_row, term, i, p.Lk, segment);
-      store_table(term, term.result, row_of(term.result, b, h, i), row_table, T(1));
+      bucket_sums(row_table, grad_row, p.on_k[t], i, p.Lk, segment);
+      put_sums(p.on_k[t], weights_k[t], r, i, T(1));
+    }
+    for (int64_t t = 0; t < p.num_v; ++t) {
+      if (!p.on_v[t].weight) continue;
+      bucket_sums(row_table, row, p.on_v[t], i, p.Lk, segment);
+      put_sums(p.on_v[t], weights_v[t], r, i, T(1));
     }
   }
 
@@ -744,31 +860,72 @@ struct Worker {
     score_tile(first, rows);
     load_rows(grad, p.grad_out, first, rows, padded);
     product<T, false>(padded, Lp / W, p.D, grad, Dp, values_t, 0, true, weights_grad, L16, false);
-    for (int64_t r = 0; r < rows; ++r) backward_row(scores + r * L16, weights_grad + r * L16, first + r);
+    for (int64_t t = 0; t < p.num_v; ++t) {
+      const int64_t width = p.on_v[t].width;
+      if (!p.on_v[t].weight) continue;
+      product<T, false>(padded, width / W, p.D, grad, Dp, weights_v[t].down, width, false, weights_v[t].tile, width, false);
+    }
+    for (int64_t r = 0; r < rows; ++r) backward_row(scores + r * L16, weights_grad + r * L16, r, first + r);
     T* at = grads_q;
     for (int64_t t = 0; t < p.num_q; ++t) {
       bucket_sums_transposed(at, weights_grad, L16, p.on_q[t], first, rows, p.Lk);
-      at += p.on_q[t].width * p.Lk;
+      at += p.on_q[t].width * L8;
     }
     product<T, true>(keys8, Dp / W, rows, scores, L16, grad, Dp, false, grad_v, Dp, true);
     product<T, true>(keys8, Dp / W, rows, weights_grad, L16, query, Dp, false, grad_k, Dp, true);
     product<T, false>(padded, Dp / W, p.Lk, weights_grad, L16, keys, Dp, false, result, Dp, false);
+    for (int64_t t = 0; t < p.num_k; ++t) {
+      const int64_t width = p.on_k[t].width;
+      const Weight<T>& weight = weights_k[t];
+      if (!p.on_k[t].weight) continue;
+      product<T, true>(Dp, width / W, rows, query, Dp, weight.tile, width, false, weight.gradient, width, true);
+      product<T, false>(padded, Dp / W, width, weight.tile, width, weight.up, Dp, false, result, Dp, true);
+    }
+    for (int64_t t = 0; t < p.num_v; ++t) {
+      const int64_t width = p.on_v[t].width;
+      if (!p.on_v[t].weight) continue;
+      product<T, true>(width, Dp / W, rows, weights_v[t].tile, width, grad, Dp, false, weights_v[t].gradient, Dp, true);
+    }
     for (int64_t r = 0; r < rows; ++r) {
       store_row<T>(p.grad_q, row_of(p.grad_q, b, h, first + r), result + r * Dp, p.D, T(p.scale));
     }
   }
 
   void leave() {
+    T* at = grads_q;
+    for (int64_t t = 0; t < p.num_q; ++t) {
+      const Term& term = p.on_q[t];
+      const int64_t width = term.width;
+      if (term.weight) {
+        T* gradient = weights_q[t].gradient;
+        product<T, false>(L8, Dp / W, width, at, width, weights_q[t].up, Dp, false, grad_k, Dp, true);
+        product<T, true>(Dp, width / W, p.Lk, keys, Dp, at, width, false, gradient, width, false);
+        store_weight(term, gradient, T(p.scale));
+      } else {
+        for (int64_t j = 0; j < p.Lk; ++j) {
+          store_table(term, term.result, row_of(term.result, b, h, j), at + j * width, T(1));
+        }
+      }
+      at += width * L8;
+    }
+    for (int64_t t = 0; t < p.num_k; ++t) {
+      if (p.on_k[t].weight) store_weight(p.on_k[t], weights_k[t].gradient, T(1));
+    }
+    for (int64_t t = 0; t < p.num_v; ++t) {
+      const Term& term = p.on_v[t];
+      for (int64_t c = 0; term.weight && c < term.used; ++c) {  // the other rows are zero
+        store_row<T>(term.result, row_of(term.result, b, h, term.columns[c]), weights_v[t].gradient + c * Dp, p.D);
+      }
+    }
     for (int64_t j = 0; j < p.Lk; ++j) {
       store_row<T>(p.grad_k, row_of(p.grad_k, b, h, j), grad_k + j * Dp, p.D);
       store_row<T>(p.grad_v, row_of(p.grad_v, b, h, j), grad_v + j * Dp, p.D);
     }
-    const T* at = grads_q;
-    for (int64_t t = 0; t < p.num_q; ++t) {
-      const Term& term = p.on_q[t];
-      for (int64_t j = 0; j < p.Lk; ++j, at += term.width) {
-        store_table(term, term.result, row_of(term.result, b, h, j), at, T(1));
-      }
+  }
+
+  void store_weight(const Term& term, const T* gradient, T factor) {
+    for (int64_t d = 0; d < p.D; ++d) {
+      store_table(term, term.result, row_of(term.result, b, h, d), gradient + d * term.width, factor);
     }
   }
 };

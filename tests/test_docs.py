@@ -1,0 +1,47 @@
+"""What the pages of docs/ show runs literally, and what they link to is there."""
+
+import re
+
+import pytest
+from conftest import ROOT
+
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_are_there(page):
+    for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        assert (page.parent / link).exists(), link
+
+
+def test_numbers_of_an_old_copy_and_of_the_new_one(tmp_path, monkeypatch, capsys):
+    """The script of migrate.md, once as the old copy and once as the new one; a changed table would show."""
+    import torch
+
+    (script,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "migrate.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        exec(compile(script, "migrate.md", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 12 and all(line.endswith("largest difference 0.0e+00") for line in lines)
+    numbers = torch.load("rpe_numbers.pt", weights_only=True)
+    numbers["cross v"] += 1
+    torch.save(numbers, "rpe_numbers.pt")
+    exec(compile(script, "migrate.md", "exec"), {})
+    assert capsys.readouterr().out.splitlines()[-1].endswith("1.0e+00")
+
+
+def test_what_migrate_says_of_configurations_and_modules():
+    import dataclasses
+
+    from irpe import METHOD, build_rpe, get_rpe_config
+
+    config = get_rpe_config(skip=1)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.rpe_k.mode = "bias"
+    changed = dataclasses.replace(config, rpe_k=dataclasses.replace(config.rpe_k, mode="bias"))
+    assert changed == get_rpe_config(mode="bias", skip=1)
+    text = (ROOT / "docs" / "migrate.md").read_text()
+    assert repr(build_rpe(config, 64, 6)[1]) in text
+    for name in METHOD.__members__:
+        assert f"{name}` {METHOD[name].value}" in text.replace("METHOD.", "")
