@@ -26,10 +26,11 @@ def _power_of_two(n: int) -> int:
 def tiles(kernel: str, head: int, bytes_each: int, sums: bool, major: int) -> dict[str, int]:
     """Rows of a program, warps and pipeline stages: what the registers of compute capability `major` hold."""
     if bytes_each == 4:
-        return dict(R=32, num_warps=4, num_stages=1) if major < 9 else dict(R=64, num_warps=8, num_stages=1)
+        return dict(R=32, num_warps=4, num_stages=1)
+    heavy = sums or kernel != "forward"
     if major < 9:
-        return dict(R=32 if sums or kernel != "forward" else 64, num_warps=4, num_stages=2)
-    return dict(R=64, num_warps=8 if sums or kernel != "forward" else 4, num_stages=2)
+        return dict(R=32 if heavy else 64, num_warps=4, num_stages=2)
+    return dict(R=64, num_warps=8 if heavy else 4, num_stages=2)
 
 
 class _Call:

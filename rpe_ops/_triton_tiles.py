@@ -203,12 +203,13 @@ def forward(
             added = added + (totals[t] * fade[:, None] + of_tile,)
         totals = added
         top = new
-    share = 1.0 / tl.where(weight == 0, 1.0, weight)
+    whole = tl.where(weight == 0, 1.0, weight)
+    share = 1.0 / whole
     for t in tl.static_range(len(sums)):
         _put_sums(sums[t], totals[t] * share[:, None], head, i, i_there, Lq, chunk, R, NB, MANY)
     if chunk == 0:
         _put(out, acc * share[:, None], b, h, i, i_there, d, D)
-        total = tl.where(weight == 0, float("inf"), top + tl.log(weight))  # of no key: every exp(s - lse) is 0
+        total = tl.where(weight == 0, float("inf"), top + tl.log(whole))  # of no key: every exp(s - lse) is 0
         tl.store(lse + head.to(tl.int64) * Lq + i, total, mask=i_there)
 
 
