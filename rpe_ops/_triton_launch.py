@@ -86,7 +86,8 @@ def _rows(x: Tensor) -> tuple:
 
 def _tables(luts: Sequence[Tensor], plans: Sequence[Tensor]) -> tuple:
     # within a head the kernels count in 32 bits
-    luts = [lut if lut.shape[2] * lut.stride(2) < 2**31 else lut.contiguous() for lut in luts]
+    spans = [lut.shape[2] * lut.stride(2) + lut.shape[3] * lut.stride(3) for lut in luts]
+    luts = [lut if span < 2**31 else lut.contiguous() for lut, span in zip(luts, spans, strict=True)]
     return tuple((lut, *lut.stride(), small) for lut, small in zip(luts, plans[::3], strict=True))
 
 

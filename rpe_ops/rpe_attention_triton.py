@@ -1,6 +1,5 @@
 """The backend "triton" of `rpe_attention`: tiles on a GPU that never hold an (Lq, Lk) tensor, forward and backward."""
 
-import functools
 import importlib.util
 import itertools
 import os
@@ -42,7 +41,6 @@ def why_not(q: Tensor, attn_mask: Tensor | None = None) -> str | None:
 
 
 @torch.compiler.assume_constant_result
-@functools.lru_cache
 def _too_old(device: int) -> str:
     """The compute capability of a GPU that these kernels are not for, or "": it never changes."""
     if torch.version.hip is not None:

