@@ -26,7 +26,7 @@ def _power_of_two(n: int) -> int:
 def tiles(kernel: str, head: int, bytes_each: int, sums: bool, major: int) -> dict[str, int]:
     """Rows of a program, warps and pipeline stages: what the registers of compute capability `major` hold."""
     if bytes_each == 4:
-        return dict(R=32, num_warps=4, num_stages=1)
+        return dict(R=32, num_warps=8, num_stages=1)
     heavy = sums or kernel != "forward"
     if major < 9:
         return dict(R=32 if heavy else 64, num_warps=4, num_stages=2)

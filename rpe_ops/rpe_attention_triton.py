@@ -40,13 +40,16 @@ def why_not(q: Tensor, attn_mask: Tensor | None = None) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def _too_old(device: int) -> str:
-    """The compute capability of a GPU that these kernels are not for, or "": it never changes."""
+    """The compute capability of a GPU that these kernels are not for, or ""."""
     if torch.version.hip is not None:
         return ""
     major, minor = torch.cuda.get_device_capability(device)
     return f"{major}.{minor}" if major < 8 else ""
+
+
+# it never changes, so graphs may hold it: torch.compiler.assume_constant_result, which would import torch._dynamo here
+_too_old._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def attention(

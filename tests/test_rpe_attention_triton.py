@@ -325,7 +325,7 @@ def compiled(kernel, major, dtype="bf16", head=64, on="qkv", mask="none", dropou
     types, aligned = signature(kernel, dtype, on, mask, dropout)
     options = _triton_launch.tiles(kernel, head, 4 if dtype == "fp32" else 2, len(types["sums"]) > 0, major)
     constants = dict(D=head, WIDE=head, R=options.pop("R"), NB=_triton_launch._power_of_two(min(buckets, 128)))
-    constants |= dict(MANY=buckets > 128, MASK=mask, DROP=dropout, PRECISION="ieee")
+    constants |= dict(MANY=buckets > 128, MASK=mask, DROP=dropout, PRECISION="tf32x3" if dtype == "fp32" else "ieee")
     types |= dict.fromkeys(constants, "constexpr")
     places = {(list(types).index(name),): value for name, value in constants.items()}
     source = ASTSource(getattr(_triton_tiles, kernel), signature=types, constexprs=places, attrs=aligned)
