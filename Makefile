@@ -42,8 +42,9 @@ bench: .venv/ops  ## operators beside torch's own, as ratios; JSON in benchmarks
 
 gpu-check:  ## builds for CUDA, tests and benchmarks on a GPU; JSON in the folder $(RESULTS)
 	RPE_OPS_CUDA=1 $(PYTHON) rpe_ops/setup.py build_ext --inplace
-	$(PYTHON) -m pytest -q -p no:cacheprovider -m gpu tests/test_rpe_index_gpu.py
+	$(PYTHON) -m pytest -q -p no:cacheprovider -m gpu tests/test_rpe_index_gpu.py tests/test_rpe_attention_gpu.py
 	$(PYTHON) benchmarks/bench_rpe_index.py --device cuda --dtypes float32 bfloat16 --no-flat --out $(RESULTS)
+	$(PYTHON) benchmarks/bench_attention.py --device cuda --out $(RESULTS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -682,10 +682,10 @@ def rpe_attention(
         attn_mask: broadcasts to (B, H, Lq, Lk). Boolean: True takes part. Floating: added to the scores. A row without
             any key gets zero weights, so its output is 0 (as `F.scaled_dot_product_attention` has it), never NaN.
         dropout_p: probability that an attention weight is dropped; pass 0.0 in evaluation.
-        backend: "cpu" is the fused C++ of `rpe_ops`, "eager" the formula in plain torch; "sdpa" hands the sum of
-            encodings and mask to `F.scaled_dot_product_attention` (nothing on values); "reference" is the law. A name
-            is honoured or refused. None takes "cpu" where it runs (see `rpe_ops.rpe_attention.choose`), "sdpa" where
-            nothing is trained and there is no rpe_v, else "eager".
+        backend: "cpu" (C++) and "triton" (GPUs) are the fused kernels of `rpe_ops`, "eager" the formula in plain torch;
+            "sdpa" hands the sum of encodings and mask to `F.scaled_dot_product_attention` (nothing on values);
+            "reference" is the law. A name is honoured or refused. None takes what is fused where it runs (see
+            `rpe_ops.rpe_attention.choose`), "sdpa" where nothing is trained and there is no rpe_v, else "eager".
     Returns (B, H, Lq, D).
     """
     for name, rpe, transposed in (("rpe_q", rpe_q, True), ("rpe_k", rpe_k, True), ("rpe_v", rpe_v, False)):
@@ -703,7 +703,7 @@ def rpe_attention(
     of_q: dict[str, Any] = dict(height=height, width=width, positions=None if at_q is None else (at_q, at_k))
     of_k = of_q | dict(positions=None if at_q is None else (at_k, at_q))
     one_map = not encoded or at_q is None or at_k is None or at_q.dim() == at_k.dim() == 2
-    in_rpe_ops = backend in ("cpu", "reference")
+    in_rpe_ops = backend in ("cpu", "triton", "reference")
     if in_rpe_ops and not one_map:
         raise ValueError(f'backend="{backend}" takes one map for all samples; use "eager" for positions (B, L, 2)')
     if in_rpe_ops and _attention is None:
@@ -720,7 +720,7 @@ def rpe_attention(
         rest = dict(scale=scale, attn_mask=attn_mask, dropout_p=dropout_p, backend=backend)
         return _attention.rpe_attention(q, k, v, on_q, on_k, on_v, **rest)[0]
     if backend not in (None, "eager", "sdpa"):
-        raise ValueError(f'unknown backend {backend!r}; expected None, "cpu", "eager", "sdpa" or "reference"')
+        raise ValueError(f'unknown backend {backend!r}; expected None, "cpu", "triton", "eager", "sdpa" or "reference"')
     if backend == "sdpa" and rpe_v is not None:
         raise ValueError('backend="sdpa" returns no attention weights, which an encoding on values needs; use "eager"')
     bias = empty = None  # what is added to the scores, (B, H, Lq, Lk); rows without a key, (B, H, Lq, 1)

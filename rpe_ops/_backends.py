@@ -2,7 +2,7 @@
 
 import torch
 
-from . import _native
+from . import _native, rpe_attention_triton
 
 
 def backends() -> dict[str, str]:
@@ -20,7 +20,14 @@ def backends() -> dict[str, str]:
             compiled[device] = f"not here: no CUDA device is visible to the {what} in {_native.LOADED[device]}"
         else:
             compiled[device] = f"runs: {what}, deterministic, float16 to float64, from {_native.LOADED[device]}"
+    reason = "no CUDA device is visible"
+    if gpu is not None:
+        reason = rpe_attention_triton.why_not(torch.empty(0, 1, device="cuda")) or ""
+    triton = "attention on a GPU in Triton, forward and backward"
     return compiled | {
+        "triton": f"not here: {triton}; {reason}"
+        if reason
+        else f"runs: {triton}, deterministic, float16 to float32, head sizes up to 128",
         "eager": f"runs on every device through gather and scatter_add of torch {torch.__version__} "
         f"({gpu or 'no CUDA device is visible'}); on CUDA "
         "scatter_add uses atomics, so bucket sums may differ in their last bits from run to run, unless "

@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference, rpe_attention_cpu, rpe_attention_eager
+from . import reference, rpe_attention_cpu, rpe_attention_eager, rpe_attention_triton
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
 OnValues = Sequence[tuple[Tensor, int]] | Sequence[tuple[Tensor, Tensor]]
 _INDEX_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_FUSED = {"cpu": rpe_attention_cpu, "triton": rpe_attention_triton}
 
 
 def rpe_attention(
@@ -49,8 +50,9 @@ def rpe_attention(
         dropout_p: probability that a weight is dropped.
         seed: int64 tensor of one element, what the dropped weights depend on; drawn from torch's generator when absent.
             One seed drops the same weights on every backend.
-        backend: "cpu" is C++ that never holds an (Lq, Lk) tensor, "eager" the formula in plain torch, "reference" the
-            law. A name is honoured or refused. None takes what `choose` says, and "eager" for second derivatives.
+        backend: "cpu" (C++) and "triton" (CUDA and ROCm) never hold an (Lq, Lk) tensor, "eager" is the formula in plain
+            torch, "reference" the law. A name is honoured or refused. None takes what `choose` says, and "eager" for
+            second derivatives.
 
     Returns:
         out (B, H, Lq, D) and a list: for each pair of on_v with N the bucket sums S of p, (B, H, Lq, N), so that the
@@ -75,15 +77,17 @@ def rpe_attention(
     )
     if backend == "reference":
         return _with_tables(reference.rpe_attention, q, k, v, on_q, on_k, on_v, **settings)
-    if backend not in (None, "eager", "cpu"):
-        raise ValueError(f'unknown backend {backend!r}; expected None, "cpu", "eager" or "reference"')
-    if backend == "cpu" and (reason := why_not("cpu", q, attn_mask)) is not None:
-        raise ValueError(f'backend="cpu" {reason}')
-    if (choose(q, k, attn_mask) if backend is None else backend) == "eager":
+    if backend not in (None, "eager", *_FUSED):
+        raise ValueError(f'unknown backend {backend!r}; expected None, "cpu", "triton", "eager" or "reference"')
+    if backend is not None and (reason := why_not(backend, q, attn_mask)) is not None:
+        raise ValueError(f'backend="{backend}" {reason}')
+    name = choose(q, k, attn_mask) if backend is None else backend
+    if name == "eager":
         return _formula(q, k, v, on_q, on_k, on_v, **settings)
     settings["second"] = backend is None
-    if torch._C._are_functorch_transforms_active():  # vmap folds into B, which W has not
-        return _with_tables(rpe_attention_cpu.attention, q, k, v, on_q, on_k, on_v, **settings)
+    # "triton" takes side tables; vmap folds into B, which W has not
+    if name == "triton" or torch._C._are_functorch_transforms_active():
+        return _with_tables(_FUSED[name].attention, q, k, v, on_q, on_k, on_v, **settings)
     return rpe_attention_cpu.attention(q, k, v, on_q, on_k, on_v, **settings)
 
 
@@ -93,7 +97,7 @@ def _formula(
     return _with_tables(rpe_attention_eager.attention, q, k, v, on_q, on_k, on_v, **settings)
 
 
-rpe_attention_cpu.FORMULA[:] = [_formula]
+rpe_attention_cpu.FORMULA[:] = rpe_attention_triton.FORMULA[:] = [_formula]
 
 
 def _with_tables(
@@ -119,10 +123,12 @@ def _with_tables(
 
 
 def choose(q: Tensor, k: Tensor, attn_mask: Tensor | None = None) -> str:
-    """The backend that None means for such a call: "cpu" where it runs, elsewhere "eager".
+    """The backend that None means for such a call: "cpu" or "triton", by q's device, where it runs, elsewhere "eager".
 
     "cpu" computes in float32, so where short sequences are trained in bfloat16 the formula is faster, and takes little.
     """
+    if q.device.type != "cpu":
+        return "eager" if why_not("triton", q, attn_mask) else "triton"
     short = q.dtype == torch.bfloat16 and k.shape[2] < 512
     if short and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
         return "eager"
@@ -131,7 +137,7 @@ def choose(q: Tensor, k: Tensor, attn_mask: Tensor | None = None) -> str:
 
 def why_not(backend: str, q: Tensor, attn_mask: Tensor | None = None) -> str | None:
     """Why `backend` cannot take a call with this q and mask, as the end of a sentence; None where it can."""
-    return rpe_attention_cpu.why_not(q, attn_mask) if backend == "cpu" else None
+    return _FUSED[backend].why_not(q, attn_mask) if backend in _FUSED else None
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p: float) -> None:

@@ -7,7 +7,7 @@ import rpe_ops
 
 def test_backends_say_in_words_what_runs_here():
     backends = rpe_ops.backends()
-    assert set(backends) == {"cpu", "cuda", "eager", "reference"}
+    assert set(backends) == {"cpu", "cuda", "triton", "eager", "reference"}
     assert torch.__version__ in backends["eager"] and "atomics" in backends["eager"]
     assert all(" " in sentence for sentence in backends.values())
 

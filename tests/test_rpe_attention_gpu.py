@@ -1,0 +1,219 @@
+"""Attention by the backend "triton" on a GPU. Needs pytest and numpy beside torch: `make gpu-check` runs it."""
+
+import math
+
+import pytest
+import torch
+from attention_cases import assert_rule_9, make_mask, problem, run
+
+from irpe import build_rpe, get_bucket_ids_2d, get_rpe_config
+from irpe import rpe_attention as irpe_attention
+from rpe_ops import rpe_attention_triton
+from rpe_ops.rpe_attention import choose, rpe_attention, why_not
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible")]
+half, brain, single = torch.float16, torch.bfloat16, torch.float32
+
+
+@pytest.fixture(autouse=True)
+def on_the_gpu():
+    with torch.device("cuda"):
+        yield
+
+
+def small(dtype=brain, shape=(2, 3, 197, 197, 64), method="product", terms=(1, 1, 1)):
+    ids, buckets = get_bucket_ids_2d(method, 14, 14, 1, 1.9, 3.8, 15.2, device="cuda")
+    return problem(shape, buckets, terms, dtype, "timm", ids), buckets
+
+
+def test_it_is_chosen():
+    q = torch.empty(1, 1, 4, 64)
+    assert why_not("triton", q) is None and choose(q, q) == "triton"
+    assert choose(q.double(), q.double()) == "eager" and "float64" in why_not("triton", q.double())
+    assert "q is on cpu" in why_not("triton", q.cpu())
+
+
+@pytest.mark.parametrize(
+    ("shape", "buckets", "terms", "dtype", "layout", "mask", "dropout_p"),
+    [
+        ((2, 3, 5, 7, 16), 5, (0, 0, 0), single, "contiguous", None, 0.0),
+        ((2, 3, 170, 167, 64), 50, (1, 1, 1), single, "timm", "float", 0.3),
+        ((2, 3, 131, 259, 32), 81, (0, 1, 0), brain, "timm", None, 0.0),
+        ((2, 3, 131, 259, 128), 50, (1, 1, 1), brain, "gaps", "bool", 0.0),
+        ((2, 3, 67, 9, 72), 17, (1, 1, 1), half, "detr", "padding", 0.3),
+        ((1, 2, 197, 199, 64), 33, (2, 2, 2), brain, "timm", None, 0.1),
+        ((1, 2, 70, 300, 64), 300, (1, 1, 1), half, "contiguous", "bool", 0.0),
+        ((1, 2, 200, 31, 8), 16, (1, 0, 0), single, "timm", "padding", 0.0),
+        ((1, 2, 3, 1100, 20), 50, (0, 0, 1), half, "timm", None, 0.0),
+        ((1, 1, 1, 1, 64), 1, (1, 1, 1), brain, "contiguous", None, 0.0),
+    ],
+)
+def test_exact(shape, buckets, terms, dtype, layout, mask, dropout_p):
+    arguments = problem(shape, buckets, terms, dtype, layout)
+    options = dict(attn_mask=make_mask(mask, shape[:4]), dropout_p=dropout_p, seed=torch.tensor([-3]))
+    assert_rule_9(arguments, dtype, "triton", **options)
+
+
+@pytest.mark.parametrize("method", ["euc", "quant", "product", "cross_rows", "cross_cols"])
+def test_exact_on_maps_of_images(method):
+    ids, buckets = get_bucket_ids_2d(method, 9, 14, 1, 1.9, 3.8, 15.2, device="cuda")
+    assert_rule_9(problem((2, 2, 127, 127, 64), buckets, (1, 1, 1), brain, "timm", ids), brain, "triton")
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 0, 5, 64), (2, 2, 5, 0, 64), (0, 2, 5, 5, 64)])
+def test_empty(shape):
+    assert_rule_9(problem(shape, 50, (1, 1, 1), brain), brain, "triton")
+
+
+def test_tf32_is_as_rough_as_torch_allows():
+    arguments = problem((2, 3, 170, 167, 64), 50, (1, 1, 1), single)
+    exact = rpe_attention(*arguments, backend="reference")[0]
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        rough = rpe_attention(*arguments, backend="triton")[0]
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert 1e-5 < (rough - exact).abs().max() < 2e-2
+
+
+def test_rows_without_a_key_are_zero_and_have_finite_gradients():
+    arguments, buckets = small()
+    mask = torch.ones(2, 1, 197, 197, dtype=torch.bool)
+    mask[0, :, 3] = False
+    for added in (mask, torch.zeros(mask.shape).masked_fill(~mask, -math.inf)):
+        grads = [torch.randn(2, 3, 197, n) for n in (64, buckets)]
+        (out, sums), gradients = run(rpe_attention, arguments, grads, brain, attn_mask=added, backend="triton")
+        assert not out[0, :, 3].any() and not sums[0, :, 3].any()
+        assert all(g.isfinite().all() for g in gradients) and not gradients[0][0, :, 3].any()
+
+
+@pytest.mark.parametrize("p", [0.1, 0.75])
+def test_one_seed_drops_what_the_formula_drops(p):
+    q, k, v, _, _, _ = problem((2, 3, 20, 31, 64), 31, (0, 0, 0), single)
+    call = dict(on_v=[(torch.arange(31).expand(20, 31), 31)], dropout_p=p, seed=torch.tensor([2**40 + 7]))
+    (_, (ours,)), (_, (formula,)) = (rpe_attention(q, k, v, **call, backend=name) for name in ("triton", "eager"))
+    assert torch.equal(ours == 0, formula == 0) and (ours == 0).any()
+
+
+def test_bitwise_equal_from_run_to_run_and_of_uninitialised_memory():
+    torch.use_deterministic_algorithms(True)  # fills what is allocated with NaN
+    try:
+        for dtype in (brain, single):
+            arguments, buckets = small(dtype)
+            grads = [torch.randn(2, 3, 197, n) for n in (64, buckets)]
+            seed = torch.tensor([3])
+            results = []
+            for _ in range(5):
+                outputs, gradients = run(
+                    rpe_attention, arguments, grads, dtype, backend="triton", dropout_p=0.1, seed=seed
+                )
+                results.append([*outputs, *gradients])
+            assert all(x.isfinite().all() for x in results[0])
+            for result in results[1:]:
+                assert all(torch.equal(one, other) for one, other in zip(result, results[0], strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_cuda_graph_and_streams(warm):
+    (q, k, v, on_q, on_k, on_v), _ = small()
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+
+    def step():
+        out, (sums,) = rpe_attention(*leaves, on_q, on_k, on_v, backend="triton")
+        return out, *torch.autograd.grad(out.square().sum() + sums.square().sum(), leaves)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    if not warm:  # what a capture makes holds nothing before the graph runs, and must not be kept for others
+        rpe_attention_triton._plans.clear()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    expected = step()
+    with torch.no_grad():
+        q.copy_(torch.randn_like(q))
+    graph.replay()
+    fresh = step()
+    assert not torch.equal(fresh[0], expected[0])
+    assert all(torch.equal(one, other) for one, other in zip(captured, fresh, strict=True))
+
+
+def test_compile_fullgraph_and_autocast():
+    (q, k, v, on_q, on_k, on_v), _ = small(single)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+
+    def call(q, k, v):
+        with torch.autocast("cuda", dtype=brain):
+            out, (sums,) = rpe_attention(q, k, v, on_q, on_k, on_v)
+        assert out.dtype == sums.dtype == brain
+        return out.float().sum() + sums.float().sin().sum()
+
+    compiled = torch.compile(call, fullgraph=True)
+    actual, expected = (torch.autograd.grad(f(*leaves), leaves) for f in (compiled, call))
+    torch.testing.assert_close(actual, expected, atol=2e-2, rtol=2e-2)
+
+
+def test_no_matrix_of_all_weights_is_allocated():
+    side, heads = 48, 4  # of 2304 tokens: 42 MiB of weights
+    ids, buckets = get_bucket_ids_2d("product", side, side, 0, 1.9, 3.8, 15.2, device="cuda")
+    q, k, v, on_q, on_k, on_v = problem((1, heads, side**2, side**2, 64), buckets, (1, 1, 1), brain, maps=ids)
+    leaves = [x.requires_grad_() for x in (q, k, v, on_q[0][0], on_k[0][0])]
+
+    def step():
+        out, (sums,) = rpe_attention(*leaves[:3], [(leaves[3], ids)], [(leaves[4], ids)], on_v, backend="triton")
+        torch.autograd.grad(out.sum() + sums.sum(), leaves)
+
+    step()  # makes the plan
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    one_row = heads * side**2 * 2  # bytes of a column of weights
+    assert torch.cuda.max_memory_allocated() - before < one_row * (side**2 / 2)
+
+
+def test_ids_of_every_dtype_and_stride_make_the_same_plan():
+    ids, buckets = get_bucket_ids_2d("product", 5, 14, 1, 1.9, 3.8, 15.2, device="cuda")
+    expected = rpe_attention_triton._plan(ids, buckets)
+    for other in (ids.to(torch.uint8), ids.short(), ids.int(), ids.t().contiguous().t()):
+        assert all(torch.equal(x, y) for x, y in zip(rpe_attention_triton._plan(other, buckets), expected, strict=True))
+    small_ids, order, ends = expected
+    assert torch.equal(small_ids[:, :71].long(), ids.long())
+    for start in range(0, 71, 64):
+        tile = ids[:, start : start + 64]
+        rank = order[:, start : start + tile.shape[1]].long()
+        assert (tile.gather(1, rank).diff(dim=1) >= 0).all()
+        count = (tile.unsqueeze(2) <= torch.arange(buckets)).sum(1)
+        assert torch.equal(ends[:, start // 64].long(), count)
+
+
+@pytest.mark.parametrize(("method", "mode"), [("product", "ctx"), ("cross", "ctx"), ("euc", "bias")])
+def test_irpe_takes_it(method, mode):
+    on = "qk" if mode == "bias" else "qkv"
+    rpe = build_rpe(get_rpe_config(1.9, method, mode, False, 1, on), 64, 3, device="cuda")
+    tables = [t for module in rpe if module is not None for t in module.parameters()]
+    for table in tables:
+        torch.nn.init.normal_(table, std=0.1)
+    q, k, v = (torch.randn(2, 3, 64, 64, requires_grad=True) for _ in range(3))
+    size = dict(height=9, width=7)
+    results = [irpe_attention(q, k, v, *rpe, **size, backend=name) for name in (None, "eager")]
+    assert "RPEAttentionFunctionBackward" in _names(results[0].grad_fn)
+    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
+    gradients = [torch.autograd.grad(out.sin().sum(), [q, k, v, *tables]) for out in results]
+    torch.testing.assert_close(*gradients, atol=1e-3, rtol=1e-3)
+
+
+def _names(node):
+    """The names of all functions behind a result."""
+    waiting, names = [node], set()
+    while waiting:
+        node = waiting.pop()
+        names.add(node.name())
+        waiting += [following for following, _ in node.next_functions if following is not None]
+    return names

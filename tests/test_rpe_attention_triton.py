@@ -1,0 +1,379 @@
+"""The kernels of backend "triton" where there is no GPU: run by Triton's interpreter, and compiled ahead of time.
+
+The interpreter is chosen when kernels are defined, so the tests marked `interpreted` run in processes of their own,
+which `test_interpreted` starts. What needs a GPU is in test_rpe_attention_gpu.py.
+"""
+
+import gc
+import os
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from attention_cases import assert_rule_9, make_mask, problem, run
+from conftest import ROOT
+from torch.library import opcheck
+
+import rpe_ops.rpe_attention_triton as backend
+from irpe import build_rpe, get_bucket_ids_2d, get_rpe_config
+from irpe import rpe_attention as irpe_attention
+from rpe_ops import _triton_launch
+from rpe_ops.rpe_attention import choose, rpe_attention, why_not
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs inside test_interpreted")
+outside = pytest.mark.skipif(INTERPRETED, reason="runs outside the interpreter")
+half, brain, single = torch.float16, torch.bfloat16, torch.float32
+
+
+@outside
+@pytest.mark.parametrize(
+    "part", ["exact and dropout or exact and pairs", "exact and not dropout and not pairs", "not exact"]
+)
+def test_interpreted(part):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__, "-k", part]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=290)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("shape", "buckets", "terms", "dtype", "layout", "mask", "dropout_p"),
+    [
+        pytest.param((2, 3, 5, 7, 16), 5, (0, 0, 0), single, "contiguous", None, 0.0, id="plain"),
+        pytest.param((1, 2, 70, 67, 20), 50, (1, 1, 1), single, "timm", None, 0.0, id="float32"),
+        pytest.param((2, 1, 19, 70, 16), 33, (1, 1, 1), half, "detr", "bool", 0.0, id="float16"),
+        pytest.param((1, 2, 67, 9, 72), 17, (1, 1, 1), brain, "gaps", "padding", 0.0, id="bfloat16"),
+        pytest.param((1, 2, 7, 66, 64), 50, (0, 1, 0), brain, "timm", None, 0.0, id="keys"),
+        pytest.param((1, 2, 7, 66, 8), 50, (1, 0, 0), single, "timm", "float", 0.0, id="queries"),
+        pytest.param((1, 2, 7, 66, 1), 50, (0, 0, 1), single, "timm", "float", 0.0, id="values"),
+        pytest.param((1, 1, 9, 5, 128), 1, (1, 0, 1), single, "contiguous", None, 0.0, id="wide-one-bucket"),
+        pytest.param((1, 2, 35, 21, 16), 9, (2, 2, 2), single, "timm", "float", 0.3, id="two-pairs"),
+        pytest.param((1, 2, 3, 70, 16), 300, (1, 1, 1), single, "timm", "bool", 0.0, id="many-buckets"),
+        pytest.param((2, 2, 18, 67, 16), 16, (1, 1, 1), half, "timm", "padding", 0.3, id="dropout-16-bits"),
+        pytest.param((2, 2, 67, 18, 16), 16, (1, 1, 1), single, "gaps", None, 0.5, id="dropout-32-bits"),
+    ],
+)
+def test_exact(shape, buckets, terms, dtype, layout, mask, dropout_p):
+    arguments = problem(shape, buckets, terms, dtype, layout)
+    options = dict(attn_mask=make_mask(mask, shape[:4]), dropout_p=dropout_p, seed=torch.tensor([-3]))
+    assert_rule_9(arguments, dtype, "triton", **options)
+
+
+@interpreted
+@pytest.mark.parametrize("method", ["euc", "product", "cross_rows"])
+def test_exact_on_maps_of_images(method):
+    ids, buckets = get_bucket_ids_2d(method, 5, 14, 1, 1.9, 3.8, 15.2)
+    assert_rule_9(problem((1, 1, 71, 71, 16), buckets, (1, 1, 1), single, "timm", ids), single, "triton")
+
+
+@interpreted
+@pytest.mark.parametrize("shape", [(2, 2, 0, 5, 8), (2, 2, 5, 0, 8), (0, 2, 5, 5, 8)])
+def test_empty(shape):
+    assert_rule_9(problem(shape, 4, (1, 1, 1), single), single, "triton")
+
+
+@interpreted
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_rows_without_a_key_are_zero_and_have_finite_gradients(kind):
+    arguments = problem((2, 2, 7, 9, 8), 5, (1, 1, 1), single)
+    mask = torch.ones(2, 1, 7, 9, dtype=torch.bool)
+    mask[0, :, 3] = False
+    if kind == "float":
+        mask = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    grads = [torch.randn(2, 2, 7, n) for n in (8, 5)]
+    (out, sums), gradients = run(rpe_attention, arguments, grads, single, attn_mask=mask, backend="triton")
+    assert not out[0, :, 3].any() and not sums[0, :, 3].any() and out[1].ne(0).all()
+    assert all(g.isfinite().all() for g in gradients) and not gradients[0][0, :, 3].any()
+
+
+@interpreted
+@pytest.mark.parametrize("p", [0.25, 1.0])
+def test_one_seed_drops_what_the_formula_drops(p):
+    q, k, v, _, _, _ = problem((2, 3, 20, 31, 8), 31, (0, 0, 0), single)
+    on_v = [(torch.arange(31).expand(20, 31), 31)]  # the sums are the weights themselves
+    call = dict(on_v=on_v, dropout_p=p, seed=torch.tensor([2**40 + 7]))
+    (_, (ours,)), (_, (formula,)) = (rpe_attention(q, k, v, **call, backend=name) for name in ("triton", "eager"))
+    assert torch.equal(ours == 0, formula == 0) and (ours == 0).any()
+    torch.testing.assert_close(ours, formula)
+
+
+@interpreted
+def test_outputs_do_not_depend_on_uninitialised_memory_and_repeat():
+    torch.use_deterministic_algorithms(True)  # fills what is allocated with NaN
+    try:
+        ids, buckets = get_bucket_ids_2d("euc", 3, 5, 1, 20, 40, 160)
+        assert buckets > len(ids.unique())
+        arguments = problem((2, 2, 16, 16, 20), buckets, (1, 1, 1), single, "timm", ids)
+        assert_rule_9(arguments, single, "triton")
+        grads = [torch.randn(2, 2, 16, n) for n in (20, buckets)]
+        one, other = (run(rpe_attention, arguments, grads, single, backend="triton") for _ in range(2))
+        assert all(torch.equal(x, y) for x, y in zip([*one[0], *one[1]], [*other[0], *other[1]], strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@interpreted
+def test_float16_tables_beside_float32_and_tables_that_are_broadcast():
+    q, k, v, _, _, _ = problem((2, 2, 5, 6, 8), 4, (0, 0, 0), single)
+    lut = torch.randn(1, 2, 1, 4, dtype=half, requires_grad=True)  # one row for all queries: the mode bias
+    ids = torch.randint(4, (5, 6))
+    loss = [
+        rpe_attention(q, k, v, on_k=[(lut.expand(1, 2, 5, 4), ids)], backend=name)[0].sin().sum()
+        for name in ("triton", "reference")
+    ]
+    torch.testing.assert_close(loss[0], loss[1])
+    torch.testing.assert_close(*(torch.autograd.grad(x, lut)[0] for x in loss), atol=2e-3, rtol=2e-3)
+
+
+@interpreted
+def test_second_derivatives_are_refused_and_the_gradient_of_a_mask_too():
+    q, k, v, on_q, on_k, on_v = problem((1, 1, 4, 5, 4), 3, (1, 1, 1), single)
+    q.requires_grad_()
+    out, _ = rpe_attention(q, k, v, on_q, on_k, on_v, backend="triton")
+    (first,) = torch.autograd.grad(out.sin().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="eager"):
+        first.sum().backward()
+    mask = torch.randn(4, 5, requires_grad=True)
+    with pytest.raises(ValueError, match='backend="triton" has no gradient of attn_mask'):
+        rpe_attention(q, k, v, attn_mask=mask, backend="triton")
+
+
+@interpreted
+def test_second_derivatives_by_the_formula():
+    q, k, v, on_q, on_k, on_v = problem((1, 1, 4, 5, 4), 3, (1, 1, 1), single)
+    settings = dict(scale=0.5, attn_mask=None, dropout_p=0.0, seed=None)
+    leaves = [x.requires_grad_() for x in (q, k, v, on_q[0][0], on_k[0][0])]
+
+    def second(attention, **rest):
+        out, (sums,) = attention(q, k, v, on_q, on_k, on_v, **settings, **rest)
+        first = torch.autograd.grad(out.sin().sum() + sums.cos().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(x.square().sum() for x in first), leaves)
+
+    actual, expected = second(backend.attention, second=True), second(backend.FORMULA[0])
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+@interpreted
+def test_func_transforms():
+    q, k, v, on_q, on_k, on_v = problem((1, 2, 6, 5, 8), 3, (1, 1, 1), single)
+    lut = on_k[0][0]
+
+    def loss(q, lut, name):
+        out, (sums,) = rpe_attention(q, k, v, on_q, [(lut, on_k[0][1])], on_v, backend=name)
+        return out.sin().sum() + sums.cos().sum()
+
+    per_sample = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1)), in_dims=(0, None, None))
+    many = torch.stack([q, -q])
+    torch.testing.assert_close(per_sample(many, lut, "triton"), per_sample(many, lut, "eager"))
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(lambda q: loss(q, lut, "triton"), (q,), (q,))
+
+
+@interpreted
+def test_opcheck():
+    q, k, v, on_q, on_k, on_v = problem((1, 2, 5, 6, 8), 3, (1, 1, 1), single)
+    operators = torch.ops.rpe_ops
+    opcheck(operators.rpe_attention_triton_plan.default, (on_k[0][1], 3))
+    tables = [on_q[0][0].expand(1, 2, -1, -1)], [on_k[0][0].expand(1, 2, -1, -1)]
+    plans = [list(operators.rpe_attention_triton_plan(x, 3)) for x in (on_q[0][1], on_k[0][1], on_v[0][0])]
+    rest = (*tables, *plans, torch.zeros(1, 2, 5, 6), torch.tensor([3]), 0.3, 0.1)
+    opcheck(operators.rpe_attention_triton.default, (q, k, v, *rest))
+    out, lse, sums = operators.rpe_attention_triton(q, k, v, *rest)
+    opcheck(operators.rpe_attention_triton_backward.default, (out, sums, q, k, v, out, sums, lse, *rest))
+
+
+@interpreted
+def test_compile():
+    q, k, v, on_q, on_k, on_v = problem((1, 2, 9, 9, 8), 3, (1, 1, 1), single)
+
+    def call(q, k, v):
+        out, (sums,) = rpe_attention(q, k, v, on_q, on_k, on_v, backend="triton")
+        return out.sum() + sums.sin().sum()
+
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    actual, expected = (torch.autograd.grad(f(*leaves), leaves) for f in (compiled, call))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@interpreted
+def test_a_plan_is_kept_with_its_ids_and_follows_their_changes():
+    q, k, v, _, on_k, _ = problem((1, 1, 6, 6, 8), 3, (0, 1, 0), single)
+    lut, ids = on_k[0]
+    first, _ = rpe_attention(q, k, v, on_k=[(lut, ids)], backend="triton")
+    plans = len(backend._plans)
+    rpe_attention(q, k, v, on_k=[(lut, ids)], backend="triton")
+    assert len(backend._plans) == plans
+    ids.copy_((ids + 1) % 3)
+    second, _ = rpe_attention(q, k, v, on_k=[(lut, ids)], backend="triton")
+    assert not torch.equal(first, second)
+    torch.testing.assert_close(second, rpe_attention(q, k, v, on_k=[(lut, ids)], backend="reference")[0])
+    alive = weakref.ref(ids)
+    del ids, on_k
+    gc.collect()
+    assert alive() is None and len(backend._plans) == plans - 1
+
+
+@interpreted
+def test_ids_outside_the_table_are_refused():
+    q, k, v, _, on_k, _ = problem((1, 1, 6, 6, 8), 3, (0, 1, 0), single)
+    on_k[0][1][2, 3] = 7
+    with pytest.raises(RuntimeError, match=r"outside \[0, N\) with N=3"):
+        rpe_attention(q, k, v, on_k=on_k, backend="triton")
+
+
+@interpreted
+def test_autocast():
+    q, k, v, on_q, on_k, on_v = problem((1, 2, 9, 9, 8), 3, (1, 1, 1), single)
+    with torch.autocast("cpu", dtype=brain):
+        out, (sums,) = rpe_attention(q, k, v, on_q, on_k, on_v, backend="triton")
+    assert out.dtype == sums.dtype == brain
+    exact, _ = rpe_attention(q, k, v, on_q, on_k, backend="reference")
+    assert (out - exact).abs().max() < 0.1
+
+
+@interpreted
+@pytest.mark.parametrize(("method", "mode"), [("cross", "ctx"), ("product", "bias")])
+def test_irpe_takes_it(method, mode):
+    rpe = build_rpe(get_rpe_config(1.9, method, mode, False, 1, "qk" if mode == "bias" else "qkv"), 8, 2)
+    tables = [t for module in rpe if module is not None for t in module.parameters()]
+    for table in tables:
+        torch.nn.init.normal_(table)
+    q, k, v = (torch.randn(2, 2, 13, 8, requires_grad=True) for _ in range(3))
+    results = [irpe_attention(q, k, v, *rpe, height=3, width=4, backend=name) for name in ("triton", "eager")]
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(*(torch.autograd.grad(out.sin().sum(), [q, k, v, *tables]) for out in results))
+
+
+@outside
+def test_it_says_why_not():
+    q = torch.empty(1, 1, 4, 8)
+    assert why_not("triton", q) == "runs on CUDA and ROCm, and q is on cpu"
+    with pytest.raises(ValueError, match='backend="triton" runs on CUDA and ROCm, and q is on cpu'):
+        rpe_attention(q, q, q, backend="triton")
+    assert choose(q, q) in ("cpu", "eager") and choose(q.to("meta"), q) == "eager"
+
+
+@interpreted
+def test_it_says_why_not_here_either(monkeypatch):
+    q = torch.empty(1, 1, 4, 8)
+    assert why_not("triton", q) is None
+    assert "q is torch.float64" in why_not("triton", q.double())
+    assert "from 1 to 128, and q has 130" in why_not("triton", torch.empty(1, 1, 4, 130))
+    monkeypatch.setattr(backend, "_HAS_TRITON", False)
+    assert "Triton, which is not installed" in why_not("triton", q)
+
+
+@outside
+def test_importing_rpe_ops_imports_no_triton_and_needs_none(run_python):
+    code = """
+import sys
+loaded = "triton" in sys.modules
+import rpe_ops
+assert ("triton" in sys.modules) == loaded
+rpe_ops.rpe_attention.rpe_attention(*torch.randn(3, 1, 1, 4, 8))
+"""
+    run_python("import torch\n" + code, path=[ROOT])
+    run_python(code, path=[ROOT], forbid={"triton"})
+
+
+def signature(kernel, dtype, on, mask, dropout):
+    """The types of a kernel's arguments, and which of them are multiples of 16, as torch's allocations have it."""
+    data = f"*{dtype}"
+    x, table, sums = (data, *["i32"] * 3), (data, *["i32"] * 4, "*u8"), ("*u8", "*u8", "i32", "i32", data)
+    tables = {f"on_{c}": (table,) * on.count(c) for c in "qkv"}
+    types = dict(q=x, k=x, v=x)
+    if kernel == "forward":
+        types |= dict(out=x, lse="*fp32", on_q=tables["on_q"], on_k=tables["on_k"], sums=(sums,) * on.count("v"))
+    else:
+        outputs, own = (["grad_q"], "k") if kernel == "backward_queries" else (["grad_k", "grad_v"], "q")
+        types |= dict(grad_out=x, lse="*fp32", delta="*fp32") | dict.fromkeys(outputs, x) | tables
+        types["sums"] = (sums,) * on.count(own)
+    types["mask"] = () if mask == "none" else ("*u8" if mask == "bool" else data, *["i32"] * 4)
+    types |= dict(dropout=("*i64", "i32", "fp32") if dropout else (), size=("i32",) * 5, scale="fp32")
+    aligned = {}
+
+    def visit(path, type_):
+        if isinstance(type_, tuple):
+            for n, inner in enumerate(type_):
+                visit((*path, n), inner)
+        elif type_.startswith("*"):
+            aligned[path] = [["tt.divisibility", 16]]
+
+    for place, (name, type_) in enumerate(types.items()):
+        visit((place,), type_)
+        inner = {"sums": [(n, 2) for n in range(len(type_))], "size": [(3,), (4,)]}
+        for path in inner.get(name, [(1,), (2,), (3,)] if type_ == x else []):
+            aligned[(place, *path)] = [["tt.divisibility", 16]]
+    return types, aligned
+
+
+def compiled(kernel, major, dtype="bf16", head=64, on="qkv", mask="none", dropout=False, buckets=50):
+    """(registers, bytes of stack, bytes of shared memory) of a kernel, compiled for compute capability `major`.0."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from rpe_ops import _triton_tiles
+
+    types, aligned = signature(kernel, dtype, on, mask, dropout)
+    options = _triton_launch.tiles(kernel, head, 4 if dtype == "fp32" else 2, len(types["sums"]) > 0, major)
+    constants = dict(D=head, WIDE=head, R=options.pop("R"), NB=_triton_launch._power_of_two(min(buckets, 128)))
+    constants |= dict(MANY=buckets > 128, MASK=mask, DROP=dropout, PRECISION="tf32x3" if dtype == "fp32" else "ieee")
+    types |= dict.fromkeys(constants, "constexpr")
+    places = {(list(types).index(name),): value for name, value in constants.items()}
+    source = ASTSource(getattr(_triton_tiles, kernel), signature=types, constexprs=places, attrs=aligned)
+    result = triton.compile(source, target=GPUTarget("cuda", 10 * major, 32), options=options)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    cubin = ROOT / "build" / f"{os.getpid()}.cubin"
+    cubin.parent.mkdir(exist_ok=True)
+    cubin.write_bytes(result.asm["cubin"])
+    usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout.split()
+    cubin.unlink()
+    registers, stack = (next(int(w[len(key) :]) for w in usage if w.startswith(key)) for key in ("REG:", "STACK:"))
+    line = f"{kernel} sm_{major}0 {dtype} D={head} on={on} mask={mask} dropout={dropout} N={buckets}"
+    print(f"{line}: {constants['R']} rows, {options['num_warps']} warps, {options['num_stages']} stages;", end=" ")
+    print(f"{registers} registers, {stack} bytes of stack, {result.metadata.shared} of shared memory")
+    return registers, stack, result.metadata.shared
+
+
+SHARED = {8: 99 * 1024, 9: 227 * 1024, 10: 227 * 1024}  # of a program; 99 KiB is what sm_86 and sm_89 have
+
+
+@outside
+@pytest.mark.parametrize("major", [8, 9, 10])
+def test_compiles_ahead_of_time_within_registers_and_shared_memory(major):
+    for kernel in ("forward", "backward_keys"):
+        _, stack, shared = compiled(kernel, major)
+        assert shared <= SHARED[major] and stack <= 128, kernel
+
+
+@outside
+@pytest.mark.slow
+@pytest.mark.parametrize("major", [8, 9, 10])
+@pytest.mark.parametrize("kernel", ["forward", "backward_queries", "backward_keys"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(on="k"),
+        dict(on="qkv"),
+        dict(on="qqkkvv", buckets=15),
+        dict(on="qkv", mask="bool", dropout=True),
+        dict(on="qkv", mask="added", buckets=300),
+        dict(on="", head=32),
+        dict(head=128),
+        dict(dtype="fp16", head=16),
+        dict(dtype="fp32"),
+        dict(dtype="fp32", head=128),
+    ],
+    ids=str,
+)
+def test_every_configuration_fits(kernel, major, options):
+    _, _, shared = compiled(kernel, major, **options)
+    assert shared <= SHARED[major]
