@@ -388,6 +388,7 @@ def test_tables_that_do_not_fit_are_refused(backend):
 @pytest.mark.parametrize("backend", [*BACKENDS, None])
 @pytest.mark.parametrize("mode", ["no_grad", "inference_mode", "frozen", "trained"])
 def test_compiled_whether_or_not_something_is_trained(backend, mode):
+    torch._dynamo.reset()  # one graph for each case is above its limit
     q, k, v, on_q, on_k, on_v = problem((1, 2, 7, 7, 8), 5, (1, 1, 1), torch.float32, weights=True)
     q.requires_grad_(mode == "trained")
     context = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}.get(mode, torch.enable_grad)
