@@ -1,5 +1,6 @@
 """The model of a run: timm's, with iRPE; its weights, its parameter groups and its optimizer."""
 
+import difflib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +35,7 @@ def build(settings: Settings, num_classes: int, say: Callable[[str], None] = lam
         options["drop_path_rate"] = settings.drop_path
     hub = settings.pretrained == "hub"
     if not timm.is_model(settings.model):
-        near = timm.list_models(f"*{settings.model.split('_')[0]}*")[:5]
+        near = difflib.get_close_matches(settings.model, timm.list_models(), 4)
         raise ValueError(f"--model {settings.model}: timm has none of that name; similar: {', '.join(near) or 'none'}")
     seed_all(settings.seed, "model")
     try:
@@ -114,7 +115,9 @@ def load_weights(
     own = model.state_dict()
     head = tuple(f"{name}." for name in _head_names(model))
     dropped = [
-        name for name, one in state.items() if name.startswith(head) and (name not in own or own[name].shape != one.shape)
+        name
+        for name, one in state.items()
+        if name.startswith(head) and (name not in own or own[name].shape != one.shape)
     ]
     state = {name: one for name, one in state.items() if name not in dropped}
     tables = {name for name in own if "lookup_table" in name}
@@ -144,11 +147,12 @@ def _head_names(model: nn.Module) -> list[str]:
 def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
     """Matrices decay by --weight-decay; tables of iRPE by --rpe-weight-decay, which is 0; all else does not.
 
-    The tables are a group of their own, with --rpe-lr-scale; with --layer-decay timm's groups of layers keep theirs too.
+    The tables are groups of their own, with --rpe-lr-scale; with --layer-decay one for each of timm's groups of layers.
     """
     from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
-    spared = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    own: Any = model
+    spared = set(own.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
     tables: set[nn.Parameter] = set()
     if settings.rpe != "none":
         tables = set(rpe_parameters(model)["params"])
@@ -175,7 +179,9 @@ def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimize
     from timm.optim import create_optimizer_v2
 
     try:
-        return create_optimizer_v2(parameter_groups(model, settings), opt=settings.opt, lr=settings.peak_lr(), weight_decay=0)
+        return create_optimizer_v2(
+            parameter_groups(model, settings), opt=settings.opt, lr=settings.peak_lr(), weight_decay=0
+        )
     except (ValueError, AssertionError) as error:
         raise ValueError(f"--opt {settings.opt}: {error}") from None
 
@@ -211,7 +217,9 @@ def make_mixup(settings: Settings, num_classes: int, local_batch: int) -> Any:
     if not (settings.mixup or settings.cutmix):
         return None
     if local_batch % 2:
-        raise ValueError(f"mixup and cutmix mix pairs, but a process has {local_batch} images at a time; use an even number")
+        raise ValueError(
+            f"mixup and cutmix mix pairs, but a process has {local_batch} images at a time; use an even number"
+        )
     return Mixup(
         mixup_alpha=settings.mixup, cutmix_alpha=settings.cutmix, prob=settings.mixup_prob,
         switch_prob=settings.mixup_switch, label_smoothing=settings.smoothing, num_classes=num_classes,

@@ -47,7 +47,7 @@ def write_report(folder: Path, model: nn.Module | None, val: Any, console: Conso
 
 def _scores(line: dict[str, Any]) -> dict[str, Any]:
     keep = ("loss", "top1", "top5", "images", "bad")
-    parts = {name: {key: line[name][key] for key in keep} for name in ("val", "ema") if name in line}
+    parts: dict[str, Any] = {name: {key: line[name][key] for key in keep} for name in ("val", "ema") if name in line}
     return {"epoch": line["epoch"], "train_loss": line["train_loss"], **parts}
 
 
@@ -125,8 +125,12 @@ def encodings(
     batch = torch.stack(images)
     with torch.no_grad(), _listening(modules, told):
         model(batch.to(device))
-        sizes = {(options.get("height"), options.get("width")) for _, options in heard}
-        answers = [] if len(sizes) > 1 or None in next(iter(sizes)) else [_answers(m, *one) for m, one in zip(modules, heard)]
+        sizes = {(options.get("height") or 0, options.get("width") or 0) for _, options in heard}
+        answers = (
+            []
+            if len(sizes) > 1 or 0 in next(iter(sizes))
+            else [_answers(m, *one) for m, one in zip(modules, heard, strict=True)]
+        )
     if not answers or len({one.shape for one in answers}) > 1:
         return None
     ((height, width),) = sizes
@@ -169,7 +173,10 @@ def card(record: dict[str, Any], result: dict[str, Any], epochs: list[dict[str, 
         ("model", f"{settings['model']}, {record['parameters']:,} parameters, images of {height}x{width}"),
         ("encoding", settings["rpe"]),
         ("started from", settings["pretrained"] or "random weights"),
-        ("recipe", f"{settings['recipe']}, {result['epochs']} of {settings['epochs']} epochs measured, {result['step']:,} steps"),
+        (
+            "recipe",
+            f"{settings['recipe']}, {result['epochs']} of {settings['epochs']} epochs, {result['step']:,} steps",
+        ),
         ("batch", f"{settings['batch_size']} images, {record['processes']} process(es) on {record['device']}"),
         *((f"optimizer: {name}", words) for name, words in record["parameter_groups"].items()),
         ("training", _duration(result["seconds"])),
@@ -178,7 +185,8 @@ def card(record: dict[str, Any], result: dict[str, Any], epochs: list[dict[str, 
     def line(name: str, epoch: dict[str, Any], part: str) -> str:
         one = epoch[part]
         bad = f", {one['bad']} unreadable left out" if one["bad"] else ""
-        return f"| {name} | {epoch['epoch']} | {one['loss']:.4f} | {one['top1']:.2f} | {one['top5']:.2f} | {one['images']:,}{bad} |"
+        figures = (epoch["epoch"], f"{one['loss']:.4f}", f"{one['top1']:.2f}", f"{one['top5']:.2f}")
+        return f"| {name} | {' | '.join(map(str, figures))} | {one['images']:,}{bad} |"
 
     scores = [line("best", best, "val"), line("last", last, "val")]
     if "ema" in last:
@@ -189,13 +197,14 @@ def card(record: dict[str, Any], result: dict[str, Any], epochs: list[dict[str, 
         [
             f"# {settings['model']} on {Path(settings['data']).name}", "",
             "| | |", "|---|---|", *(f"| {name} | {words} |" for name, words in rows), "",
-            "Measured on the part of the data that was not trained on; `best` was chosen by these very numbers, so an honest",
-            "figure for it needs images that had no say: `irpe evaluate THIS_FOLDER --data OTHER`.", "",
+            "Measured on the part of the data that was not trained on. `best` was chosen by these very numbers: an",
+            "honest figure for it needs images that had no say, `irpe evaluate THIS_FOLDER --data OTHER`.", "",
             "| weights | epoch | loss | top-1 | top-5 | images |", "|---|---|---|---|---|---|", *scores, "",
             *(f"![{titles[name]}]({name})\n" for name in pictures),
             "## Files", "",
-            "`best.safetensors`, `model.safetensors` (the last) and `ema.safetensors` (the average, where there is one) are state",
-            "dicts; `settings.json` has all that builds the model; `log.jsonl` has a line for each epoch and for some steps.", "",
+            "`best.safetensors`, `model.safetensors` (the last) and `ema.safetensors` (the average, where there is one)",
+            "are state dicts; `settings.json` has all that builds the model; `log.jsonl` has a line for each epoch and",
+            "for some steps.", "",
             "## Settings", "", own, "",
             "Made with " + ", ".join(f"{name} {version}" for name, version in record["versions"].items()) + ".", "",
         ]

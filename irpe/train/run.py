@@ -79,7 +79,7 @@ def train(settings: Settings, make_folder: MakeFolder, resume: str | None, conso
         trainer = Trainer(settings, data, model, world)
         folder = world.from_first(make_folder)
         if resume == "auto":
-            start = world.from_first(lambda: (checkpoint.checkpoints(folder) or [None])[-1])
+            start = world.from_first(lambda: next(reversed(checkpoint.checkpoints(folder)), None))
         if start is not None:
             _go_on(trainer, start)
             say(f"goes on after step {trainer.progress.step} of {trainer.total_steps}, from {start}")
@@ -175,7 +175,9 @@ def _verify(sources: list[Source], settings: Settings, world: World, console: Co
         console.print(words, soft_wrap=True)
 
 
-def measure(settings: Settings, weights: Path | None, classes: list[str] | None, console: Console) -> tuple[Score, list[str]]:
+def measure(
+    settings: Settings, weights: Path | None, classes: list[str] | None, console: Console
+) -> tuple[Score, list[str]]:
     """(score, unreadable images) of a model on the part to evaluate on.
 
     Args:
