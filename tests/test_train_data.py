@@ -88,16 +88,25 @@ def broken(folder):
     """What each test below breaks, with the sentence that it has to bring."""
     one = folder / "train" / "digit1"
     yield "no folder", lambda: [path.unlink() for path in folder.rglob("*.png")], "has no pictures"
-    yield "empty class", lambda: [path.unlink() for path in one.iterdir()], f"classes without a picture .*: {one}; remove"
+    yield (
+        "empty class",
+        lambda: [path.unlink() for path in one.iterdir()],
+        f"classes without a picture .*: {one}; remove",
+    )
     yield "no val", lambda: (folder / "val").rename(folder / "vole"), "has no val: expected .*/val or .*/val.tar"
-    yield "class only in train", lambda: (folder / "val" / "digit1").rename(folder / "x"), "differ: digit1 only in train"
+    yield (
+        "class only in train",
+        lambda: (folder / "val" / "digit1").rename(folder / "x"),
+        "differ: digit1 only in train",
+    )
     yield (
         "class only in val", lambda: (folder / "val" / "digit1").rename(folder / "val" / "seven"),
         r"the classes of train \(4\) and val \(4\) differ: digit1 only in train; seven only in val",
     )  # fmt: skip
     yield "loose picture", lambda: next(one.iterdir()).rename(folder / "train" / "a.png"), "holds pictures itself"
     yield (
-        "same name", lambda: pictures(folder / "train" / "more", parts=(".",)), "two folders of the name 'digit[01]' would be one"
+        "same name", lambda: pictures(folder / "train" / "more", parts=(".",)),
+        "two folders of the name 'digit[01]' would be one",
     )  # fmt: skip
 
 
@@ -148,7 +157,10 @@ def test_torchvision_data_sets_by_name(tmp_path):
     names = [[name, None] for name, _ in CIFAR10.train_list + CIFAR10.test_list]
     torch.manual_seed(0)
     for entry in [*names, [CIFAR10.meta["filename"], None]]:
-        batch = {"data": torch.randint(256, (20, 3072), dtype=torch.uint8).numpy(), "labels": [k % 10 for k in range(20)]}
+        batch = {
+            "data": torch.randint(256, (20, 3072), dtype=torch.uint8).numpy(),
+            "labels": [k % 10 for k in range(20)],
+        }
         content = pickle.dumps({"label_names": list("abcdefghij")} if entry[0] == CIFAR10.meta["filename"] else batch)
         (place / entry[0]).write_bytes(content)
         entry[1] = hashlib.md5(content).hexdigest()
@@ -228,7 +240,7 @@ def test_unreadable_images_stop_or_are_counted_and_named(folder, tmp_path):
     assert (line["val"]["images"], line["val"]["bad"]) == (21, 3)
     assert line["bad_images"] >= 3
     assert "3 unreadable left out" in (tmp_path / "skip" / "README.md").read_text()
-    found, words = irpe("evaluate", tmp_path / "skip")
+    _, words = irpe("evaluate", tmp_path / "skip")
     assert "on 21 images, 3 unreadable" in words and "digit2" in words
 
 
@@ -255,7 +267,9 @@ def test_shares_of_processes_make_up_the_batch_of_one(size, accumulate):
     for step in range(3):
         parts = [loader.Share(rank, size, 18, accumulate).places(step) for rank in range(size)]
         assert all(len(places) == 18 // size // accumulate for part in parts for places in part)
-        assert sorted(place for part in parts for places in part for place in places) == list(range(18 * step, 18 * step + 18))
+        assert sorted(place for part in parts for places in part for place in places) == list(
+            range(18 * step, 18 * step + 18)
+        )
 
 
 def test_an_order_holds_every_image_once_and_with_repeats_in_a_row():

@@ -18,18 +18,9 @@ MODEL = [
     "--model-arg", "embed_dim=16", "--model-arg", "depth=1", "--model-arg", "num_heads=2", "--rpe", RPE,
 ]  # fmt: skip
 SMALL = [
-    *MODEL,
-    "--recipe",
-    "small",
-    "--epochs",
-    "2",
-    "--warmup-epochs",
-    "0",
-    "--batch-size",
-    "30",
-    "--loader-workers",
-    "0",
-]
+    *MODEL, "--recipe", "small", "--epochs", "2", "--warmup-epochs", "0", "--batch-size", "30", "--loader-workers", "0",
+    "--no-plots",
+]  # fmt: skip
 # the stochastic parts off: what is left depends on the order of the images alone
 STILL = ["--crop-scale", "1", "--drop-path", "0"]
 

@@ -165,8 +165,8 @@ class Trainer:
         ):
             if not math.isfinite(value):
                 raise ValueError(
-                    f"the loss is {value} at step {self.progress.step}; the last checkpoint is from before. A lower --lr, "
-                    "a longer --warmup-epochs, --clip-grad 1, or --amp bf16 in place of fp16 often helps"
+                    f"the loss is {value} at step {self.progress.step}; the last checkpoint is from before. A lower "
+                    "--lr, a longer --warmup-epochs, --clip-grad 1, or --amp bf16 in place of fp16 often helps"
                 )
             sums.loss, sums.line_loss = sums.loss + value * count, sums.line_loss + value * count
             sums.images, sums.line_images = sums.images + count, sums.line_images + count

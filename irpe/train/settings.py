@@ -147,6 +147,7 @@ class Settings:
         2, KEEP, "Checkpoints that are kept, the last ones; the best weights are kept besides.", low=1, free=True
     )
     log_every: int = _option(50, KEEP, "Steps between lines of log.jsonl.", low=1)
+    plots: bool = _option(True, KEEP, "Draw curves and learned encodings at the end.", free=True)
     tensorboard: bool = _option(True, KEEP, "Log for TensorBoard too, where its package is installed.", free=True)
 
     def __post_init__(self) -> None:
