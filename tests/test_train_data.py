@@ -227,8 +227,8 @@ def test_unreadable_images_stop_or_are_counted_and_named(folder, tmp_path):
     spoil(folder)
     options = ["train", folder, *SMALL, "--batch-size", "12", "--out", tmp_path]
     stopped, words = irpe(*options, "--name", "stop")
-    assert stopped.exit_code == 2
-    assert "unreadable image" in words and "--bad-images skip goes on without it" in words
+    assert stopped.exit_code == 1
+    assert "irpe: unreadable image" in words and "--bad-images skip goes on without it" in words
     first, words = irpe(*options, "--name", "verify", "--verify")
     assert first.exit_code == 2
     assert "6 images cannot be read: " in words

@@ -23,8 +23,8 @@ TRAINING = [line for line in LINES if " train " in line]
 TINY = [one for one in MODEL if not one.startswith("rpe")]
 TINY.remove("--rpe")
 ONE_STEP = [
-    "--batch-size", "16", "--loader-workers", "0", "--max-steps", "1", "--no-compile", "--device", "cpu", "--name", "run",
-    "--no-plots",
+    "--batch-size", "16", "--loader-workers", "0", "--max-steps", "1", "--no-compile", "--device", "cpu",
+    "--name", "run", "--no-plots",
 ]  # fmt: skip
 
 

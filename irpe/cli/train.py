@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -188,6 +189,7 @@ def _folder(out: Path, name: str, overwrite: bool, resume: str | None) -> Path:
 def _sentences() -> Iterator[Console]:
     """Gives the console of this process, and makes errors and signals what the first process prints, and a status."""
     from ..train.checkpoint import WriteError
+    from ..train.loader import RunError
     from ..train.loop import Stopped
 
     first = os.environ.get("RANK", "0") == "0"
@@ -197,13 +199,13 @@ def _sentences() -> Iterator[Console]:
     except Stopped as stopped:
         printer.print(str(stopped), soft_wrap=True)
         raise typer.Exit(128 + stopped.signal) from None
-    except WriteError as error:
-        typer.echo(f"irpe: {error}", err=True)
-        raise typer.Exit(1) from None
-    except (ValueError, TypeError) as error:
-        if isinstance(error, ValueError) or first:
-            raise typer.BadParameter(str(error)) from None
-        raise typer.Exit(2) from None
+    except (ValueError, TypeError, WriteError) as error:
+        if not first:
+            time.sleep(3)  # an error of all processes is the first one's to tell: torchrun ends the others meanwhile
+        if isinstance(error, (WriteError, RunError)):
+            typer.echo(f"irpe: {error}", err=True)
+            raise typer.Exit(1) from None
+        raise typer.BadParameter(str(error)) from None
 
 
 def _evaluate(
@@ -251,6 +253,8 @@ def _evaluate(
                 raise ValueError(f"{', '.join(map(_flag, fixed))}: the run has its own; leave it out")
             if data is not None and data != old.data:
                 given = {"val_share": 0.0, "val_split": None, **given}
+            if split is not None:
+                given["val_share"] = 0.0
             chosen = settings_from_dict({**dataclasses.asdict(old), **given})
             named = {"best": "best.safetensors", "last": "model.safetensors", "ema": "ema.safetensors"}
             path = find_weights(run / named[weights] if weights in named else Path(weights))

@@ -23,7 +23,11 @@ from .settings import Settings
 TRIES = 20  # pictures in a row that may be unreadable before a run gives up
 
 
-class BadImageError(ValueError):
+class RunError(ValueError):
+    """Something on the way of a run that no option was wrong about."""
+
+
+class BadImageError(RunError):
     """An image that cannot be read."""
 
 

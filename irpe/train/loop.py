@@ -16,7 +16,7 @@ from . import checkpoint
 from . import model as models
 from .data import Data
 from .evaluation import Interrupted, Score, autocast, evaluate, to_device
-from .loader import Share, Transform, seed_all, train_loader
+from .loader import RunError, Share, Transform, seed_all, train_loader
 from .logs import Log
 from .settings import Settings
 from .world import World, shard, wrapped
@@ -164,7 +164,7 @@ class Trainer:
             torch.stack([one for one, _ in self._losses]).tolist() if self._losses else [], self._losses, strict=True
         ):
             if not math.isfinite(value):
-                raise ValueError(
+                raise RunError(
                     f"the loss is {value} at step {self.progress.step}; the last checkpoint is from before. A lower "
                     "--lr, a longer --warmup-epochs, --clip-grad 1, or --amp bf16 in place of fp16 often helps"
                 )
@@ -186,7 +186,7 @@ class Trainer:
 
         Raises:
             Stopped: a signal came, and a checkpoint was written.
-            ValueError: the loss is not finite, or an image cannot be read.
+            RunError: the loss is not finite, or an image cannot be read.
             WriteError: a file could not be written.
         """
         progress = self.progress
@@ -240,7 +240,7 @@ class Trainer:
             try:
                 batch = next(batches)
             except StopIteration:
-                raise ValueError(
+                raise RunError(
                     f"the data ended in step {progress.step + 1}, before the {self.steps_per_epoch} steps of an epoch; "
                     "give --train-samples the number that there are for each process"
                 ) from None

@@ -181,7 +181,7 @@ def measure(
     """(score, unreadable images) of a model on the part to evaluate on.
 
     Args:
-        weights: what to load, strictly; None leaves the model as `--pretrained` and the seed make it.
+        weights: what to load in place of `--pretrained`.
         classes: those that the model was trained for, which the data has to have.
     """
     with started(settings.device) as world:
@@ -190,9 +190,10 @@ def measure(
             from .data import _difference
 
             raise ValueError(_difference(classes, data.classes))
-        model = models.build(settings, len(data.classes), console.print if world.first else (lambda words: None))
         if weights is not None:
-            models.load_weights(model, weights, console.print)
+            settings = dataclasses.replace(settings, pretrained=str(weights))
+        say = console.print if world.first else (lambda words: None)
+        model = models.build(settings, len(data.classes), say, strict=True)
         model.to(world.device)
         if settings.compile:
             model.compile()

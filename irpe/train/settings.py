@@ -164,6 +164,8 @@ class Settings:
                 raise ValueError(f"{name} {value}; expected at least {rules['low']:g}")
             if rules["high"] is not None and value > rules["high"]:
                 raise ValueError(f"{name} {value}; expected at most {rules['high']:g}")
+        if self.parallel == "fsdp" and self.amp == "fp16":
+            raise ValueError("--parallel fsdp with --amp fp16 cannot tell overflows in one process; use --amp bf16")
         if self.in_chans == 2:
             raise ValueError("--in-chans 2; expected 3 or 1 (grey)")
         for name, numbers in (("--mean", self.mean), ("--std", self.std)):
