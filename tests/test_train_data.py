@@ -9,7 +9,7 @@ pytest.importorskip("timm")
 pytest.importorskip("sklearn")
 
 from PIL import Image
-from train_tiny import pictures
+from train_tiny import SMALL, log, pictures, process
 from typer.testing import CliRunner
 
 from irpe.__main__ import app
@@ -197,11 +197,17 @@ def test_webdataset_shards(folder, tmp_path):
                 label.write_text(path.parent.name[-1])
                 file.add(label, f"{number:04d}.cls")
     out = ["--out", tmp_path, "--name", "run", "--train-split", "train-{0..1}.tar", "--val-split", "val-{0..1}.tar"]
-    from train_tiny import SMALL
-
-    given = ["train", f"wds/{shards}", *SMALL, "--num-classes", 4, "--train-samples", 24, "--batch-size", 6, *out]
-    result = CliRunner().invoke(app, [str(one) for one in given], catch_exceptions=False)
+    given = ["train", f"wds/{shards}", *SMALL, "--num-classes", 4, "--train-samples", 24, "--batch-size", 6]
+    given += ["--log-every", 1]
+    result, _ = irpe(*given, *out)
     assert result.exit_code == 0, result.output
+    other = [*out[:2], "--name", "parts", *out[4:], "--resume", "auto"]
+    for more in (["--max-steps", 3], ["--max-steps", 6], []):  # an epoch has 4 steps
+        result, _ = irpe(*given, *other, *more)
+        assert result.exit_code == 0, result.output
+    assert log(tmp_path / "run", "step") == log(tmp_path / "parts", "step")
+    two = process("evaluate", tmp_path / "run", processes=2)
+    assert "on 24 images" in two.stdout, two.stdout + two.stderr
     result = CliRunner().invoke(app, ["evaluate", str(tmp_path / "run")], catch_exceptions=False)
     assert "on 24 images" in result.output
 
@@ -222,8 +228,6 @@ def irpe(*arguments):
 
 
 def test_unreadable_images_stop_or_are_counted_and_named(folder, tmp_path):
-    from train_tiny import SMALL, log
-
     spoil(folder)
     options = ["train", folder, *SMALL, "--batch-size", "12", "--out", tmp_path]
     stopped, words = irpe(*options, "--name", "stop")

@@ -34,7 +34,7 @@ def of_irpe(line):
 
 
 def test_the_page_has_commands_of_every_kind():
-    assert len(TRAINING) == 8 and len(LINES) == 10
+    assert len(TRAINING) == 8 and len(LINES) == 11
     assert sum(line.startswith("torchrun --nproc-per-node 8 -m irpe") for line in LINES) == 2
 
 

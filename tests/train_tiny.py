@@ -40,7 +40,8 @@ def pictures(folder, per_class=6, classes=4, parts=("train", "val")):
 
 def environment(**more):
     """Of a process that runs this checkout on one thread."""
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | more
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"} | more
 
 
 def command(*arguments, processes=1):

@@ -320,6 +320,8 @@ def _named(settings: Settings, mode: str, train: bool) -> Data:
     if settings.data.startswith(STREAMS):
         if not settings.num_classes:
             raise ValueError(f"{settings.data} does not tell how many classes it has; say it with --num-classes")
+        if settings.parallel == "fsdp":
+            raise ValueError(f"--parallel fsdp cannot evaluate on a stream ({settings.data}); use --parallel ddp")
         if settings.val_share:
             raise ValueError("--val-share needs data that can be read in any order; name a --val-split instead")
         return Data(parts[0], parts[1], [str(one) for one in range(settings.num_classes)])
@@ -348,6 +350,9 @@ def _create(settings: Settings, mode: str, split: str, training: bool) -> Any:
         hint = "" if settings.download or not name.startswith("torch/") else "; --download lets torchvision fetch it"
         raise ValueError(f"{settings.data}, split {split}: {error}{hint}") from None
     if settings.data.startswith(STREAMS):
+        if not training and hasattr(dataset.reader, "dist_num_replicas"):
+            # shares of processes would leave images out, or count them twice, where shards do not divide
+            dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1
         return dataset
     if name.startswith("torch/"):
         return TorchvisionSource(dataset, mode)

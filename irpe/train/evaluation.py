@@ -75,7 +75,7 @@ def evaluate(
     stream = isinstance(source, IterableDataset)
     loader = eval_loader(source, transform, settings, world.rank, world.size, batch_size)
     for number, batch in enumerate(loader):
-        # processes have to agree on an end at the same batch, and those of a stream have different numbers of them
+        # processes have to agree on an end at the same batch, and a stream is read by the first one alone
         together = not stream and number % 10 == 0
         asked = interrupted() if world.size == 1 else together and world.any(int(interrupted()))
         if asked:

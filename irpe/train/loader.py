@@ -138,6 +138,7 @@ class StreamSamples(IterableDataset[Sample]):
         self.stream, self.transform = stream, transform
 
     def __iter__(self) -> Iterator[Sample]:
+        seed_all(get_worker_info().seed)  # type: ignore[union-attr]
         for image, target in self.stream:
             yield Sample(self.transform(image), int(target), True, ())
 
@@ -219,8 +220,8 @@ def eval_loader(source: Any, transform: Any, settings: Settings, rank: int, size
 
     Every process has as many batches; those at the end are filled with samples that are not real.
     """
-    if isinstance(source, IterableDataset):
-        return _stream(source, transform, settings, 0, batch_size, drop_last=False)
+    if isinstance(source, IterableDataset):  # which has no places to share out: the first process reads all of it
+        return [] if rank else _stream(source, transform, settings, 0, batch_size, drop_last=False)
     rounds = -(-len(source) // size)
     mine = [one if (one := k * size + rank) < len(source) else -1 for k in range(rounds)]
     batches = [[(index, index) for index in mine[k : k + batch_size]] for k in range(0, rounds, batch_size)]
@@ -230,7 +231,7 @@ def eval_loader(source: Any, transform: Any, settings: Settings, rank: int, size
 
 def _stream(stream: Any, transform: Any, settings: Settings, seed: int, batch_size: int, *, drop_last: bool) -> Any:
     if hasattr(stream, "set_loader_cfg"):
-        stream.set_loader_cfg(num_workers=loader_workers(settings))
+        stream.set_loader_cfg(num_workers=loader_workers(settings, stream=True))
     generator = torch.Generator().manual_seed(seed)
     samples = StreamSamples(stream, transform)
     return _loader(samples, settings, batch_size=batch_size, drop_last=drop_last, generator=generator)
@@ -238,13 +239,19 @@ def _stream(stream: Any, transform: Any, settings: Settings, seed: int, batch_si
 
 def _loader(samples: Any, settings: Settings, **options: Any) -> DataLoader[Any]:
     return DataLoader(
-        samples, collate_fn=collate, num_workers=loader_workers(settings), pin_memory=torch.cuda.is_available(),
+        samples, collate_fn=collate, num_workers=loader_workers(settings, stream=isinstance(samples, StreamSamples)),
+        pin_memory=torch.cuda.is_available(),
         worker_init_fn=_start_worker, **options,
     )  # fmt: skip
 
 
-def loader_workers(settings: Settings) -> int:
-    """Processes that read images for one training process."""
+def loader_workers(settings: Settings, *, stream: bool = False) -> int:
+    """Processes that read images for one training process; at least one for a stream.
+
+    The shuffling of a stream keeps its state from epoch to epoch. A process of its own in each epoch begins anew.
+    """
+    if stream:
+        return max(1, loader_workers(settings))
     if settings.loader_workers >= 0:
         return settings.loader_workers
     return min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
