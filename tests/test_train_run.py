@@ -193,6 +193,11 @@ def test_wrong_input_is_a_sentence_and_leaves_no_folder(arguments, sentence, tmp
     assert not list(tmp_path.iterdir())
 
 
+def test_the_demo_is_not_for_torchrun(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "the demo is one process" in words(irpe("train"))
+
+
 def test_a_run_goes_on_with_its_own_settings_only(whole, folder, tmp_path):
     run, _ = whole
     result = irpe("train", folder, *ALL_ON, "--lr", "0.5", "--resume", run)
