@@ -283,5 +283,7 @@ _TRAINING = tuple(
 )
 train = _with_settings(_train)
 train.__name__ = "train"
-evaluate = _with_settings(_evaluate, (*_TRAINING, "val_split", "train_split", "train_samples", "drop_path", "verify"))
+evaluate = _with_settings(
+    _evaluate, (*_TRAINING, "val_split", "train_split", "train_samples", "drop_path", "verify", "compile")
+)
 evaluate.__name__ = "evaluate"

@@ -81,7 +81,9 @@ def evaluate(
         if asked:
             raise Interrupted
         bad += batch.bad
-        with torch.no_grad(), autocast(settings, world.device):
+        # not compiled: the last batch has another size, and --compile is for the many steps of training
+        eager = torch.compiler.set_stance("force_eager")
+        with eager, torch.no_grad(), autocast(settings, world.device):
             output = model(to_device(batch.images, settings, world.device))
         output, targets = output.float().cpu()[batch.real], batch.targets[batch.real]
         first = output.topk(min(5, num_classes), dim=1).indices

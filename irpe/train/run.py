@@ -200,8 +200,6 @@ def measure(
         say = console.print if world.first else (lambda words: None)
         model = models.build(settings, len(data.classes), say, strict=True)
         model.to(world.device)
-        if settings.compile:
-            model.compile()
         transform = Transform(settings, models.shape_of(settings, model), training=False)
         return evaluate(model, data.val, transform, settings, world, num_classes=len(data.classes))
 

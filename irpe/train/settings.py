@@ -127,7 +127,7 @@ class Settings:
 
     device: str = _option("auto", MACHINE, "auto, cpu, cuda, cuda:1, mps.", free=True)
     amp: str = _option("none", MACHINE, "Mixed precision.", choices=("none", "bf16", "fp16"))
-    compile: bool = _option(False, MACHINE, "torch.compile.")
+    compile: bool = _option(False, MACHINE, "torch.compile, in training.")
     channels_last: bool = _option(False, MACHINE, "Memory order of images and convolutions.")
     grad_checkpointing: bool = _option(False, MACHINE, "Compute activations twice and keep fewer of them.")
     parallel: str = _option("ddp", MACHINE, "How processes of torchrun share the model.", choices=("ddp", "fsdp"))
