@@ -212,7 +212,7 @@ def draw_curves(path: Path, results: Sequence[dict[str, Any]], height: int) -> P
     """Test accuracy over epochs, one panel for each width: mean of the seeds as a line, their range as a band.
 
     Args:
-        results: those of `irpe.train.fit_all`, with a "title" each; one line for each title.
+        results: those of `irpe.demo.fit_all`, with a "title" each; one line for each title.
         height: of the canvases, in pixels, for the titles.
     """
     widths = list(results[0]["accuracy"])

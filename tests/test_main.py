@@ -106,7 +106,7 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(arguments, sentence, tmp_pa
     if arguments[0] == "train":
         pytest.importorskip("timm")
         pytest.importorskip("sklearn")
-        monkeypatch.setattr("irpe.train.fit_all", lambda *rest: pytest.fail("it trained"))
+        monkeypatch.setattr("irpe.demo.fit_all", lambda *rest: pytest.fail("it trained"))
     result = run(*arguments)
     assert result.exit_code == 2, result.output
     assert sentence in words(result.output)
@@ -156,5 +156,5 @@ def test_python_m_irpe_prints_help():
         [sys.executable, "-m", "irpe", "--help"], capture_output=True, text=True, cwd=ROOT, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    for command in ("train", "show", "info"):
+    for command in ("train", "evaluate", "compare", "show", "info"):
         assert command in done.stdout

@@ -1,4 +1,4 @@
-"""irpe/train.py and irpe/digits.py: splits, canvases, worker processes, and a quick run from end to end."""
+"""irpe/demo.py and irpe/digits.py: splits, canvases, worker processes, and a quick run from end to end."""
 
 import json
 import math
@@ -19,7 +19,7 @@ pytest.importorskip("sklearn")
 from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
-from irpe import digits, train
+from irpe import demo, digits
 from irpe.__main__ import app
 
 ROOT = Path(__file__).parent.parent
@@ -70,33 +70,33 @@ def test_canvases_of_wrong_width(width):
         digits.on_canvas(digits.splits()["test"], width)
 
 
-@pytest.mark.parametrize("side", [train.NONE, train.ABSOLUTE, *train.RPE, "rpe-2.0-cross-bias-0-qk"])
+@pytest.mark.parametrize("side", [demo.NONE, demo.ABSOLUTE, *demo.RPE, "rpe-2.0-cross-bias-0-qk"])
 def test_models_take_every_canvas_and_decay_only_matrices(side):
-    model = train.build_model(side)
+    model = demo.build_model(side)
     for width in digits.WIDTHS:
         assert model(torch.rand(2, 1, 8, width)).shape == (2, 10)
-    decayed, spared = (group["params"] for group in train.parameter_groups(model))
+    decayed, spared = (group["params"] for group in demo.parameter_groups(model))
     assert len(decayed) + len(spared) == len(list(model.parameters()))
     names = {parameter: name for name, parameter in model.named_parameters()}
     assert all(parameter.ndim > 1 for parameter in decayed)
     assert not any("lookup_table" in names[parameter] or "pos_embed" in names[parameter] for parameter in decayed)
-    assert [group["weight_decay"] for group in train.parameter_groups(model)] == [train.WEIGHT_DECAY, 0]
+    assert [group["weight_decay"] for group in demo.parameter_groups(model)] == [demo.WEIGHT_DECAY, 0]
 
 
 def test_sides_differ_in_positions_alone():
-    counts = {side: sum(p.numel() for p in train.build_model(side).parameters()) for side in (*train.RATES,)}
-    bare = counts[train.NONE]
-    assert counts[train.ABSOLUTE] - bare == 16 * 48
-    assert counts[train.RPE[0]] - bare == 3 * 16 * 49
-    assert counts[train.RPE[1]] - bare == 3 * 3 * 16 * 49
+    counts = {side: sum(p.numel() for p in demo.build_model(side).parameters()) for side in (*demo.RATES,)}
+    bare = counts[demo.NONE]
+    assert counts[demo.ABSOLUTE] - bare == 16 * 48
+    assert counts[demo.RPE[0]] - bare == 3 * 16 * 49
+    assert counts[demo.RPE[1]] - bare == 3 * 3 * 16 * 49
 
 
 def test_without_positions_a_model_cannot_tell_where_the_patches_are():
     image = torch.rand(1, 1, 8, 12)
     swapped = torch.cat([image[..., 6:], image[..., :6]], -1)
-    for side, same in ((train.NONE, True), (train.ABSOLUTE, False), (train.RPE[0], False)):
+    for side, same in ((demo.NONE, True), (demo.ABSOLUTE, False), (demo.RPE[0], False)):
         torch.manual_seed(0)
-        model = train.build_model(side).eval()
+        model = demo.build_model(side).eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lookup_table" in name:
@@ -109,12 +109,10 @@ def strip(result):
 
 
 def test_results_do_not_depend_on_the_number_of_workers():
-    runs = [
-        train.Run(side, seed, 4e-3, **TINY) for side, seed in ((train.RPE[1], 0), (train.ABSOLUTE, 1), (train.NONE, 0))
-    ]
+    runs = [demo.Run(side, seed, 4e-3, **TINY) for side, seed in ((demo.RPE[1], 0), (demo.ABSOLUTE, 1), (demo.NONE, 0))]
     told = []
-    one = train.fit_all(runs, 1, lambda index, epoch: told.append((index, epoch)))
-    two = train.fit_all(runs, 2)
+    one = demo.fit_all(runs, 1, lambda index, epoch: told.append((index, epoch)))
+    two = demo.fit_all(runs, 2)
     assert sorted(told) == [(index, epoch) for index in range(3) for epoch in (1, 2)]
     for a, b, run in zip(one, two, runs, strict=True):
         assert (a["side"], a["seed"], a["lr"]) == (run.side, run.seed, run.lr)
@@ -126,7 +124,7 @@ def test_results_do_not_depend_on_the_number_of_workers():
 
 def test_an_exception_in_a_worker_arrives_with_its_reason():
     with pytest.raises(ValueError, match="it has another form"):
-        train.fit_all([train.Run("nonsense", 0, 4e-3, **TINY), train.Run(train.NONE, 0, 4e-3, **TINY)], 1)
+        demo.fit_all([demo.Run("nonsense", 0, 4e-3, **TINY), demo.Run(demo.NONE, 0, 4e-3, **TINY)], 1)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks processes up in /proc")
@@ -135,11 +133,11 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import multiprocessing\n"
-        "from irpe import train\n"
+        "from irpe import demo\n"
         "def tell(index, epoch):\n"
         "    print(*[one.pid for one in multiprocessing.active_children()], flush=True)\n"
         "if __name__ == '__main__':\n"
-        "    train.fit_all([train.Run('none', 0, 4e-3, epochs=1000, limit=64)], 1, tell)\n"
+        "    demo.fit_all([demo.Run('none', 0, 4e-3, epochs=1000, limit=64)], 1, tell)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
@@ -160,7 +158,7 @@ def test_summary_and_choice_of_the_rate():
         accuracy = {8: [0.0, final[0]], 16: [0.0, final[1]]}
         return dict(side=side, seed=seed, lr=lr, accuracy=accuracy, parameters=7, seconds=2.0, cpu_seconds=1.0)
 
-    rows = train.summarise(
+    rows = demo.summarise(
         [result("none", 0, 1e-3, 70, 9), result("none", 1, 1e-3, 80, 9), result("none", 0, 2e-3, 75, 99),
          result("none", 1, 2e-3, 75, 99), result("absolute", 0, 2e-3, 60, 1)]
     )  # fmt: skip
@@ -169,36 +167,36 @@ def test_summary_and_choice_of_the_rate():
     ]  # fmt: skip
     assert rows[0]["accuracy"][8] == {"mean": 75, "std": math.sqrt(50), "min": 70, "max": 80}
     assert rows[2]["accuracy"][8]["std"] == 0
-    assert train.best_rates(rows) == {"none": 1e-3, "absolute": 2e-3}  # the wide canvas has no say
+    assert demo.best_rates(rows) == {"none": 1e-3, "absolute": 2e-3}  # the wide canvas has no say
     rows[1]["accuracy"][8]["mean"] = 76.0
-    assert train.best_rates(rows)["none"] == 1e-3
+    assert demo.best_rates(rows)["none"] == 1e-3
     rows[1]["accuracy"][8]["mean"] = 76.1
-    assert train.best_rates(rows)["none"] == 2e-3
+    assert demo.best_rates(rows)["none"] == 2e-3
 
 
 @pytest.mark.parametrize("side", ["rpe-1.9-product-ctx-1-k", "rpe-20-cross-ctx-0-qk", "rpe-20-euc-bias-0-k"])
 def test_encodings_are_what_the_attention_adds(side):
     torch.manual_seed(0)
-    model = train.build_model(side)
+    model = demo.build_model(side)
     for name, parameter in model.named_parameters():
         if "lookup_table" in name:
             torch.nn.init.normal_(parameter)
     state = {name: one.detach().numpy() for name, one in model.state_dict().items()}
-    learned = train.encodings({"side": side, "state": state})
+    learned = demo.encodings({"side": side, "state": state})
     assert learned["mean"].shape == (3, 3, 7, 7)
     image = torch.from_numpy(learned["images"][1])[None, None]
     row, column = learned["at"][1]
     block, head = learned["shown"][0]
-    q = train.queries_of(model.eval(), image)[block]
-    y = train.attentions(model)[block].rpe_k(q, 4, 4)
+    q = demo.queries_of(model.eval(), image)[block]
+    y = demo.attentions(model)[block].rpe_k(q, 4, 4)
     y = y[0, head if y.shape[1] > 1 else 0, row * 4 + column].view(4, 4).detach().numpy()
     drawn = learned["single"][0, 1, 3 - row : 7 - row, 3 - column : 7 - column]
     np.testing.assert_allclose(drawn - drawn.mean(), y - y.mean(), atol=1e-5)
 
 
 def test_sides_without_an_encoding_on_keys_have_no_picture():
-    state = {name: one.numpy() for name, one in train.build_model("rpe-1.9-product-ctx-1-v").state_dict().items()}
-    assert train.encodings({"side": "rpe-1.9-product-ctx-1-v", "state": state}) is None
+    state = {name: one.numpy() for name, one in demo.build_model("rpe-1.9-product-ctx-1-v").state_dict().items()}
+    assert demo.encodings({"side": "rpe-1.9-product-ctx-1-v", "state": state}) is None
 
 
 def test_a_quick_run_writes_everything(tmp_path):
@@ -233,7 +231,7 @@ def test_a_quick_run_writes_everything(tmp_path):
         (side, seed) for seed in (0, 1) for side in ("rpe-2.0-product-ctx-1-k", "absolute", "none")
     ]
     assert [row["side"] for row in record["summary"]] == ["none", "absolute", "rpe-2.0-product-ctx-1-k"]
-    model = train.build_model("rpe-2.0-product-ctx-1-k")
+    model = demo.build_model("rpe-2.0-product-ctx-1-k")
     model.load_state_dict(torch.load(tmp_path / "one" / "rpe-2.0-product-ctx-1-k-seed0.pt", weights_only=True))
     best = record["runs"][0]["accuracy"]["8"][-1]
-    assert train.accuracy(model, digits.splits()["test"]) == pytest.approx(best)
+    assert demo.accuracy(model, digits.splits()["test"]) == pytest.approx(best)

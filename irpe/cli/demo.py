@@ -1,0 +1,165 @@
+"""`irpe train` without data: the demo on handwritten digits."""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich import box
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .common import checked, console, new_folder
+
+
+@dataclass(frozen=True)
+class Options:
+    """Of the demo, as the command gives them."""
+
+    seeds: int
+    epochs: int
+    rpe: list[str]
+    lr: float | None
+    workers: int | None
+    out: Path
+    name: str | None
+    overwrite: bool
+    quick: bool
+    tune: bool
+
+
+def run(options: Options) -> None:
+    """Trains every side with every seed, prints the table, and writes pictures and results.json."""
+    from .. import demo as job
+    from ..config_io import rpe_config_from_string
+
+    for text in options.rpe:
+        checked(rpe_config_from_string, text)
+    lr, tune, quick = options.lr, options.tune, options.quick
+    if lr is not None and not 0 < lr < 1:
+        raise typer.BadParameter(f"--lr {lr}; expected a number above 0 and below 1, such as 0.004")
+    sides = (job.NONE, job.ABSOLUTE, *dict.fromkeys(options.rpe or job.RPE))
+    rest: dict[str, Any] = dict(epochs=options.epochs)
+    if tune:
+        rest.update(fit_on="fit", test_on="valid", points=1)
+    if quick:
+        rest.update(epochs=min(options.epochs, 2), limit=256)
+    # the dearest sides come first, so that the workers end at about the same time
+    runs = [
+        job.Run(side, seed, rate, **rest)
+        for seed in (job.TUNE_SEEDS if tune else range(min(options.seeds, 2) if quick else options.seeds))
+        for side in reversed(sides)
+        for rate in ([lr] if lr is not None else job.GRID if tune else [job.rate_of(side)])
+    ]
+    folder = checked(new_folder, options.out, options.name or ("digits-tune" if tune else "digits"), options.overwrite)
+    started = time.perf_counter()
+    results = _fit_with_progress(runs, options.workers)
+    wall = time.perf_counter() - started
+    order = {side: k for k, side in enumerate(sides)}
+    rows = sorted(job.summarise(results), key=lambda row: (order[row["side"]], row["lr"]))
+    console.print(_table(rows, tune))
+    paths = [] if tune else _pictures(folder, sorted(results, key=lambda one: order[one["side"]]))
+    record = {
+        "quick": quick,
+        "command": sys.argv[1:],
+        "versions": job.versions(),
+        "model": job.MODEL,
+        "recipe": {
+            "weight_decay": job.WEIGHT_DECAY,
+            "batch_size": runs[0].batch_size,
+            "optimizer": "AdamW, one-cycle",
+            **rest,
+        },
+        "wall_seconds": wall,
+        "cpu_seconds": sum(one["cpu_seconds"] for one in results),
+        "summary": rows,
+        "runs": [{key: value for key, value in one.items() if key != "state"} for one in results],
+    }
+    if tune:
+        record["chosen"] = job.best_rates(rows)
+        for side, rate in record["chosen"].items():
+            console.print(f"chosen for {job.title_of(side)}: lr {rate:g}")
+    (folder / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+    for path in (*paths, folder / "results.json"):
+        console.print(str(path), soft_wrap=True)
+    console.print(f"{len(runs)} runs, {wall:.0f} s, {record['cpu_seconds']:.0f} s of CPU time in the workers")
+    if quick:
+        console.print("[bold]--quick: this was only a smoke run; its numbers mean nothing.[/bold]")
+
+
+def _fit_with_progress(runs: Sequence[Any], workers: int | None) -> list[dict[str, Any]]:
+    """`irpe.demo.fit_all` under a bar for all epochs of all runs and one for each run under way."""
+    from .. import demo as job
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False),
+    )  # fmt: skip
+    total = sum(run.epochs for run in runs)
+    ended = 0
+    with Progress(*columns, console=console, speed_estimate_period=120) as progress:
+        overall = progress.add_task(f"{len(runs)} runs", total=total)
+        bars: dict[int, Any] = {}
+
+        def on_epoch(index: int, epoch: int) -> None:
+            nonlocal ended
+            run = runs[index]
+            if index not in bars:
+                bars[index] = progress.add_task(f"{job.title_of(run.side)}, seed {run.seed}", total=run.epochs)
+            progress.update(bars[index], completed=epoch)
+            progress.advance(overall)
+            if epoch == run.epochs:
+                ended += 1
+                progress.remove_task(bars[index])
+                progress.update(overall, description=f"{ended} of {len(runs)} runs")
+
+        return job.fit_all(runs, workers, on_epoch)
+
+
+def _table(rows: Sequence[dict[str, Any]], tune: bool) -> Table:
+    count = len(rows[0]["seeds"])
+    seeds = "1 seed" if count == 1 else f"{count} seeds"
+    images = "validation images" if tune else "test images"
+    table = Table(
+        title=f"Right answers on {images} in percent, mean ± deviation of {seeds}",
+        caption="weights: their number; lr: peak learning rate; s: seconds of one run. All were trained at 8×8 only; "
+        "on 8×12 and 8×16 the digit is at a random even column, the same for all.",
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("positions")
+    for title in (*(f"8×{width}" for width in rows[0]["accuracy"]), "weights", "lr", "s"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in rows:
+        scores = [f"{one['mean']:.1f}±{one['std']:.1f}" for one in row["accuracy"].values()]
+        table.add_row(row["title"], *scores, f"{row['parameters']:,}", f"{row['lr']:g}", f"{row['seconds']:.0f}")
+    return table
+
+
+def _pictures(folder: Path, results: Sequence[dict[str, Any]]) -> list[Path]:
+    """Draws and saves what belongs to a training: curves, samples, bucket maps, learned encodings, weights."""
+    from .. import demo as job
+    from .. import digits, viz
+
+    titled = [one | {"title": job.title_of(one["side"])} for one in results]
+    paths = [viz.draw_curves(folder / "accuracy.png", titled, digits.HEIGHT)]
+    test = digits.splits()["test"]
+    canvases = [(f"{digits.HEIGHT}×{width}", digits.on_canvas(test, width).images[:8, 0]) for width in digits.WIDTHS]
+    paths.append(viz.draw_samples(folder / "samples.png", canvases))
+    groups = [viz.bucket_maps(method, 14, 14, skip=1) for method in viz.RATIOS]
+    paths.append(viz.draw_buckets(folder / "buckets.png", groups))
+    overview = True
+    for one in (one for one in titled if one["seed"] == 0):
+        paths.append(job.save(folder / f"{one['side']}-seed0.pt", one))
+        if (learned := job.encodings(one)) is not None:
+            encodings = viz.Encodings(**learned)
+            paths.append(viz.draw_encodings(folder / f"encodings-{one['side']}.png", encodings))
+            if overview:
+                paths.append(viz.draw_overview(folder / "irpe.png", encodings))
+                overview = False
+    return paths

@@ -1,0 +1,106 @@
+"""Measuring a classifier on every image exactly once, with any number of processes."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+
+from .loader import eval_loader
+from .settings import Settings
+from .world import World
+
+
+class Interrupted(Exception):  # noqa: N818 - nothing went wrong
+    """A signal asked for an end while images were measured."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean cross entropy, percent of images whose class is first or among the first five, and what was counted."""
+
+    loss: float
+    top1: float
+    top5: float
+    images: int
+    bad: int
+    per_class: tuple[float, ...]  # percent right; nan where a class has no image
+
+    def words(self) -> str:
+        bad = f", {self.bad} unreadable" if self.bad else ""
+        return f"loss {self.loss:.4f}, top-1 {self.top1:.2f}, top-5 {self.top5:.2f} on {self.images:,} images{bad}"
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON: nan, which JSON lacks, is None."""
+        return asdict(self) | {"per_class": [None if one != one else one for one in self.per_class]}
+
+
+def autocast(settings: Settings, device: torch.device) -> torch.autocast:
+    """The precision that --amp asks for."""
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": torch.float32}[settings.amp]
+    return torch.autocast(device.type, dtype=kind if settings.amp != "none" else None, enabled=settings.amp != "none")
+
+
+def to_device(images: Tensor, settings: Settings, device: torch.device) -> Tensor:
+    """Images where the model is, in the memory order that it is in."""
+    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+    return images.to(device, non_blocking=True, memory_format=layout)
+
+
+def evaluate(
+    model: nn.Module,
+    source: Any,
+    transform: Any,
+    settings: Settings,
+    world: World,
+    *,
+    num_classes: int,
+    interrupted: Any = lambda: False,
+    on_batch: Any = lambda images: None,
+) -> tuple[Score, list[str]]:
+    """(score, names of unreadable images) of a model on a source.
+
+    Raises:
+        Interrupted: `interrupted()` became true, in any process.
+        RuntimeError: images were left out or counted twice, which would be a mistake of ours.
+    """
+    model.eval()
+    batch_size = settings.eval_batch_size or max(1, settings.batch_size // (world.size * settings.accumulate))
+    right = torch.zeros(num_classes, dtype=torch.float64)
+    count = torch.zeros(num_classes, dtype=torch.float64)
+    sums = torch.zeros(2, dtype=torch.float64)  # loss, among the first five
+    bad: list[str] = []
+    stream = isinstance(source, IterableDataset)
+    loader = eval_loader(source, transform, settings, world.rank, world.size, batch_size)
+    for number, batch in enumerate(loader):
+        # processes have to agree on an end at the same batch, and a stream is read by the first one alone
+        together = not stream and number % 10 == 0
+        asked = interrupted() if world.size == 1 else together and world.any(int(interrupted()))
+        if asked:
+            raise Interrupted
+        bad += batch.bad
+        # not compiled: the last batch has another size, and --compile is for the many steps of training
+        eager = torch.compiler.set_stance("force_eager")
+        with eager, torch.no_grad(), autocast(settings, world.device):
+            output = model(to_device(batch.images, settings, world.device))
+        output, targets = output.float().cpu()[batch.real], batch.targets[batch.real]
+        first = output.topk(min(5, num_classes), dim=1).indices
+        sums[0] += F.cross_entropy(output.double(), targets, reduction="sum") if len(targets) else 0.0
+        sums[1] += (first == targets[:, None]).any(1).sum()
+        right += torch.bincount(targets[first[:, 0] == targets], minlength=num_classes)
+        count += torch.bincount(targets, minlength=num_classes)
+        on_batch(len(targets))
+    right, count, sums = world.total(right), world.total(count), world.total(sums)
+    bad = world.gathered(bad)
+    seen = int(count.sum())
+    if not stream and seen + len(bad) != len(source):
+        raise RuntimeError(f"{seen} images and {len(bad)} unreadable ones were counted, of {len(source)}")
+    if not seen:
+        raise ValueError("no image could be read")
+    score = Score(
+        loss=float(sums[0]) / seen, top1=100 * float(right.sum()) / seen, top5=100 * float(sums[1]) / seen, images=seen,
+        bad=len(bad), per_class=tuple((100 * right / count).tolist()),
+    )  # fmt: skip
+    return score, bad

@@ -1,0 +1,281 @@
+"""From a source to batches: which image when, with which random numbers, on which process.
+
+Nothing here keeps random state. What an augmentation draws depends on (seed, epoch, place in the epoch) alone, and what
+a step draws on (seed, step, process, batch), so that a run that goes on draws what it would have drawn, whatever the
+number of loader workers.
+"""
+
+import hashlib
+import os
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from .data import Source
+from .settings import Settings
+
+TRIES = 20  # pictures in a row that may be unreadable before a run gives up
+
+
+class RunError(ValueError):
+    """Something on the way of a run that no option was wrong about."""
+
+
+class BadImageError(RunError):
+    """An image that cannot be read."""
+
+
+class Batch(NamedTuple):
+    """images (B, C, h, w) and targets (B,); `real` (B,) is False where an image stands in for none; `bad` are names."""
+
+    images: Tensor
+    targets: Tensor
+    real: Tensor
+    bad: list[str]
+
+
+class Sample(NamedTuple):
+    """One image after its transform; see Batch."""
+
+    image: Tensor
+    target: int
+    real: bool
+    bad: tuple[str, ...]
+
+
+def mixed(*parts: Any) -> int:
+    """A number of 63 bits that depends on all parts."""
+    text = ",".join(str(one) for one in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def seed_all(*parts: Any) -> None:
+    """Python's, numpy's and torch's random numbers start from a function of the parts."""
+    number = mixed(*parts)
+    random.seed(number)
+    np.random.seed(number % 2**32)
+    # torch.manual_seed does the same half a millisecond slower where a GPU has not been used yet
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(number)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process takes of every step: batch `micro` has the places rank, rank + size, ... of its images."""
+
+    rank: int
+    size: int
+    batch_size: int  # of all processes and accumulated batches
+    accumulate: int
+
+    def __post_init__(self) -> None:
+        parts = self.size * self.accumulate
+        if self.batch_size % parts:
+            raise ValueError(
+                f"--batch-size {self.batch_size} cannot be shared by {self.size} processes x {self.accumulate} "
+                f"accumulated batches; expected a multiple of {parts}"
+            )
+
+    @property
+    def local(self) -> int:
+        """Images of one batch of one process."""
+        return self.batch_size // (self.size * self.accumulate)
+
+    def places(self, step: int) -> list[range]:
+        """For each accumulated batch of a step of the epoch, the places in the epoch."""
+        mine = range(step * self.batch_size + self.rank, (step + 1) * self.batch_size, self.size)
+        return [mine[k * self.local : (k + 1) * self.local] for k in range(self.accumulate)]
+
+
+class Samples(Dataset[Sample]):
+    """A source and a transform; a key is (index, what its random numbers follow from); index -1 stands for none."""
+
+    def __init__(self, source: Source, transform: Any, replace: bool | None) -> None:
+        """replace: a bad image stops (None), is replaced by a following one (True), or stands for none (False)."""
+        self.source, self.transform, self.replace = source, transform, replace
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        index, seed = key
+        seed_all(seed)
+        if index < 0:
+            return self._none(())
+        bad: list[str] = []
+        for _ in range(TRIES):
+            try:
+                image, target = self.source[index]
+            except Exception as error:  # what broken files raise has no end: OSError, SyntaxError, struct.error, ...
+                bad.append(f"{self.source.name(index)}: {error or type(error).__name__}")
+                if self.replace is None:
+                    raise BadImageError(
+                        f"unreadable image {bad[0]}; --bad-images skip goes on without it, --verify lists all"
+                    ) from None
+                if not self.replace:
+                    return self._none(tuple(bad))
+                index = (index + 1) % len(self.source)
+                continue
+            return Sample(self.transform(image), target, True, tuple(bad))
+        raise BadImageError(f"{TRIES} unreadable images in a row, the first is {bad[0]}")
+
+    def _none(self, bad: tuple[str, ...]) -> Sample:
+        from PIL import Image
+
+        # every process does as many batches, so some hold images that are not counted
+        mode = "RGB" if getattr(self.transform, "channels", 3) == 3 else "L"
+        return Sample(self.transform(Image.new(mode, (64, 64))), 0, False, bad)
+
+
+class StreamSamples(IterableDataset[Sample]):
+    """A stream and a transform."""
+
+    def __init__(self, stream: Any, transform: Any) -> None:
+        self.stream, self.transform = stream, transform
+
+    def __iter__(self) -> Iterator[Sample]:
+        seed_all(get_worker_info().seed)  # type: ignore[union-attr]
+        for image, target in self.stream:
+            yield Sample(self.transform(image), int(target), True, ())
+
+
+class Transform:
+    """timm's transform for training or evaluation, for images of `size` (height, width)."""
+
+    def __init__(self, settings: Settings, shape: "Shape", training: bool) -> None:
+        from timm.data import create_transform
+
+        self.channels = settings.in_chans
+        common: dict[str, Any] = dict(
+            input_size=(settings.in_chans, *shape.size), mean=shape.mean, std=shape.std,
+            interpolation=settings.interpolation,
+        )  # fmt: skip
+        if not training:
+            if settings.interpolation == "random":
+                common["interpolation"] = "bicubic"
+            self.apply = create_transform(**common, crop_pct=shape.crop_pct)
+            return
+        augment = None if settings.auto_augment == "none" else settings.auto_augment
+        self.apply = create_transform(
+            **common, is_training=True, scale=(settings.crop_scale, 1.0), hflip=settings.hflip, vflip=settings.vflip,
+            color_jitter=settings.color_jitter, auto_augment=augment, re_prob=settings.erase, re_mode="pixel",
+            ratio=(1.0, 1.0) if settings.crop_scale == 1 else None,
+        )  # fmt: skip
+
+    def __call__(self, image: Any) -> Tensor:
+        return self.apply(image)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a model takes: (height, width), normalisation for each channel, share of the image that evaluation sees."""
+
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_pct: float
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """A batch of samples."""
+    return Batch(
+        torch.stack([one.image for one in samples]),
+        torch.tensor([one.target for one in samples]),
+        torch.tensor([one.real for one in samples]),
+        [name for one in samples for name in one.bad],
+    )
+
+
+def epoch_order(count: int, repeats: int, seed: int, epoch: int) -> Tensor:
+    """(count,) indices: a permutation, or with repeats the first count / repeats of one, each that often in a row.
+
+    Copies in a row go to different processes where there are several, as in DeiT's repeated augmentation.
+    """
+    generator = torch.Generator().manual_seed(mixed(seed, "order", epoch))
+    return torch.randperm(count, generator=generator).repeat_interleave(repeats)[:count]
+
+
+def train_loader(source: Any, transform: Any, settings: Settings, share: Share, *, epoch: int, first: int) -> Any:
+    """Batches of an epoch for one process, from step `first` on; `accumulate` of them make a step."""
+    if isinstance(source, IterableDataset):
+        if hasattr(source, "set_epoch"):
+            source.set_epoch(epoch)
+        return _stream(source, transform, settings, mixed(settings.seed, "stream", epoch), share.local, drop_last=True)
+    order = epoch_order(len(source), settings.repeats, settings.seed, epoch).tolist()
+    batches = [
+        [(order[place], mixed(settings.seed, "sample", epoch, place)) for place in places]
+        for step in range(first, len(source) // share.batch_size)
+        for places in share.places(step)
+    ]
+    samples = Samples(source, transform, True if settings.bad_images == "skip" else None)
+    return _loader(samples, settings, batch_sampler=batches)
+
+
+def eval_loader(source: Any, transform: Any, settings: Settings, rank: int, size: int, batch_size: int) -> Any:
+    """Batches for one process that hold every image of the source exactly once over all processes.
+
+    Every process has as many batches; those at the end are filled with samples that are not real.
+    """
+    if isinstance(source, IterableDataset):  # which has no places to share out: the first process reads all of it
+        return [] if rank else _stream(source, transform, settings, 0, batch_size, drop_last=False)
+    rounds = -(-len(source) // size)
+    mine = [one if (one := k * size + rank) < len(source) else -1 for k in range(rounds)]
+    batches = [[(index, index) for index in mine[k : k + batch_size]] for k in range(0, rounds, batch_size)]
+    samples = Samples(source, transform, False if settings.bad_images == "skip" else None)
+    return _loader(samples, settings, batch_sampler=batches)
+
+
+def _stream(stream: Any, transform: Any, settings: Settings, seed: int, batch_size: int, *, drop_last: bool) -> Any:
+    if hasattr(stream, "set_loader_cfg"):
+        stream.set_loader_cfg(num_workers=loader_workers(settings, stream=True))
+    generator = torch.Generator().manual_seed(seed)
+    samples = StreamSamples(stream, transform)
+    return _loader(samples, settings, batch_size=batch_size, drop_last=drop_last, generator=generator)
+
+
+def _loader(samples: Any, settings: Settings, **options: Any) -> DataLoader[Any]:
+    return DataLoader(
+        samples, collate_fn=collate, num_workers=loader_workers(settings, stream=isinstance(samples, StreamSamples)),
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_start_worker, **options,
+    )  # fmt: skip
+
+
+def loader_workers(settings: Settings, *, stream: bool = False) -> int:
+    """Processes that read images for one training process; at least one for a stream.
+
+    The shuffling of a stream keeps its state from epoch to epoch. A process of its own in each epoch begins anew.
+    """
+    if stream:
+        return max(1, loader_workers(settings))
+    if settings.loader_workers >= 0:
+        return settings.loader_workers
+    return min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def _start_worker(worker: int) -> None:
+    torch.set_num_threads(1)
+    source = getattr(get_worker_info().dataset, "source", None)  # type: ignore[union-attr]
+    while source is not None:
+        if hasattr(source, "reopen"):
+            source.reopen()
+        source = getattr(source, "source", None)
+
+
+def unreadable(source: Source, settings: Settings) -> list[str]:
+    """Reads every image once; `name: reason` of each that cannot be."""
+    samples = Samples(source, _nothing, False)
+    batches = [
+        list(zip(part, part, strict=True))
+        for k in range(0, len(source), 64)
+        if (part := range(len(source))[k : k + 64])
+    ]
+    return [name for batch in _loader(samples, settings, batch_sampler=batches) for name in batch.bad]
+
+
+def _nothing(image: Any) -> Tensor:
+    return torch.zeros(1)

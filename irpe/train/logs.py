@@ -1,0 +1,157 @@
+"""What one sees of a run: a progress bar, a line for each epoch, log.jsonl, and TensorBoard's files."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .checkpoint import WriteError, write_whole
+
+FILE = "log.jsonl"
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log; a last line that was torn by a kill is left out.
+
+    Raises:
+        ValueError: there is none, or a line within it is not JSON.
+    """
+    path = folder / FILE
+    if not path.exists():
+        raise ValueError(f"{folder} has no {FILE}: it is not the folder of a run")
+    lines = path.read_text().splitlines()
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise ValueError(f"line {number} of {path} is not JSON") from None
+    return found
+
+
+class Log:
+    """Writes the files and draws the bar; without a folder (in all processes but the first) it does nothing."""
+
+    def __init__(
+        self, folder: Path | None, console: Console, *, step: int = 0, measured: int = 0, total_images: int = 0,
+        tensorboard: bool = False,
+    ) -> None:  # fmt: skip
+        """step, measured: where the run goes on; lines of later ones, which it will write again, are removed."""
+        self.folder, self.console = folder, console
+        self.board: Any = None
+        self.bar: Progress | None = None
+        self.reported = 0
+        if folder is None:
+            return
+        if (folder / FILE).exists():
+            self._keep(folder, step, measured)
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            except ImportError:
+                self.board = None
+        self.total, self.done, self.at_last_line = total_images, 0, 0
+        self.began = self.since = time.perf_counter()
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("images"),
+            TextColumn("{task.fields[rate]}"), TextColumn("left"), TimeRemainingColumn(),
+        )  # fmt: skip
+        if console.is_terminal:
+            self.bar = Progress(*columns, console=console, speed_estimate_period=120)
+            self.task = self.bar.add_task("training", total=total_images, rate="")
+            self.bar.start()
+
+    def _keep(self, folder: Path, step: int, measured: int) -> None:
+        """Removes the lines that the run will write again."""
+        last = {"step": step, "epoch": measured}
+        text = "".join(json.dumps(line) + "\n" for line in read_log(folder) if line["step"] <= last[line["kind"]])
+        write_whole(folder / FILE, lambda file: file.write(text.encode()))
+
+    def advance(self, images: int) -> None:
+        """A step was done."""
+        if self.folder is None:
+            return
+        self.done += images
+        if self.bar is not None:
+            self.bar.update(self.task, description="training", advance=images, rate=f"{self.rate():,.0f}/s")
+
+    def measuring(self, images: int) -> None:
+        """A batch was measured."""
+        if self.bar is not None:
+            self.bar.update(self.task, description="measuring")
+
+    def rate(self) -> float:
+        """Images of training in a second since the last line of the log."""
+        return (self.done - self.at_last_line) / max(1e-9, time.perf_counter() - self.since)
+
+    def step(self, **values: Any) -> None:
+        """The line of some steps."""
+        if self.folder is None:
+            return
+        rate = self.rate()
+        self.since, self.at_last_line = time.perf_counter(), self.done
+        self._write({"kind": "step", **values, "images_per_second": round(rate, 1)})
+        if self.board is not None:
+            for name in ("loss", "lr", "grad_norm"):
+                if name in values:
+                    self.board.add_scalar(f"train/{name}", values[name], values["step"])
+
+    def epoch(self, values: dict[str, Any], is_best: bool) -> None:
+        """The line of an epoch."""
+        if self.folder is None:
+            return
+        self._write({"kind": "epoch", **values})
+        score, average = values["val"], values.get("ema")
+        words = f"epoch {values['epoch']}: train {values['train_loss']:.4f}, val {score['loss']:.4f}"
+        words += f", top-1 {score['top1']:.2f}"
+        if average:
+            words += f", average {average['top1']:.2f}"
+        if values["bad_images"]:
+            words += f", {values['bad_images']} unreadable images"
+        if self.done:
+            spent = time.perf_counter() - self.began  # with the time of measuring
+            words += f", {self.done / spent:,.0f} images/s, {_time((self.total - self.done) * spent / self.done)} left"
+        self.console.print(words + (", the best so far" if is_best else ""), soft_wrap=True)
+        self.since, self.at_last_line = time.perf_counter(), self.done
+        if self.board is not None:
+            for name, one in {"val": score, "ema": average or {}}.items():
+                for key in ("loss", "top1", "top5") if one else ():
+                    self.board.add_scalar(f"{name}/{key}", one[key], values["step"])
+
+    def bad_images(self, names: list[str]) -> None:
+        """Names the first unreadable images, once."""
+        if names and not self.reported:
+            self.reported = len(names)
+            self.console.print(
+                f"{len(names)} unreadable images to evaluate on, left out: {'; '.join(names[:3])}", soft_wrap=True
+            )
+
+    def close(self) -> None:
+        """Ends the bar and the files."""
+        if self.bar is not None:
+            self.bar.stop()
+        if self.board is not None:
+            self.board.close()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        assert self.folder is not None
+        path = self.folder / FILE
+        try:
+            with open(path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise WriteError(f"{path} could not be written: {error.strerror}; the checkpoints are whole") from error
+
+
+def _time(seconds: float) -> str:
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"

@@ -1,0 +1,258 @@
+"""The model of a run: timm's, with iRPE; its weights, its parameter groups and its optimizer."""
+
+import difflib
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..equip import equip, rpe_parameters
+from .loader import Shape, seed_all
+from .settings import Settings
+
+WEIGHTS = "model.safetensors"
+
+
+def build(
+    settings: Settings, num_classes: int, say: Callable[[str], None] = lambda words: None, *, strict: bool = False
+) -> nn.Module:
+    """A new model on the CPU, with its weights; a function of the settings and of the files that they name.
+
+    Args:
+        say: is told what was not taken from the pretrained weights.
+        strict: whether everything has to be taken from them.
+
+    Raises:
+        ValueError, TypeError: timm does not know the model or an argument; iRPE cannot be added to it; the file does
+            not fit.
+    """
+    import timm
+
+    options = settings.model_kwargs()
+    size = settings.size()
+    hub = settings.pretrained == "hub"
+    weights = find_weights(Path(settings.pretrained)) if settings.pretrained and not hub else None
+    of_run = size_of_run(weights) if weights is not None else None
+    if (first := of_run or size) is not None:
+        options["img_size"] = first
+    if settings.drop_path:
+        options["drop_path_rate"] = settings.drop_path
+    if not timm.is_model(settings.model):
+        near = difflib.get_close_matches(settings.model, timm.list_models(), 4)
+        raise ValueError(f"--model {settings.model}: timm has none of that name; similar: {', '.join(near) or 'none'}")
+    seed_all(settings.seed, "model")
+    try:
+        model: nn.Module = timm.create_model(
+            settings.model, pretrained=hub, num_classes=num_classes, in_chans=settings.in_chans, **options
+        )
+    except (TypeError, RuntimeError, AssertionError, ValueError) as error:
+        given = ", ".join(f"{name}={value}" for name, value in options.items())
+        raise ValueError(f"timm cannot build {settings.model} with {given or 'its own arguments'}: {error}") from None
+    except OSError as error:
+        raise ValueError(f"--pretrained hub: {error}") from None
+    if settings.rpe != "none":
+        equip(model, settings.rpe)
+    if weights is not None:
+        load_weights(model, weights, say, strict=strict)
+        if of_run is not None and of_run != (wanted := shape_of(settings, model).size):
+            # only the model itself knows the height and width of the positions that it has
+            if not hasattr(model, "set_input_size"):
+                raise ValueError(f"{settings.model} cannot change the size of its images; leave --img-size out")
+            model.set_input_size(img_size=wanted)  # type: ignore[operator]
+    if settings.grad_checkpointing:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    return model
+
+
+def shape_of(settings: Settings, model: nn.Module) -> Shape:
+    """What images the model takes: the settings' word, or the model's own."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    size = settings.size() or tuple(config.get("input_size", (3, 224, 224)))[1:]
+
+    def numbers(own: tuple[float, ...], key: str, default: float) -> tuple[float, ...]:
+        found = own or tuple(config.get(key) or ()) or (default,) * 3
+        return found if len(found) == settings.in_chans else (sum(found) / len(found),) * settings.in_chans
+
+    height, width = size
+    crop_pct = settings.crop_pct or config.get("crop_pct") or 0.875
+    return Shape((height, width), numbers(settings.mean, "mean", 0.5), numbers(settings.std, "std", 0.5), crop_pct)
+
+
+def find_weights(path: Path) -> Path:
+    """The file of weights: the path itself, or that of a run's folder, its best before its last."""
+    if path.is_dir():
+        for name in ("best.safetensors", WEIGHTS):
+            if (path / name).exists():
+                return path / name
+        raise ValueError(f"{path} has no {WEIGHTS}: the run has not ended, or it is not the folder of a run")
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; expected a file of weights, the folder of a run, or hub")
+    return path
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A state dict from safetensors or from torch's format, of which nothing but plain data is loaded."""
+    from timm.models import load_state_dict
+
+    try:
+        return load_state_dict(str(path), use_ema=False, weights_only=True)
+    except Exception as error:  # each format has its own errors; what matters is which file it was
+        raise ValueError(f"{path} cannot be read as weights: {error}") from None
+
+
+def size_of_run(weights: Path) -> tuple[int, int] | None:
+    """(height, width) of the images of the run whose folder the file lies in, or None if it lies in no such folder."""
+    record = weights.parent / "settings.json"
+    if not record.exists():
+        return None
+    height, width = json.loads(record.read_text())["shape"]["size"]
+    return height, width
+
+
+def load_weights(model: nn.Module, path: Path, say: Callable[[str], None], *, strict: bool = False) -> None:
+    """Loads all of the file, but for a head of other classes and the tables of iRPE, which may be absent if not strict.
+
+    Raises:
+        ValueError: any other weight is missing, left over or of another shape; nothing has been loaded then.
+    """
+    state = read_weights(path)
+    # timm's function beside the model's class, which resamples positions and patch kernels to the model's size
+    beside = (getattr(sys.modules[cls.__module__], "checkpoint_filter_fn", None) for cls in type(model).__mro__)
+    _check_positions(state, model, path)
+    if (adapt := next(filter(None, beside), None)) is not None:
+        state = adapt(state, model)
+    own = model.state_dict()
+    head = tuple(f"{name}." for name in _head_names(model))
+    dropped = (
+        []
+        if strict
+        else [
+            name
+            for name, one in state.items()
+            if name.startswith(head) and (name not in own or own[name].shape != one.shape)
+        ]
+    )
+    state = {name: one for name, one in state.items() if name not in dropped}
+    tables = set() if strict else {name for name in own if "lookup_table" in name}
+    head = () if strict else head
+    missing = [name for name in own if name not in state]
+    problems = [f"{name} is missing" for name in missing if name not in tables and not name.startswith(head)]
+    problems += [f"{name} is left over" for name in state if name not in own]
+    problems += [
+        f"{name} is {tuple(one.shape)} in the file, {tuple(own[name].shape)} in the model"
+        for name, one in state.items()
+        if name in own and own[name].shape != one.shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise ValueError(f"{path} does not fit the model: {'; '.join(problems[:4])}{more}")
+    model.load_state_dict(state, strict=False)
+    if dropped or any(name.startswith(head) for name in missing):
+        say(f"{path.name} has a head for other classes; a new one was made")
+    if absent := [name for name in missing if name in tables]:
+        say(f"{path.name} has no tables of iRPE for {len(absent)} encodings; they start at zero")
+
+
+def _check_positions(state: dict[str, Tensor], model: nn.Module, path: Path) -> None:
+    """timm resamples positions as if they had been a square."""
+    there, own = state.get("pos_embed"), getattr(model, "pos_embed", None)
+    if there is None or own is None or there.shape == own.shape or there.ndim != 3:
+        return
+    prefix = 0 if getattr(model, "no_embed_class", False) else getattr(model, "num_prefix_tokens", 0)
+    if math.isqrt(tokens := there.shape[1] - prefix) ** 2 != tokens:
+        raise ValueError(
+            f"{path} has positions for {tokens} tokens, which are no square; use the size that it was "
+            "trained with, or the folder of the run, which tells height and width"
+        )
+
+
+def _head_names(model: nn.Module) -> list[str]:
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or "head"
+    return [names] if isinstance(names, str) else list(names)
+
+
+def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
+    """Matrices decay by --weight-decay; tables of iRPE by --rpe-weight-decay, which is 0; all else does not.
+
+    The tables are groups of their own, with --rpe-lr-scale; with --layer-decay one for each of timm's groups of layers.
+    """
+    from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+
+    own: Any = model
+    spared = set(own.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    tables: set[nn.Parameter] = set()
+    if settings.rpe != "none":
+        tables = set(rpe_parameters(model)["params"])
+    if settings.layer_decay:
+        groups = param_groups_layer_decay(
+            model, settings.weight_decay, no_weight_decay_list=spared, layer_decay=settings.layer_decay
+        )
+    else:
+        groups = param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=spared)
+    found = []
+    for group in groups:
+        mine = [one for one in group["params"] if one in tables]
+        others = [one for one in group["params"] if one not in tables]
+        if others:
+            found.append({**group, "params": others})
+        if mine:
+            scale = group.get("lr_scale", 1.0) * settings.rpe_lr_scale
+            found.append({**group, "params": mine, "weight_decay": settings.rpe_weight_decay, "lr_scale": scale})
+    return [{name: one for name, one in group.items() if name != "param_names"} for group in found]
+
+
+def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """timm's optimizer over `parameter_groups`."""
+    from timm.optim import create_optimizer_v2
+
+    try:
+        return create_optimizer_v2(
+            parameter_groups(model, settings), opt=settings.opt, lr=settings.peak_lr(), weight_decay=0
+        )
+    except (ValueError, AssertionError) as error:
+        raise ValueError(f"--opt {settings.opt}: {error}") from None
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, settings: Settings, steps_per_epoch: int) -> Any:
+    """timm's schedule, which moves with every step."""
+    from timm.scheduler import create_scheduler_v2
+
+    try:
+        scheduler, _ = create_scheduler_v2(
+            optimizer, sched=settings.sched, num_epochs=settings.epochs, min_lr=settings.min_lr,
+            warmup_lr=settings.warmup_lr, warmup_epochs=settings.warmup_epochs, step_on_epochs=False,  # type: ignore[arg-type]
+            updates_per_epoch=steps_per_epoch,
+        )  # fmt: skip
+    except (ValueError, AssertionError) as error:
+        raise ValueError(f"--sched {settings.sched}: {error}") from None
+    return scheduler
+
+
+def make_loss(settings: Settings) -> nn.Module:
+    """timm's loss: of mixed targets, of smoothed ones, or plain cross entropy."""
+    from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+
+    if settings.mixup or settings.cutmix:
+        return SoftTargetCrossEntropy()
+    return LabelSmoothingCrossEntropy(settings.smoothing) if settings.smoothing else nn.CrossEntropyLoss()
+
+
+def make_mixup(settings: Settings, num_classes: int, local_batch: int) -> Any:
+    """timm's Mixup, or None where both mixup and cutmix are off."""
+    from timm.data import Mixup
+
+    if not (settings.mixup or settings.cutmix):
+        return None
+    if local_batch % 2:
+        raise ValueError(
+            f"mixup and cutmix mix pairs, but a process has {local_batch} images at a time; use an even number"
+        )
+    return Mixup(
+        mixup_alpha=settings.mixup, cutmix_alpha=settings.cutmix, prob=settings.mixup_prob,
+        switch_prob=settings.mixup_switch, label_smoothing=settings.smoothing, num_classes=num_classes,
+    )  # fmt: skip

@@ -1,0 +1,213 @@
+"""`irpe train DATA` and `irpe evaluate` from end to end, in every process of a run."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+
+from .._version import __version__
+from . import checkpoint
+from . import model as models
+from .data import Data, Source, difference, open_data
+from .evaluation import Score, evaluate
+from .loader import Transform, unreadable
+from .logs import Log
+from .loop import Stopped, Trainer
+from .settings import Settings, changed, settings_from_dict
+from .world import World, started
+
+SETTINGS, RESULT = "settings.json", "result.json"
+MakeFolder = Callable[[], Path]
+
+
+@contextmanager
+def signals() -> Iterator[Callable[[], int]]:
+    """SIGTERM and SIGINT are remembered, for a run to ask after; the second one ends the process at once."""
+    got = 0
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        nonlocal got
+        if got:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        got = number
+
+    before = {one: signal.signal(one, remember) for one in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: got
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
+def default_name(settings: Settings) -> str:
+    """The name of a run's folder: data, model, encoding, seed."""
+    data = Path(settings.data).name if settings.data != "digits" else "digits"
+    parts = [data, settings.model.replace("/", "-"), settings.rpe, f"seed{settings.seed}"]
+    return "-".join(part for part in parts if part and part != "none")
+
+
+def train(settings: Settings, make_folder: MakeFolder, resume: str | None, console: Console) -> Path:
+    """Trains, measures and writes everything into the run's folder, which is returned.
+
+    Args:
+        make_folder: called in the first process, once the data and the model have turned out to be there.
+        resume: None, a checkpoint, the folder of a run, or "auto": the last checkpoint of the folder, if it has one.
+
+    Raises:
+        Stopped: a signal came, and a checkpoint was written.
+        ValueError, TypeError, OSError: the input is wrong, or a file cannot be written, with the reason.
+    """
+    with signals() as stop, started(settings.device) as world:
+        say = console.print if world.first else (lambda words: None)
+        data = _open(settings, world)
+        if settings.verify:
+            _verify([data.train, data.val], settings, world, console)
+        start = _start(resume) if resume not in (None, "auto") else None
+        fresh = dataclasses.replace(settings, pretrained=None) if start else settings
+        model = models.build(fresh, len(data.classes), say)
+        trainer = Trainer(settings, data, model, world)
+        folder = world.from_first(make_folder)
+        if resume == "auto":
+            start = world.from_first(lambda: next(reversed(checkpoint.checkpoints(folder)), None))
+        if start is not None:
+            _go_on(trainer, start)
+            say(f"goes on after step {trainer.progress.step} of {trainer.total_steps}, from {start}")
+        if world.first:
+            checkpoint.clean(folder)
+            checkpoint.write_json(folder / SETTINGS, record(trainer))
+        log = Log(
+            folder if world.first else None, console, step=trainer.progress.step, measured=trainer.progress.measured,
+            total_images=(trainer.total_steps - trainer.progress.step) * settings.batch_size,
+            tensorboard=settings.tensorboard,
+        )  # fmt: skip
+        try:
+            trainer.run(folder, log, stop)
+        finally:
+            log.close()
+        trainer.export(folder)
+        if world.first:
+            from .report import write_report
+
+            write_report(folder, trainer.model if settings.parallel == "ddp" else None, data.val, console)
+    return folder
+
+
+def _open(settings: Settings, world: World, *, train: bool = True) -> Data:
+    """The data, in the first process before the others: it may download, or write an index beside large archives."""
+    own: list[Data] = []
+    world.from_first(lambda: own.append(open_data(settings, train=train)))
+    return own[0] if own else open_data(settings, train=train)
+
+
+def _start(resume: str) -> Path:
+    path = Path(resume)
+    if path.is_dir():
+        found = checkpoint.checkpoints(path)
+        if not found:
+            raise ValueError(f"--resume {path}: there is no checkpoint in it; expected the folder of a run")
+        return found[-1]
+    if not path.exists():
+        raise ValueError(f"--resume {path} does not exist; expected auto, a checkpoint, or the folder of a run")
+    return path
+
+
+def _go_on(trainer: Trainer, path: Path) -> None:
+    state = checkpoint.read(path)
+    if differences := changed(settings_from_dict(state["settings"]), trainer.settings):
+        raise ValueError(f"{path} is of a run with other settings: {'; '.join(differences)}")
+    trainer.load(state)
+
+
+def record(trainer: Trainer) -> dict[str, Any]:
+    """What somebody needs to build the model of a run again, and to repeat the run."""
+    model, settings = trainer.model, trainer.settings
+    groups = {
+        "tables of iRPE": f"weight decay {settings.rpe_weight_decay:g}, learning rate x {settings.rpe_lr_scale:g}",
+        "matrices": f"weight decay {settings.weight_decay:g}",
+        "biases, norms, positions, tokens": "no weight decay",
+    }
+    if settings.rpe == "none":
+        del groups["tables of iRPE"]
+    return {
+        "settings": dataclasses.asdict(settings), "classes": trainer.data.classes,
+        "shape": dataclasses.asdict(trainer.shape), "parameters": sum(one.numel() for one in model.parameters()),
+        "parameter_groups": groups, "steps_per_epoch": trainer.steps_per_epoch, "processes": trainer.world.size,
+        "device": str(trainer.world.device), "command": sys.argv[1:], "versions": versions(),
+    }  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """What a run was made with."""
+    packages = ("torch", "timm", "torchvision", "numpy", "pillow")
+    found = {name: importlib.metadata.version(name) for name in packages}
+    return {"irpe": __version__, "python": platform.python_version(), **found}
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What `record` wrote.
+
+    Raises:
+        ValueError: the folder is not that of a run.
+    """
+    path = folder / SETTINGS
+    if not path.exists():
+        raise ValueError(f"{folder} has no {SETTINGS}; expected the folder of a run, which irpe train DATA writes")
+    return json.loads(path.read_text())
+
+
+def _verify(sources: list[Source], settings: Settings, world: World, console: Console) -> None:
+    """Reads all images in the first process; says which cannot be read, and stops there unless they are skipped."""
+
+    def look() -> list[str]:
+        return [words for one in sources if hasattr(one, "labels") for words in unreadable(one, settings)]
+
+    bad = world.from_first(look)
+    if not bad:
+        return
+    words = f"{len(bad)} images cannot be read: {'; '.join(bad[:5])}{'; ...' if len(bad) > 5 else ''}"
+    if settings.bad_images == "stop":
+        raise ValueError(f"{words}; --bad-images skip goes on without them")
+    if world.first:
+        console.print(words, soft_wrap=True)
+
+
+def measure(
+    settings: Settings, weights: Path | None, classes: list[str] | None, console: Console
+) -> tuple[Score, list[str]]:
+    """(score, unreadable images) of a model on the part to evaluate on.
+
+    Args:
+        weights: what to load in place of `--pretrained`.
+        classes: those that the model was trained for, which the data has to have.
+    """
+    with started(settings.device) as world:
+        data = _open(settings, world, train=False)
+        if classes is not None and data.classes != classes:
+            raise ValueError(difference(classes, data.classes))
+        if weights is not None:
+            settings = dataclasses.replace(settings, pretrained=str(weights))
+        say = console.print if world.first else (lambda words: None)
+        model = models.build(settings, len(data.classes), say, strict=True)
+        model.to(world.device)
+        transform = Transform(settings, models.shape_of(settings, model), training=False)
+        return evaluate(model, data.val, transform, settings, world, num_classes=len(data.classes))
+
+
+def settings_of(folder: Path) -> tuple[Settings, list[str]]:
+    """(settings, classes) of a run, without the weights that it started from."""
+    values = read_record(folder)
+    return dataclasses.replace(settings_from_dict(values["settings"]), pretrained=None), values["classes"]
+
+
+__all__ = ["Stopped", "default_name", "measure", "read_record", "settings_of", "train"]
