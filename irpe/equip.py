@@ -129,8 +129,9 @@ class Adapter(Protocol):
 
 _SUPPORTED = (
     "Supported are timm's VisionTransformer (vit, deit, deit3, with registers, with dynamic image sizes) and "
-    "VisionTransformerDistilled (deit distilled), alone or inside another module; for other models add the modules of "
-    "build_rpe to the attention yourself, see the README"
+    "VisionTransformerDistilled (deit distilled), and of transformers ViT, DeiT, BEiT, DINOv2 (with registers or not), "
+    "DINOv3 ViT, the vision towers of CLIP and SigLIP, and the encoder of DETR, alone or inside another module; for "
+    "other models add the modules of build_rpe to the attention yourself, see the README"
 )
 
 
@@ -139,6 +140,10 @@ def _adapters() -> Iterator[Adapter]:
         from .integrations import timm_vit
 
         yield timm_vit
+    if "transformers" in sys.modules:
+        from .integrations import hf_vit
+
+        yield hf_vit
 
 
 def _find(model: nn.Module) -> list[tuple[Adapter, Any]]:

@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-THIRD_PARTY = {"timm", "matplotlib", "sklearn", "typer", "rich", "numpy", "PIL", "click"}
+THIRD_PARTY = {"timm", "transformers", "matplotlib", "sklearn", "typer", "rich", "numpy", "PIL", "click"}
 # who may import what, by the longest prefix that fits; torch and the standard library are everyone's
 ALLOWED = {
     "rpe_ops": {"rpe_ops"},
@@ -17,6 +17,7 @@ ALLOWED = {
     "irpe.config_io": {"irpe.irpe"},
     "irpe.integrations.grid": set(),
     "irpe.integrations.timm_vit": {"timm", "irpe.irpe", "irpe.integrations.grid"},
+    "irpe.integrations.hf_vit": {"transformers", "irpe.irpe", "irpe.config_io", "irpe.integrations.hf_vit"},
     "irpe.equip": {"irpe.irpe", "irpe.config_io", "irpe.integrations"},
 }
 ABOVE = {"irpe", "irpe.irpe", "irpe.equip", "irpe._version", "rpe_ops", *THIRD_PARTY}

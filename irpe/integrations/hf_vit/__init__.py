@@ -1,0 +1,11 @@
+"""Hugging Face's vision models: iRPE in their self-attentions, and saving and loading of what `equip` has made.
+
+Height and width of the map travel from the image to every attention as an argument of each call (`irpe_map`), never as
+state: a pre-hook of the model reads them off `pixel_values`, transformers' own models hand keyword arguments down to
+the attention function, and gradient checkpointing keeps the arguments of each call.
+"""
+
+from .adapter import attentions, equip, find, is_equipped, unequip, why_not
+from .saving import from_pretrained
+
+__all__ = ["attentions", "equip", "find", "from_pretrained", "is_equipped", "unequip", "why_not"]
