@@ -2,6 +2,7 @@
 
 from ._version import __version__
 from .config_io import rpe_config_from_dict, rpe_config_from_string, rpe_config_to_dict, rpe_config_to_string
+from .convert import convert_tables
 from .equip import equip, rpe_parameters, unequip
 from .irpe import (
     METHOD,
@@ -26,6 +27,7 @@ __all__ = [
     "SingleRPEConfig",
     "__version__",
     "build_rpe",
+    "convert_tables",
     "equip",
     "get_bucket_ids",
     "get_bucket_ids_2d",

@@ -13,12 +13,15 @@ ALLOWED = {
     "rpe_ops.setup": {"setuptools"},
     "irpe.irpe": {"rpe_ops", "irpe.rpe_ops"},
     "irpe._version": set(),
-    "irpe.__init__": {"irpe._version", "irpe.config_io", "irpe.equip", "irpe.irpe"},
+    "irpe.__init__": {"irpe._version", "irpe.config_io", "irpe.convert", "irpe.equip", "irpe.irpe"},
     "irpe.config_io": {"irpe.irpe"},
+    "irpe.convert": {"irpe.irpe", "irpe.config_io"},
     "irpe.integrations.grid": set(),
     "irpe.integrations.timm_vit": {"timm", "irpe.irpe", "irpe.integrations.grid"},
     "irpe.integrations.hf_vit": {"transformers", "irpe.irpe", "irpe.config_io", "irpe.integrations.hf_vit"},
     "irpe.equip": {"irpe.irpe", "irpe.config_io", "irpe.integrations"},
+    "irpe.models": {"timm", "irpe.equip"},
+    "irpe.detr": {"transformers", "irpe.irpe", "irpe.equip"},
 }
 ABOVE = {"irpe", "irpe.irpe", "irpe.equip", "irpe._version", "rpe_ops", *THIRD_PARTY}
 FILES = sorted([*(ROOT / "irpe").rglob("*.py"), *(ROOT / "rpe_ops").rglob("*.py")])
