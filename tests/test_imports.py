@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-THIRD_PARTY = {"timm", "transformers", "matplotlib", "sklearn", "typer", "rich", "numpy", "PIL", "click"}
+THIRD_PARTY = {"timm", "transformers", "matplotlib", "sklearn", "typer", "rich", "numpy", "PIL", "click", "torchmetrics"}
 # who may import what, by the longest prefix that fits; torch and the standard library are everyone's
 ALLOWED = {
     "rpe_ops": {"rpe_ops"},
@@ -75,6 +75,15 @@ def test_the_rules_see_what_they_forbid(tmp_path):
     found = dict(imports(file))
     assert found["irpe.irpe"] is True
     assert found["irpe.integrations.timm_vit"] is False
+
+
+def test_detection_stays_behind_its_command():
+    """Its packages are no others' business: what needs them is in irpe/detect, or inside a function."""
+    for file in FILES:
+        name = module_name(file)
+        for imported, at_top in imports(file):
+            if imported.split(".")[0] == "torchmetrics" or imported.startswith("irpe.detect"):
+                assert name.startswith("irpe.detect") or not at_top, f"{name} imports {imported}"
 
 
 def test_backends_import_neither_each_other_nor_the_law():
