@@ -35,6 +35,9 @@ def detect(
     ] = None,
     train_scenes: Annotated[int | None, _option("Built-in scenes to train on. Default: 2000.", DATA)] = None,
     val_scenes: Annotated[int | None, _option("Built-in scenes to evaluate on. Default: 300.", DATA)] = None,
+    digit_classes: Annotated[
+        int | None, _option("Categories of the built-in scenes: 1 (digit) or 10 (which one). Default: 1.", DATA)
+    ] = None,
     size: Annotated[
         int | None, _option("Shorter side of the images, 0 as they are. Default: 800; 0 (digits).", DATA)
     ] = None,
@@ -65,12 +68,12 @@ def detect(
     ] = None,
     d_model: Annotated[int | None, _option("Width of --model small. Default: 64.", MODEL)] = None,
     layers: Annotated[int | None, _option("Of its encoder and of its decoder. Default: 2.", MODEL)] = None,
-    queries: Annotated[int | None, _option("Of --model small. Default: 100; 10 (digits).", MODEL)] = None,
+    queries: Annotated[int | None, _option("Of --model small. Default: 100; 6 (digits).", MODEL)] = None,
     dropout: Annotated[float | None, _option("Of --model small. Default: 0.1; 0 (digits).", MODEL)] = None,
-    epochs: Annotated[int | None, _option("Epochs. Default: 50.", RECIPE)] = None,
+    epochs: Annotated[int | None, _option("Epochs. Default: 50; 16 (digits).", RECIPE)] = None,
     batch_size: Annotated[int | None, _option("Images of a step, over all processes. Default: 8; 16 (digits).", RECIPE)] = None,
-    lr: Annotated[float | None, _option("Peak learning rate. Default: 1e-4; 1e-3 (digits).", RECIPE)] = None,
-    backbone_lr: Annotated[float | None, _option("Of the backbone. Default: 1e-5; 1e-3 (digits).", RECIPE)] = None,
+    lr: Annotated[float | None, _option("Peak learning rate. Default: 1e-4; 7e-4 (digits).", RECIPE)] = None,
+    backbone_lr: Annotated[float | None, _option("Of the backbone. Default: 1e-5; 7e-4 (digits).", RECIPE)] = None,
     weight_decay: Annotated[float | None, _option("None on the tables of iRPE. Default: 1e-4.", RECIPE)] = None,
     warmup_steps: Annotated[int | None, _option("Of linear warm-up. Default: 100.", RECIPE)] = None,
     clip_grad: Annotated[float | None, _option("Largest norm of the gradient, 0 is off. Default: 0.1; 1 (digits).", RECIPE)] = None,

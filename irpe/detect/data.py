@@ -163,7 +163,8 @@ def open_part(settings: Settings, part: str, classes: Sequence[str] | None = Non
     if settings.data == DIGITS:
         count = settings.train_scenes if part == "train" else settings.val_scenes
         # scenes are the same for all seeds of a training
-        return Coco(scenes.document(part, 0, count), _Scenes(part), f"digits ({part})", classes)
+        document = scenes.document(part, 0, count, settings.digit_classes)
+        return Coco(document, _Scenes(part), f"digits ({part})", classes)
     file, folder = _places(settings, part)
     try:
         document = json.loads(file.read_text())

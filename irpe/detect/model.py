@@ -1,4 +1,4 @@
-"""The model of a run: transformers' DETR, small from a configuration or pretrained, with iRPE in its encoder."""
+"""The model of a run: transformers' DETR, small from a configuration, or pretrained, with iRPE in its encoder."""
 
 import os
 import re
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, ConvNextConfig, DetrConfig, DetrForObjectDetection, DetrImageProcessor
+from transformers.utils import logging as silence
 
 from ..config_io import rpe_config_from_string, rpe_config_to_dict
 from ..equip import equip, rpe_parameters
@@ -124,6 +125,7 @@ def save(model: Any, processor: Any, folder: Path) -> Path:
         WriteError: the disk is full, or the folder may not be written; what was there before still is.
     """
     new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{word}") for word in ("tmp", "old"))
+    silence.disable_progress_bar()  # of a second's work
     try:
         model.save_pretrained(new)
         processor.save_pretrained(new)
@@ -182,10 +184,10 @@ def _pretrained(settings: Settings, classes: Sequence[str], labels: dict[str, An
 
 
 def _small(settings: Settings, labels: dict[str, Any]) -> Any:
-    """A DETR that learns from random weights within minutes: two blocks of ConvNeXt on patches of 8x8 pixels."""
+    """A DETR that learns from random weights within minutes: a block of ConvNeXt on patches of 8x8 pixels."""
     # ConvNeXt normalises by itself; DETR replaces the batch norms of a ResNet by fixed ones, which do nothing here
     backbone = ConvNextConfig(
-        patch_size=8, num_stages=1, hidden_sizes=[settings.d_model], depths=[2], layer_scale_init_value=1.0,
+        patch_size=8, num_stages=1, hidden_sizes=[settings.d_model], depths=[1], layer_scale_init_value=1.0,
         initializer_range=0.1, out_features=["stage1"],
     )  # fmt: skip
     config = DetrConfig(

@@ -139,7 +139,8 @@ def _row(side: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def make_digits(folder: Path, settings: Settings) -> Path:
     """Writes the built-in scenes as a folder in COCO's layout."""
-    return write_scenes(folder, 0, {"train": settings.train_scenes, "val": settings.val_scenes})
+    counts = {"train": settings.train_scenes, "val": settings.val_scenes}
+    return write_scenes(folder, 0, counts, settings.digit_classes)
 
 
 def _data(settings: Settings, say: Callable[[str], None]) -> tuple[Coco, Coco]:

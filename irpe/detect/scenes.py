@@ -5,7 +5,6 @@ cuts its backgrounds out of their left parts, validation out of their right part
 of (part, seed, i) alone.
 """
 
-import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -84,8 +83,14 @@ def _free_place(
     return None
 
 
-def document(part: str, seed: int, count: int) -> dict[str, Any]:
-    """Annotations of the first `count` scenes, as in COCO's JSON files."""
+def document(part: str, seed: int, count: int, classes: int = 10) -> dict[str, Any]:
+    """Annotations of the first `count` scenes, as in COCO's JSON files.
+
+    Args:
+        classes: 10, a category for each digit, or 1, the category "digit".
+    """
+    if classes not in (1, 10):
+        raise ValueError(f"{classes} classes of digits; expected 1 or 10")
     images, annotations = [], []
     for number in range(count):
         image, found = scene(part, seed, number)
@@ -95,15 +100,16 @@ def document(part: str, seed: int, count: int) -> dict[str, Any]:
         for digit, box in found:
             annotations.append(
                 {
-                    "id": len(annotations) + 1, "image_id": number, "category_id": digit + 1, "bbox": list(box),
+                    "id": len(annotations) + 1, "image_id": number, "category_id": digit % classes + 1, "bbox": list(box),
                     "area": box[2] * box[3], "iscrowd": 0,
                 }
             )  # fmt: skip
-    categories = [{"id": digit + 1, "name": str(digit)} for digit in range(10)]
+    names = ["digit"] if classes == 1 else [str(digit) for digit in range(10)]
+    categories = [{"id": number, "name": name} for number, name in enumerate(names, 1)]
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def write(folder: Path, seed: int, counts: dict[str, int]) -> Path:
+def write(folder: Path, seed: int, counts: dict[str, int], classes: int = 10) -> Path:
     """Writes scenes as a folder in COCO's layout: train/*.png, val/*.png, annotations/train.json and val.json.
 
     Raises:
@@ -118,5 +124,5 @@ def write(folder: Path, seed: int, counts: dict[str, int]) -> Path:
         for number in range(count):
             image, _ = scene(part, seed, number)
             image.save(folder / part / f"{number:06d}.png")
-        write_json(folder / "annotations" / f"{part}.json", json.loads(json.dumps(document(part, seed, count))))
+        write_json(folder / "annotations" / f"{part}.json", document(part, seed, count, classes))
     return folder

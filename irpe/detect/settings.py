@@ -25,6 +25,7 @@ class Settings:
     val_images: str | None = None
     train_scenes: int = 2000  # of the digits
     val_scenes: int = 300
+    digit_classes: int = 1
 
     model: str = "small"
     pretrained: str | None = None
@@ -72,6 +73,8 @@ class Settings:
                 raise ValueError(f"{flag(name)} {value}; expected at least {low}")
         if self.hflip > 1 or self.dropout >= 1:
             raise ValueError(f"--hflip {self.hflip}, --dropout {self.dropout}; expected shares up to 1, dropout below it")
+        if self.digit_classes not in (1, 10):
+            raise ValueError(f"--digit-classes {self.digit_classes}; expected 1 or 10")
         if self.model not in MODELS:
             raise ValueError(f"--model {self.model}; expected one of {', '.join(MODELS)}")
         if self.d_model % 8:
@@ -91,7 +94,7 @@ def flag(name: str) -> str:
 
 # found by trying learning rates without iRPE; docs/detect.md has the figures
 _DIGITS: dict[str, Any] = dict(
-    queries=10, dropout=0.0, size=0, hflip=0.0, epochs=24, batch_size=16, lr=1e-3, backbone_lr=1e-3, clip_grad=1.0,
+    queries=6, dropout=0.0, size=0, hflip=0.0, epochs=16, batch_size=16, lr=7e-4, backbone_lr=7e-4, clip_grad=1.0,
     eval_batch_size=20, eval_every=4,
 )  # fmt: skip
 
