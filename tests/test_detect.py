@@ -29,7 +29,9 @@ RUNNER = CliRunner()
 
 def tiny(**options):
     """Settings of a run of seconds on the digits."""
-    small = dict(train_scenes=12, val_scenes=6, d_model=16, layers=1, queries=5, batch_size=4, epochs=2, eval_every=2, draw=0)
+    small = dict(
+        train_scenes=12, val_scenes=6, d_model=16, layers=1, queries=5, batch_size=4, epochs=2, eval_every=2, draw=0
+    )
     return settings_from({"data": DIGITS, "rpe": RPE, "device": "cpu", "digit_classes": 10, **small, **options})
 
 
@@ -157,7 +159,8 @@ def test_boxes_over_the_edge_are_clipped_and_empty_ones_left_out():
     assert picture.boxes.tolist() == [[0, 10, 15, 30], [right - 4, bottom - 6, right, bottom]]
     assert picture.areas.tolist() == [300, 24] and picture.labels.tolist() == [0, 1]
     assert data.notes == [
-        "the file: 2 boxes reach over the edge of their image and were clipped", "the file: 1 boxes without area were left out",
+        "the file: 2 boxes reach over the edge of their image and were clipped",
+        "the file: 1 boxes without area were left out",
     ]  # fmt: skip
 
 
@@ -173,7 +176,9 @@ def test_categories_are_matched_by_name():
     for one, other in zip(renumbered.pictures, as_ever.pictures, strict=False):
         assert torch.equal(one.labels, other.labels)
     assert coco(broken(renumber)).classes == known[::-1]
-    with pytest.raises(ValueError, match="categories that the training set or the model does not have: 8, 9; it has 0, 1"):
+    with pytest.raises(
+        ValueError, match="categories that the training set or the model does not have: 8, 9; it has 0, 1"
+    ):
         coco(classes=known[:8])
 
 
@@ -193,7 +198,9 @@ def test_crowds_are_not_learned_and_not_counted():
 def test_a_folder_without_its_files(tmp_path):
     with pytest.raises(ValueError, match="is not a folder; expected one in COCO's layout, or digits"):
         open_part(tiny(data=str(tmp_path / "absent")), "train")
-    with pytest.raises(ValueError, match=r"no annotation file for val: looked for .*instances_val2017.json.*--val-json"):
+    with pytest.raises(
+        ValueError, match=r"no annotation file for val: looked for .*instances_val2017.json.*--val-json"
+    ):
         open_part(tiny(data=str(tmp_path)), "val")
     folder = scenes.write(tmp_path / "digits", 0, {"train": 3, "val": 2})
     settings = tiny(data=str(folder))
@@ -277,12 +284,12 @@ def test_an_epoch_has_every_picture_once_and_the_same_ones_for_any_number_of_pro
     assert later == alone[2:]
     assert alone != [batch.numbers for batch in train_batches(data, PLAIN, settings, 0, 1, epoch=2, first=0)]
     parts = [[n for b in eval_batches(data, PLAIN, settings, rank, 3) for n in b.numbers] for rank in range(3)]
-    assert sorted(sum(parts, [])) == list(range(13))
+    assert sorted(one for part in parts for one in part) == list(range(13))
 
 
 @pytest.mark.parametrize("rpe", [RPE, "rpe-1.9-cross-ctx-0-qkv"])
 def test_padded_batches_give_what_single_pictures_give(rpe):
-    """With tables drawn at random: a wrong height or width of the map of a padded batch would change the predictions."""
+    """With tables drawn at random: a wrong height or width of the map of a padded batch would change predictions."""
     settings = tiny(rpe=rpe)
     model = models.build(settings, list("0123456789")).double()
     # a convolution with a margin sees the padding, as in every DETR; what is left sees one patch at a time
@@ -319,7 +326,11 @@ def test_perfect_predictions_have_an_ap_of_100_and_shuffled_ones_less():
     found = perfect(data)
     score = average_precision(found, data)
     assert score["AP"] == score["AP50"] == score["AP75"] == 100
-    assert score["AP large"] is None and score["images"] == 20 and score["boxes"] == sum(len(one["boxes"]) for one in found)
+    assert (
+        score["AP large"] is None
+        and score["images"] == 20
+        and score["boxes"] == sum(len(one["boxes"]) for one in found)
+    )
     assert set(score["per_class"]) <= set("0123456789")
     shuffled = found[1:] + found[:1]
     assert average_precision(shuffled, data)["AP"] < 20
@@ -472,7 +483,9 @@ def test_pretrained_models_keep_what_they_know(tmp_path):
 
 
 def test_pretrained_models_that_are_none(tmp_path):
-    with pytest.raises(ValueError, match="--pretrained .*absent cannot be read: .*expected a folder of save_pretrained"):
+    with pytest.raises(
+        ValueError, match="--pretrained .*absent cannot be read: .*expected a folder of save_pretrained"
+    ):
         models.known_classes(tiny(pretrained=str(tmp_path / "absent")), {})
     from transformers import ViTConfig
 
@@ -504,7 +517,20 @@ def test_settings():
 
 # ---- the command
 
-SMALL = ["--train-scenes", "6", "--val-scenes", "4", "--d-model", "16", "--layers", "1", "--batch-size", "3", "--device", "cpu"]
+SMALL = [
+    "--train-scenes",
+    "6",
+    "--val-scenes",
+    "4",
+    "--d-model",
+    "16",
+    "--layers",
+    "1",
+    "--batch-size",
+    "3",
+    "--device",
+    "cpu",
+]
 
 
 def command(*words):

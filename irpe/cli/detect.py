@@ -8,7 +8,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from .common import console, new_folder
+from .common import new_folder
 
 DATA, MODEL, RECIPE, MACHINE, FOLDER = "Data", "Model", "Recipe", "Machine", "Folder and resuming"
 
@@ -21,8 +21,8 @@ def detect(
     data: Annotated[
         str | None,
         typer.Argument(
-            help="Folder in COCO's layout: train2017 or train, val2017 or val, annotations/*.json. Without it digits on "
-            "photographs, which need no download, with and without iRPE.",
+            help="Folder in COCO's layout: train2017 or train, val2017 or val, annotations/*.json. Without it digits "
+            "on photographs, which need no download, with and without iRPE.",
             show_default=False,
         ),
     ] = None,
@@ -57,12 +57,14 @@ def detect(
             MODEL,
         ),
     ] = None,
-    backbone: Annotated[str | None, _option("Weights of the ResNet of --model r50: hub (timm's), or a file.", MODEL)] = None,
+    backbone: Annotated[
+        str | None, _option("Weights of the ResNet of --model r50: hub (timm's), or a file.", MODEL)
+    ] = None,
     rpe: Annotated[
         list[str] | None,
         _option(
-            "An iRPE such as rpe-2.0-product-ctx-1-k in the encoder, or none; without DATA several. Default: as --pretrained has "
-            "it; rpe-2.0-product-ctx-1-k and none (digits).",
+            "An iRPE such as rpe-2.0-product-ctx-1-k in the encoder, or none; without DATA several. Default: as "
+            "--pretrained has it; rpe-2.0-product-ctx-1-k and none (digits).",
             MODEL,
         ),
     ] = None,
@@ -71,22 +73,30 @@ def detect(
     queries: Annotated[int | None, _option("Of --model small. Default: 100; 6 (digits).", MODEL)] = None,
     dropout: Annotated[float | None, _option("Of --model small. Default: 0.1; 0 (digits).", MODEL)] = None,
     epochs: Annotated[int | None, _option("Epochs. Default: 50; 16 (digits).", RECIPE)] = None,
-    batch_size: Annotated[int | None, _option("Images of a step, over all processes. Default: 8; 16 (digits).", RECIPE)] = None,
+    batch_size: Annotated[
+        int | None, _option("Images of a step, over all processes. Default: 8; 16 (digits).", RECIPE)
+    ] = None,
     lr: Annotated[float | None, _option("Peak learning rate. Default: 1e-4; 7e-4 (digits).", RECIPE)] = None,
     backbone_lr: Annotated[float | None, _option("Of the backbone. Default: 1e-5; 7e-4 (digits).", RECIPE)] = None,
     weight_decay: Annotated[float | None, _option("None on the tables of iRPE. Default: 1e-4.", RECIPE)] = None,
     warmup_steps: Annotated[int | None, _option("Of linear warm-up. Default: 100.", RECIPE)] = None,
-    clip_grad: Annotated[float | None, _option("Largest norm of the gradient, 0 is off. Default: 0.1; 1 (digits).", RECIPE)] = None,
+    clip_grad: Annotated[
+        float | None, _option("Largest norm of the gradient, 0 is off. Default: 0.1; 1 (digits).", RECIPE)
+    ] = None,
     seed: Annotated[int | None, _option("All random numbers follow from it. Default: 0.", RECIPE)] = None,
     seeds: Annotated[int | None, _option("Without DATA: runs of each side. Default: 3.", RECIPE, low=1)] = None,
     max_steps: Annotated[int | None, _option("Stop after this many steps of the schedule.", RECIPE)] = None,
-    evaluate_only: Annotated[bool, typer.Option("--evaluate-only", help="Measure --pretrained, train nothing.")] = False,
+    evaluate_only: Annotated[
+        bool, typer.Option("--evaluate-only", help="Measure --pretrained, train nothing.")
+    ] = False,
     device: Annotated[str | None, _option("auto, cpu, cuda, cuda:1.", MACHINE)] = None,
     loader_workers: Annotated[int | None, _option("Processes that read images. Default: 0.", MACHINE)] = None,
     eval_batch_size: Annotated[int | None, _option("Of one process. Default: 8; 20 (digits).", MACHINE)] = None,
     out: Annotated[Path, _option("Folder of all results.", FOLDER)] = Path("runs"),
     name: Annotated[str | None, _option("Folder of this one inside --out.", FOLDER)] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into a folder that exists.", rich_help_panel=FOLDER)] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Write into a folder that exists.", rich_help_panel=FOLDER)
+    ] = False,
     resume: Annotated[
         str | None, _option("auto: go on from the last checkpoint in --out/--name. Or a checkpoint, or a run.", FOLDER)
     ] = None,
@@ -103,7 +113,9 @@ def detect(
     """
     given = {key: value for key, value in locals().items() if value is not None and value != []}
     own = ("data", "rpe", "out", "name", "overwrite", "resume", "seeds", "evaluate_only", "write_digits")
-    options = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items() if key not in own}
+    options = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in given.items() if key not in own
+    }
     from .train import _sentences
 
     with _sentences() as printer:
@@ -116,9 +128,13 @@ def detect(
         if seeds is not None and not several:
             raise ValueError("--seeds: only without DATA; a run on DATA has one --seed")
         if several and (seed is not None or pretrained is not None):
-            raise ValueError("--seed, --pretrained: without DATA small models are trained with several seeds; name DATA (digits)")
+            raise ValueError(
+                "--seed, --pretrained: without DATA small models are trained with several seeds; name DATA (digits)"
+            )
         if resume is not None and (overwrite or evaluate_only):
-            raise ValueError("--resume goes on with training in a folder that exists; leave --overwrite and --evaluate-only out")
+            raise ValueError(
+                "--resume goes on with training in a folder that exists; leave --overwrite and --evaluate-only out"
+            )
         chosen = settings_from(options | {"data": data or DIGITS} | ({"rpe": rpe[0]} if rpe and not several else {}))
         if write_digits is not None:
             printer.print(str(job.make_digits(write_digits, chosen)), soft_wrap=True)
@@ -147,8 +163,8 @@ def detect(
 def _table(rows: list[dict[str, Any]]) -> Table:
     count = rows[0]["seeds"]
     table = Table(
-        title=f"Average precision in percent, mean ± deviation of {count} seed{'s' * (count > 1)}", title_justify="left",
-        box=box.SIMPLE_HEAD,
+        title=f"Average precision in percent, mean ± deviation of {count} seed{'s' * (count > 1)}",
+        title_justify="left", box=box.SIMPLE_HEAD,
     )  # fmt: skip
     table.add_column("encoder")
     for title in ("AP", "AP50", "AP75", "weights", "s"):

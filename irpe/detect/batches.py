@@ -19,8 +19,9 @@ from .settings import Settings
 class Batch(NamedTuple):
     """Images (B, 3, h, w), padded at the right and at the bottom; mask (B, h, w), 1 where there is a picture.
 
-    labels are what transformers' loss takes: for each picture class_labels (n,) and boxes (n, 4) as centre, width and height,
-    relative to its own size.
+    labels are what transformers' loss takes: for each picture class_labels (n,) and boxes (n, 4) as centre, width and
+    height, relative to its own size. (In a batch transformers' own image processor has them relative to the padded
+    size, which its `post_process_object_detection` does not undo.)
     """
 
     images: Tensor
@@ -40,7 +41,7 @@ class Transform:
     std: tuple[float, ...]
 
     def __call__(self, image: Image.Image, boxes: Tensor, draw: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """(image (3, h, w), boxes (n, 4) as relative centre, width and height) of an image and its x, y, x, y in pixels."""
+        """(image (3, h, w), boxes (n, 4) as relative centre and size) of an image and its x, y, x, y in pixels."""
         boxes = boxes / torch.tensor([image.width, image.height] * 2)
         short = self.sizes[int(draw.integers(len(self.sizes)))]
         if short:
@@ -111,6 +112,6 @@ def eval_batches(data: Coco, transform: Transform, settings: Settings, rank: int
 
 def _loader(samples: Samples, keys: list[list[tuple[int, int]]], settings: Settings) -> DataLoader[Any]:
     return DataLoader(
-        samples, batch_sampler=keys, collate_fn=collate, num_workers=settings.loader_workers,  # type: ignore[arg-type]
+        samples, batch_sampler=keys, collate_fn=collate, num_workers=settings.loader_workers,
         pin_memory=torch.cuda.is_available(),
     )  # fmt: skip

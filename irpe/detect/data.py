@@ -40,7 +40,8 @@ class Coco:
         document: what the JSON file holds.
         read: gives the image of a file name.
         name: of the file, for messages.
-        classes: names of the classes of the model, in the order of its outputs; by default those of the file, in the order of their ids.
+        classes: names of the classes of the model, in the order of its outputs; by default those of the file, in the
+            order of their ids.
 
     Raises:
         ValueError: the file has no images or lacks a part, a category is not among `classes`, a box lies outside of its
@@ -53,7 +54,9 @@ class Coco:
     ) -> None:
         if not isinstance(document, dict) or (lacks := [k for k in _PARTS if not isinstance(document.get(k), list)]):
             lacks = lacks if isinstance(document, dict) else list(_PARTS)
-            raise ValueError(f"{name} has no list of {', '.join(lacks)}; expected a JSON file in COCO's detection format")
+            raise ValueError(
+                f"{name} has no list of {', '.join(lacks)}; expected a JSON file in COCO's detection format"
+            )
         self.name, self._read = name, read
         try:
             self._fill(document, classes)
@@ -174,7 +177,9 @@ def open_part(settings: Settings, part: str, classes: Sequence[str] | None = Non
     present = {one.name for one in os.scandir(folder)}
     lost = [one.name for one in data.pictures if one.name not in present and not (folder / one.name).is_file()]
     if lost:
-        raise ValueError(f"{len(lost)} of {len(data)} images that {file} names are not in {folder}: {', '.join(lost[:3])}")
+        raise ValueError(
+            f"{len(lost)} of {len(data)} images that {file} names are not in {folder}: {', '.join(lost[:3])}"
+        )
     return data
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -28,7 +29,7 @@ def draw(path: Path, data: Coco, predictions: Sequence[Prediction], *, count: in
         axes.set_axis_off()
         picture, found = data.pictures[number], predictions[number]
         for x, y, right, bottom in picture.boxes.tolist():
-            outline = dict(fill=False, edgecolor="white", linewidth=1.0, linestyle="--")
+            outline: dict[str, Any] = dict(fill=False, edgecolor="white", linewidth=1.0, linestyle="--")
             axes.add_patch(Rectangle((x - 0.5, y - 0.5), right - x, bottom - y, **outline))
         for box, score, label in zip(
             found["boxes"].tolist(), found["scores"].tolist(), found["labels"].tolist(), strict=True

@@ -48,10 +48,11 @@ def predict(
             (one, {name: value.cpu() for name, value in what.items()})
             for one, what in zip(batch.numbers, found, strict=True)
         ]
-    everything = dict(world.gathered(mine))  # type: ignore[arg-type]
+    both: Any = world.gathered(mine)  # type: ignore[arg-type]
+    everything: dict[int, Prediction] = dict(both)
     if len(everything) != len(data):
         raise RuntimeError(f"{len(everything)} pictures were measured, of {len(data)}")
-    return [everything[number] for number in range(len(data))]  # type: ignore[index]
+    return [everything[number] for number in range(len(data))]
 
 
 def average_precision(predictions: Sequence[Prediction], data: Coco) -> dict[str, Any]:
@@ -79,7 +80,9 @@ def _percent(value: Tensor) -> float | None:
 
 def words(score: dict[str, Any]) -> str:
     """AP, AP50 and AP75 in a line."""
-    return ", ".join(f"{name} {'-' if score[name] is None else format(score[name], '.1f')}" for name in ("AP", "AP50", "AP75"))
+    return ", ".join(
+        f"{name} {'-' if score[name] is None else format(score[name], '.1f')}" for name in ("AP", "AP50", "AP75")
+    )
 
 
 __all__ = ["Interrupted", "Prediction", "average_precision", "predict", "words"]

@@ -61,11 +61,11 @@ class Trainer:
     # ---- state
 
     def state(self) -> dict[str, Any]:
-        """Everything that decides how the run goes on, the same in all processes. Random numbers follow from the step."""
+        """Everything that decides how the run goes on. Random numbers follow from the step, so they are not in it."""
         progress = {name: getattr(self, name) for name in _PROGRESS}
         return {
-            "settings": asdict(self.settings), "step": self.step, "progress": json.dumps(progress), "images": len(self.train),
-            "classes": self.train.classes, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "settings": asdict(self.settings), "step": self.step, "progress": json.dumps(progress),
+            "images": len(self.train), "classes": self.train.classes, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
             "losses": self._sum(),
         }  # fmt: skip
 
@@ -164,8 +164,8 @@ class Trainer:
 
     def _not_finite(self, what: str) -> ValueError:
         return ValueError(
-            f"{what} at step {self.step}; the last checkpoint is from before. A lower --lr, more --warmup-steps or a smaller "
-            "--clip-grad often helps"
+            f"{what} at step {self.step}; the last checkpoint is from before. A lower --lr, more --warmup-steps or a "
+            "smaller --clip-grad often helps"
         )
 
     def _line(self, epoch: int, norm: float, log: DetectionLog) -> None:
@@ -214,8 +214,8 @@ _PROGRESS = ("step", "measured", "best", "best_step", "seconds", "score")
 def whole_loss(parts: dict[str, Tensor], batch: Batch, config: Any, world: World) -> Tensor:
     """The loss of DETR, normalised over the batch of all processes as over that of one.
 
-    transformers divides by what is in the batch of a process. Each part is scaled here so that the mean over processes is
-    what one process with all pictures would have.
+    transformers divides by what is in the batch of a process. Each part is scaled here so that the mean over processes
+    is what one process with all pictures would have.
     """
     boxes = sum(len(one["boxes"]) for one in batch.labels)
     matched = sum(min(len(one["boxes"]), config.num_queries) for one in batch.labels)

@@ -58,6 +58,7 @@ def build(settings: Settings, classes: Sequence[str], say: Say = lambda words: N
     """
     seed_all(settings.seed, "model")
     wanted = None if settings.rpe == "none" else settings.rpe
+    model: Any
     labels = {"id2label": dict(enumerate(classes)), "label2id": {name: k for k, name in enumerate(classes)}}
     if settings.pretrained is not None and not _is_checkpoint(settings.pretrained):
         model = _pretrained(settings, classes, labels, say)
@@ -98,7 +99,7 @@ def processor_of(settings: Settings) -> Any:
 def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
     """Groups of AdamW: the backbone with its own learning rate, tables of iRPE without weight decay, the rest."""
     named = [(name, one) for name, one in model.named_parameters() if one.requires_grad]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [one for name, one in named if _in_backbone(name)], "peak": settings.backbone_lr},
         {"params": [one for name, one in named if not _in_backbone(name)], "peak": settings.lr},
     ]
@@ -156,8 +157,8 @@ def _config(name: str) -> Any:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--pretrained {name} cannot be read: {str(error).splitlines()[0]}; expected a folder of save_pretrained, a name "
-            "on the hub such as facebook/detr-resnet-50, or a checkpoint of the release"
+            f"--pretrained {name} cannot be read: {str(error).splitlines()[0]}; expected a folder of save_pretrained, "
+            "a name on the hub such as facebook/detr-resnet-50, or a checkpoint of the release"
         ) from None
     if not isinstance(config, DetrConfig):
         raise ValueError(f"--pretrained {name} is a model of type {config.model_type}; expected detr")
@@ -186,17 +187,17 @@ def _pretrained(settings: Settings, classes: Sequence[str], labels: dict[str, An
 def _small(settings: Settings, labels: dict[str, Any]) -> Any:
     """A DETR that learns from random weights within minutes: a block of ConvNeXt on patches of 8x8 pixels."""
     # ConvNeXt normalises by itself; DETR replaces the batch norms of a ResNet by fixed ones, which do nothing here
-    backbone = ConvNextConfig(
+    of_backbone: dict[str, Any] = dict(
         patch_size=8, num_stages=1, hidden_sizes=[settings.d_model], depths=[1], layer_scale_init_value=1.0,
         initializer_range=0.1, out_features=["stage1"],
     )  # fmt: skip
-    config = DetrConfig(
-        backbone_config=backbone, use_timm_backbone=False, d_model=settings.d_model, encoder_layers=settings.layers,
-        decoder_layers=settings.layers, encoder_attention_heads=4, decoder_attention_heads=4,
+    options: dict[str, Any] = dict(
+        backbone_config=ConvNextConfig(**of_backbone), use_timm_backbone=False, d_model=settings.d_model,
+        encoder_layers=settings.layers, decoder_layers=settings.layers, encoder_attention_heads=4, decoder_attention_heads=4,
         encoder_ffn_dim=2 * settings.d_model, decoder_ffn_dim=2 * settings.d_model, num_queries=settings.queries,
         dropout=settings.dropout, auxiliary_loss=True, **labels,
     )  # fmt: skip
-    model: Any = DetrForObjectDetection(config)
+    model: Any = DetrForObjectDetection(DetrConfig(**options))
     # as the original DETR starts; transformers' 0.02 everywhere makes all queries alike, and this width learns nothing
     for part in (model.model.encoder, model.model.decoder, model.bbox_predictor, model.model.input_projection):
         for one in part.parameters():

@@ -55,7 +55,7 @@ def train(settings: Settings, make_folder: MakeFolder, resume: str | None, conso
         trainer = Trainer(settings, data, val, model, processor, world)
         folder = world.from_first(make_folder)
         if resume == "auto":
-            start = world.from_first(lambda: (checkpoint.checkpoints(folder) or [None])[-1])
+            start = world.from_first(lambda: next(reversed(checkpoint.checkpoints(folder)), None))
         if start is not None:
             state = checkpoint.read(start)
             if differences := changed(settings_from_dict(state["settings"]), settings):
@@ -74,7 +74,12 @@ def train(settings: Settings, make_folder: MakeFolder, resume: str | None, conso
         finally:
             log.close()
         result = _result(settings, trainer.score, model, world)
-        result |= {"steps": trainer.step, "seconds": trainer.seconds, "best": trainer.best, "best_step": trainer.best_step}
+        result |= {
+            "steps": trainer.step,
+            "seconds": trainer.seconds,
+            "best": trainer.best,
+            "best_step": trainer.best_step,
+        }
         if world.first:
             models.save(model, processor, folder / models.FOLDER)
             _write(folder, result, val, trainer.predictions, settings)
@@ -165,7 +170,8 @@ def _checkpoint(resume: str | None) -> Path:
 
 def _result(settings: Settings, score: dict[str, Any], model: Any, world: World) -> dict[str, Any]:
     return {
-        "settings": dataclasses.asdict(settings), "score": score, "parameters": sum(one.numel() for one in model.parameters()),
+        "settings": dataclasses.asdict(settings), "score": score,
+        "parameters": sum(one.numel() for one in model.parameters()),
         "processes": world.size, "device": str(world.device), "command": sys.argv[1:], "versions": _versions(),
     }  # fmt: skip
 

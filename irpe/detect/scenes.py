@@ -1,8 +1,8 @@
 """Real digits on real photographs, with annotations in COCO's format: data for detection that needs no download.
 
-Digits are scikit-learn's (training and validation have different ones), photographs the two inside scikit-learn: training
-cuts its backgrounds out of their left parts, validation out of their right parts. Scene number i of a part is a function
-of (part, seed, i) alone.
+Digits are scikit-learn's (training and validation have different ones), photographs the two inside scikit-learn:
+training cuts its backgrounds out of their left parts, validation out of their right parts. Scene number i of a part is
+a function of (part, seed, i) alone.
 """
 
 from functools import cache
@@ -94,14 +94,12 @@ def document(part: str, seed: int, count: int, classes: int = 10) -> dict[str, A
     images, annotations = [], []
     for number in range(count):
         image, found = scene(part, seed, number)
-        images.append(
-            {"id": number, "file_name": f"{number:06d}.png", "height": image.height, "width": image.width}
-        )
+        images.append({"id": number, "file_name": f"{number:06d}.png", "height": image.height, "width": image.width})
         for digit, box in found:
             annotations.append(
                 {
-                    "id": len(annotations) + 1, "image_id": number, "category_id": digit % classes + 1, "bbox": list(box),
-                    "area": box[2] * box[3], "iscrowd": 0,
+                    "id": len(annotations) + 1, "image_id": number, "category_id": digit % classes + 1,
+                    "bbox": list(box), "area": box[2] * box[3], "iscrowd": 0,
                 }
             )  # fmt: skip
     names = ["digit"] if classes == 1 else [str(digit) for digit in range(10)]

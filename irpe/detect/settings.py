@@ -62,8 +62,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         least = {
-            "train_scenes": 1, "val_scenes": 1, "d_model": 8, "layers": 1, "queries": 1, "size": 0, "max_size": 1, "epochs": 1,
-            "batch_size": 1, "lr": 0, "backbone_lr": 0, "weight_decay": 0, "warmup_steps": 0, "clip_grad": 0, "seed": 0,
+            "train_scenes": 1, "val_scenes": 1, "d_model": 8, "layers": 1, "queries": 1, "size": 0, "max_size": 1,
+            "epochs": 1, "batch_size": 1, "lr": 0, "backbone_lr": 0, "weight_decay": 0, "warmup_steps": 0, "clip_grad": 0, "seed": 0,
             "max_steps": 0, "loader_workers": 0, "eval_batch_size": 1, "eval_every": 1, "save_every": 0, "keep": 1,
             "log_every": 1, "draw": 0, "hflip": 0, "dropout": 0,
         }  # fmt: skip
@@ -72,7 +72,9 @@ class Settings:
             if not math.isfinite(value) or value < low:
                 raise ValueError(f"{flag(name)} {value}; expected at least {low}")
         if self.hflip > 1 or self.dropout >= 1:
-            raise ValueError(f"--hflip {self.hflip}, --dropout {self.dropout}; expected shares up to 1, dropout below it")
+            raise ValueError(
+                f"--hflip {self.hflip}, --dropout {self.dropout}; expected shares up to 1, dropout below it"
+            )
         if self.digit_classes not in (1, 10):
             raise ValueError(f"--digit-classes {self.digit_classes}; expected 1 or 10")
         if self.model not in MODELS:
