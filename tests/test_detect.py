@@ -1,11 +1,16 @@
 """`irpe detect`: scenes and annotations, padded batches, average precision, steps, resuming, the command."""
 
 import dataclasses
+import importlib.util
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -14,7 +19,7 @@ from irpe.__main__ import app
 from irpe.detect import model as models
 from irpe.detect import run as job
 from irpe.detect import scenes
-from irpe.detect.batches import Transform, collate, eval_batches, train_batches, transform_of
+from irpe.detect.batches import Batch, Transform, collate, eval_batches, train_batches, transform_of
 from irpe.detect.data import Coco, open_part
 from irpe.detect.evaluation import average_precision, predict
 from irpe.detect.loop import Trainer, whole_loss
@@ -395,6 +400,35 @@ def test_our_sum_of_the_parts_is_transformers_loss():
         assert torch.isfinite(ours) and abs(ours - output.loss) < 1e-5 * abs(output.loss)
 
 
+def test_shares_of_a_batch_have_the_loss_of_the_whole():
+    """The mean over two processes is the loss of one with all pictures: also where one share has no boxes."""
+    trainer = trainer_of(tiny(layers=2, queries=3))
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(4, 3, 40, 56, generator=generator)
+    counts = (2, 1, 5, 0)  # one more than there are queries
+    labels = [
+        {"class_labels": torch.arange(n), "boxes": 0.2 + 0.3 * torch.rand(n, 4, generator=generator)} for n in counts
+    ]
+
+    class Half(World):
+        def total(self, values):
+            seen.append(values)
+            return sum(seen) if len(seen) < 3 else torch.stack(seen[:2]).sum(0)
+
+    def loss(rows, world):
+        batch = Batch(images[rows], torch.ones(len(rows), 40, 56), [labels[row] for row in rows], rows)
+        output = trainer.model(batch.images, pixel_mask=batch.mask, labels=batch.labels)
+        return whole_loss(output.loss_dict, batch, trainer.model.config, world)
+
+    for shares in ([[0, 2], [1, 3]], [[0, 1], [3, 3]]):
+        seen = []
+        for rows in shares:  # the first two calls tell what each process adds to the totals
+            loss(rows, Half(0, 2, torch.device("cpu")))
+        both = sum(loss(rows, Half(0, 2, torch.device("cpu"))) for rows in shares) / 2
+        whole = loss([row for rows in shares for row in rows], WORLD)
+        assert abs(both - whole) < 1e-5 * abs(whole)
+
+
 def test_the_loss_falls():
     trainer = trainer_of(tiny(lr=2e-3, backbone_lr=2e-3, warmup_steps=1, epochs=100))
     batch = next(train_batches(trainer.train, PLAIN, trainer.settings, 0, 1, epoch=0, first=0))
@@ -551,6 +585,68 @@ def test_the_command_says_what_is_wrong(tmp_path):
         done = RUNNER.invoke(app, ["detect", *map(str, words), "--out", str(tmp_path / "out")])
         assert done.exit_code == 2
         assert message in " ".join(done.output.replace("│", " ").split()), done.output
+
+
+def test_a_missing_package_is_a_sentence(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pycocotools" else found(name))
+    done = RUNNER.invoke(app, ["detect"])
+    assert str(done.exception) == (
+        'irpe: no module named pycocotools; install what irpe detect needs with: pip install "irpe[detect]"'
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path):
+    """Same pictures of one size, dropout off: the losses of two gloo processes are those of one, and so is AP."""
+    folder = tmp_path / "data"
+    counts = {"train": 8, "val": 5}
+    scenes.write(folder, 0, counts, 1)
+    for part in counts:
+        file = folder / "annotations" / f"{part}.json"
+        document = json.loads(file.read_text())
+        for image in document["images"]:
+            path = folder / part / image["file_name"]
+            old = Image.open(path)
+            new = Image.new("RGB", (80, 56))  # a larger canvas leaves the boxes where they are
+            new.paste(old)
+            new.save(path)
+            image.update(width=80, height=56)
+        file.write_text(json.dumps(document))
+    own = [
+        "detect", str(folder), "--rpe", RPE, "--size", "0", "--dropout", "0", "--queries", "5", "--d-model", "16",
+        "--layers", "1", "--batch-size", "4", "--epochs", "2", "--log-every", "1", "--device", "cpu", "--draw", "0",
+        "--out", str(tmp_path), "--lr", "1e-3", "--backbone-lr", "1e-3", "--warmup-steps", "1",
+    ]  # fmt: skip
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    logs = []
+    for count in (1, 2):
+        command = [*run, str(count), "-m", "irpe", *own, "--name", f"of{count}"]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+        assert done.returncode == 0, done.stderr
+        logs.append([json.loads(line) for line in (tmp_path / f"of{count}" / "log.jsonl").read_text().splitlines()])
+    losses = [torch.tensor([line["loss"] for line in log if line["kind"] == "step"]) for log in logs]
+    assert len(losses[0]) == 4
+    assert (losses[0] - losses[1]).abs().max() < 1e-4 * losses[0].max()
+    scores = [[line["val"]["AP"] for line in log if line["kind"] == "epoch"] for log in logs]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_a_step_of_detr_r50(tmp_path):
+    """The released architecture: its stem and first stage stay, and the table of six encoder layers moves."""
+    settings = tiny(model="r50", size=32, max_size=48, batch_size=2, train_scenes=2, layers=6)
+    trainer = trainer_of(settings)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    batch = next(train_batches(trainer.train, PLAIN, settings, 0, 1, epoch=0, first=0))
+    trainer._step(batch)
+    after = trainer.model.state_dict()
+    tables = [name for name in after if "lookup_table" in name]
+    assert len(tables) == 6 and all(not torch.equal(after[name], before[name]) for name in tables)
+    fixed = [name for name in after if ".backbone." in name and torch.equal(after[name], before[name])]
+    assert any("layer1" in name for name in fixed) and any("conv1" in name for name in fixed)
+    assert not any("layer4.2.conv" in name for name in fixed)
 
 
 @pytest.mark.slow

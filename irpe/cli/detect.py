@@ -1,6 +1,7 @@
 """`irpe detect`: its options, and what it prints."""
 
 import dataclasses
+import importlib.util
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -111,6 +112,7 @@ def detect(
     irpe detect coco --pretrained facebook/detr-resnet-50 --rpe rpe-2.0-product-ctx-1-k. On several GPUs: torchrun
     --nproc-per-node 8 -m irpe detect ... docs/detect.md has more examples.
     """
+    _ask_for_packages()
     given = {key: value for key, value in locals().items() if value is not None and value != []}
     own = ("data", "rpe", "out", "name", "overwrite", "resume", "seeds", "evaluate_only", "write_digits")
     options = {
@@ -131,6 +133,8 @@ def detect(
             raise ValueError(
                 "--seed, --pretrained: without DATA small models are trained with several seeds; name DATA (digits)"
             )
+        if several and resume not in (None, "auto"):
+            raise ValueError(f"--resume {resume}: without DATA only auto, which goes on with all runs of --out/--name")
         if resume is not None and (overwrite or evaluate_only):
             raise ValueError(
                 "--resume goes on with training in a folder that exists; leave --overwrite and --evaluate-only out"
@@ -143,7 +147,7 @@ def detect(
             sides = tuple(dict.fromkeys(rpe or ("none", RPE)))
             for side in sides:
                 dataclasses.replace(chosen, rpe=side)  # refuses what is no encoding, before anything is trained
-            printer.print(_table(job.compare(chosen, sides, seeds or 3, folder, printer)["rows"]))
+            printer.print(_table(job.compare(chosen, sides, seeds or 3, folder, resume, printer)["rows"]))
             printer.print(str(folder / "results.json"), soft_wrap=True)
         else:
             called = name or job.default_name(chosen) + "-evaluated" * evaluate_only
@@ -158,6 +162,14 @@ def detect(
                 job.measure(chosen, make, printer)
             else:
                 job.train(chosen, make, resume, printer)
+
+
+def _ask_for_packages() -> None:
+    """Ends with one sentence where a package is missing, before anything is read: some would be missed late."""
+    packages = ("transformers", "torchvision", "torchmetrics", "pycocotools", "scipy", "sklearn", "matplotlib", "timm")
+    if missing := [one for one in packages if importlib.util.find_spec(one) is None]:
+        remedy = 'install what irpe detect needs with: pip install "irpe[detect]"'
+        raise SystemExit(f"irpe: no module named {', '.join(missing)}; {remedy}")
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:

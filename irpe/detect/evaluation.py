@@ -61,7 +61,9 @@ def average_precision(predictions: Sequence[Prediction], data: Coco) -> dict[str
     A figure is None where there is nothing to measure it on, such as large objects. Boxes of crowds (`iscrowd`) are
     neither right nor wrong.
     """
-    metric = MeanAveragePrecision(box_format="xyxy", iou_type="bbox", class_metrics=True, backend="pycocotools")
+    # the predictions are those of all processes already, and this one computes alone
+    options: dict[str, Any] = dict(class_metrics=True, backend="pycocotools", sync_on_compute=False)
+    metric = MeanAveragePrecision(box_format="xyxy", iou_type="bbox", **options)
     metric.warn_on_many_detections = False  # more than 100, of which the best count
     targets = [
         {"boxes": one.boxes, "labels": one.labels, "area": one.areas, "iscrowd": one.crowd} for one in data.pictures

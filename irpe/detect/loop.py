@@ -65,8 +65,8 @@ class Trainer:
         progress = {name: getattr(self, name) for name in _PROGRESS}
         return {
             "settings": asdict(self.settings), "step": self.step, "progress": json.dumps(progress),
-            "images": len(self.train), "classes": self.train.classes, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "losses": self._sum(),
+            "images": len(self.train), "classes": self.train.classes, "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(), "losses": self._sum(),
         }  # fmt: skip
 
     def load(self, state: dict[str, Any]) -> None:

@@ -193,9 +193,9 @@ def _small(settings: Settings, labels: dict[str, Any]) -> Any:
     )  # fmt: skip
     options: dict[str, Any] = dict(
         backbone_config=ConvNextConfig(**of_backbone), use_timm_backbone=False, d_model=settings.d_model,
-        encoder_layers=settings.layers, decoder_layers=settings.layers, encoder_attention_heads=4, decoder_attention_heads=4,
-        encoder_ffn_dim=2 * settings.d_model, decoder_ffn_dim=2 * settings.d_model, num_queries=settings.queries,
-        dropout=settings.dropout, auxiliary_loss=True, **labels,
+        encoder_layers=settings.layers, decoder_layers=settings.layers, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=2 * settings.d_model, decoder_ffn_dim=2 * settings.d_model,
+        num_queries=settings.queries, dropout=settings.dropout, auxiliary_loss=True, **labels,
     )  # fmt: skip
     model: Any = DetrForObjectDetection(DetrConfig(**options))
     # as the original DETR starts; transformers' 0.02 everywhere makes all queries alike, and this width learns nothing

@@ -64,6 +64,8 @@ def train(settings: Settings, make_folder: MakeFolder, resume: str | None, conso
             say(f"goes on after step {trainer.step} of {trainer.total_steps}, from {start}")
         if world.first:
             checkpoint.clean(folder)
+            for old in checkpoint.checkpoints(folder) if start is None else ():
+                old.unlink()  # of a run that is overwritten
             checkpoint.write_json(folder / "settings.json", dataclasses.asdict(settings))
         log = DetectionLog(
             folder if world.first else None, console, step=trainer.step, measured=trainer.measured,
@@ -98,25 +100,30 @@ def measure(settings: Settings, make_folder: MakeFolder, console: Console) -> di
         for note in val.notes:
             say(note)
         model, processor = models.build(settings, val.classes, say), models.processor_of(settings)
+        folder = world.from_first(make_folder)
         transform = transform_of(settings, processor, training=False)
         predictions = predict(model.to(world.device), val, transform, processor, settings, world)
         score = world.from_first(lambda: average_precision(predictions, val))
         result = _result(settings, score, model, world)
-        folder = world.from_first(make_folder)
         if world.first:
             _write(folder, result, val, predictions, settings)
             say(f"{words(score)} on {len(val)} pictures; {folder}")
     return result
 
 
-def compare(settings: Settings, sides: Sequence[str], seeds: int, out: Path, console: Console) -> dict[str, Any]:
-    """Trains every side ("none" or an iRPE) with the seeds 0, 1, ...; mean and deviation of AP in out/results.json."""
+def compare(
+    settings: Settings, sides: Sequence[str], seeds: int, out: Path, resume: str | None, console: Console
+) -> dict[str, Any]:
+    """Trains every side ("none" or an iRPE) with the seeds 0, 1, ...; mean and deviation of AP in out/results.json.
+
+    With resume="auto" runs that have ended are only measured, and the one that was stopped goes on.
+    """
     runs = []
     for seed in range(seeds):
         for side in sides:
             one = dataclasses.replace(settings, rpe=side, seed=seed)
             console.print(f"{side}, seed {seed}", soft_wrap=True)
-            runs.append(train(one, _folder_of(out, one), "auto", console))
+            runs.append(train(one, _folder_of(out, one), resume, console))
     rows = [_row(side, [one for one in runs if one["settings"]["rpe"] == side]) for side in sides]
     result = {"rows": rows, "runs": runs, "command": sys.argv[1:], "versions": _versions()}
     checkpoint.write_json(out / "results.json", result)

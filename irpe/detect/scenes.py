@@ -91,7 +91,8 @@ def document(part: str, seed: int, count: int, classes: int = 10) -> dict[str, A
     """
     if classes not in (1, 10):
         raise ValueError(f"{classes} classes of digits; expected 1 or 10")
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for number in range(count):
         image, found = scene(part, seed, number)
         images.append({"id": number, "file_name": f"{number:06d}.png", "height": image.height, "width": image.width})

@@ -63,9 +63,9 @@ class Settings:
     def __post_init__(self) -> None:
         least = {
             "train_scenes": 1, "val_scenes": 1, "d_model": 8, "layers": 1, "queries": 1, "size": 0, "max_size": 1,
-            "epochs": 1, "batch_size": 1, "lr": 0, "backbone_lr": 0, "weight_decay": 0, "warmup_steps": 0, "clip_grad": 0, "seed": 0,
-            "max_steps": 0, "loader_workers": 0, "eval_batch_size": 1, "eval_every": 1, "save_every": 0, "keep": 1,
-            "log_every": 1, "draw": 0, "hflip": 0, "dropout": 0,
+            "epochs": 1, "batch_size": 1, "lr": 0, "backbone_lr": 0, "weight_decay": 0, "warmup_steps": 0,
+            "clip_grad": 0, "seed": 0, "max_steps": 0, "loader_workers": 0, "eval_batch_size": 1, "eval_every": 1,
+            "save_every": 0, "keep": 1, "log_every": 1, "draw": 0, "hflip": 0, "dropout": 0,
         }  # fmt: skip
         for name, low in least.items():
             value = getattr(self, name)
@@ -103,7 +103,8 @@ _DIGITS: dict[str, Any] = dict(
 
 def settings_from(options: Mapping[str, Any]) -> Settings:
     """The settings of the data's kind (digits, or a folder) with these options in place of its own."""
-    return Settings(**{**(_DIGITS if options["data"] == DIGITS else {}), **options})
+    found: dict[str, Any] = {**(_DIGITS if options["data"] == DIGITS else {}), **options}
+    return Settings(**found)
 
 
 def settings_from_dict(values: Mapping[str, Any]) -> Settings:
@@ -111,7 +112,8 @@ def settings_from_dict(values: Mapping[str, Any]) -> Settings:
     known = {one.name for one in dataclasses.fields(Settings)}
     if strange := sorted(set(values) - known):
         raise ValueError(f"unknown settings {', '.join(strange)}: they were written by another version")
-    return Settings(**{name: tuple(one) if isinstance(one, list) else one for name, one in values.items()})
+    found: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in values.items()}
+    return Settings(**found)
 
 
 def changed(old: Settings, new: Settings) -> list[str]:
