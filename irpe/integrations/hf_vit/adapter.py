@@ -11,9 +11,9 @@ from ...irpe import RPEConfig, build_rpe
 from .families import Family, class_name, family_of, lookup
 
 
-def find(model: nn.Module) -> list[nn.Module]:
+def find(model: nn.Module) -> list[Any]:
     """The vision models and DETRs inside a model (itself, or what a head, a detector or a pair of towers holds)."""
-    found: list[nn.Module] = []
+    found: list[Any] = []
     inner: set[int] = set()
     for one in model.modules():
         known = lookup(one)
@@ -34,9 +34,10 @@ def attentions(part: nn.Module) -> list[nn.Module]:
     return [one for one in layers.modules() if class_name(type(one)) == known[1].attention_name]
 
 
-def why_not(
-    part: Any, config: RPEConfig, attentions: list[nn.Module], grid: tuple[int, int] | None
-) -> str | None:
+attentions_of = attentions  # for where an argument has the name
+
+
+def why_not(part: Any, config: RPEConfig, attentions: list[nn.Module], grid: tuple[int, int] | None) -> str | None:
     """The reason that these encodings cannot be added to these attentions of a part, or None."""
     known = lookup(part)
     assert known is not None
@@ -52,21 +53,19 @@ def why_not(
         return f"grid={grid}, but the model knows the size of its map; leave grid out"
     layers = part.get_submodule(family.layers)
     if len(attentions_of(part)) != len(layers):
-        return f"{family.layers} has {len(layers)} layers; expected one {family.attention} in each"
+        expected = f"expected one {family.attention} in each, as transformers has it from 5.18 on"
+        return f"{family.layers} has {len(layers)} layers; {expected}"
     if family.swapped and "forward" in vars(part):
         return "the forward of the model has been replaced on the object, which would leave iRPE out"
     for number, attn in enumerate(attentions):
         # accelerate puts its own forward on the object too, and calls the one of the class inside
         if "forward" in vars(attn) and not hasattr(attn, "_hf_hook"):
             return f"the forward of attention {number} has been replaced on the object, which would leave iRPE out"
-    skip = family.prefix(part.config)
+    skip = family.prefix_tokens(part.config)
     for letter, single in vars(config).items():
         if single is not None and single.skip not in (0, skip):
             return f"{letter} has skip={single.skip}, but the model has {skip} prefix tokens; leave skip at 0"
     return None
-
-
-attentions_of = attentions  # for where an argument has the name
 
 
 def equip(part: Any, config: RPEConfig, attentions: list[nn.Module], grid: tuple[int, int] | None) -> None:
@@ -74,7 +73,7 @@ def equip(part: Any, config: RPEConfig, attentions: list[nn.Module], grid: tuple
     from . import attention
 
     family = family_of(part)
-    skip = family.prefix(part.config)
+    skip = family.prefix_tokens(part.config)
     config = RPEConfig(**{n: one and dataclasses.replace(one, skip=skip) for n, one in vars(config).items()})
     every, first = attentions_of(part), not is_equipped(part)
     for attn in attentions:

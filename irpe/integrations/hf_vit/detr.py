@@ -47,7 +47,7 @@ class RPEDetrModel(DetrModel):
     irpe_original = DetrModel
 
     @functools.wraps(DetrModel.forward)
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         return DetrModel.forward(_DetrView(self), *args, **kwargs)
 
     @classmethod
@@ -61,7 +61,7 @@ class RPEDetrForSegmentation(DetrForSegmentation):
     irpe_original = DetrForSegmentation
 
     @functools.wraps(DetrForSegmentation.forward)
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         view = _View(self, detr=_View(self.detr, model=_DetrView(self.detr.model)))
         return DetrForSegmentation.forward(view, *args, **kwargs)
 

@@ -1,11 +1,9 @@
 """Which classes of transformers are known, and where their attentions are. Names only: nothing is imported here."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-
 
 _PREFIX = "transformers.models."
 
@@ -18,7 +16,8 @@ class Family:
     parts: tuple[str, ...]
     layers: str
     attention: str
-    prefix: Callable[[Any], int]  # number of tokens in front of the map
+    prefix: int  # number of tokens in front of the map, without registers
+    registers: bool = False  # whether there are `config.num_register_tokens` more
     swapped: bool = False  # the class of a part has to change, because only its forward knows the map
     hands_on: bool = True  # the attention gives its keyword arguments to the attention function
 
@@ -26,53 +25,31 @@ class Family:
     def attention_name(self) -> str:
         return f"{_PREFIX}{self.module}.{self.attention}"
 
+    def prefix_tokens(self, config: Any) -> int:
+        """Number of tokens in front of the map of a model with this configuration."""
+        return self.prefix + (config.num_register_tokens if self.registers else 0)
 
-def _with_registers(config: Any) -> int:
-    return 1 + config.num_register_tokens
 
-
+_REGISTERS = "Dinov2WithRegisters"
+_DETR = "detr.modeling_detr"
 FAMILIES = (
-    Family("vit.modeling_vit", ("ViTModel",), "layers", "ViTAttention", lambda config: 1),
-    Family("deit.modeling_deit", ("DeiTModel",), "layers", "DeiTAttention", lambda config: 2),
-    Family("beit.modeling_beit", ("BeitModel",), "layers", "BeitAttention", lambda config: 1),
-    Family(
-        "dinov2.modeling_dinov2", ("Dinov2Model", "Dinov2Backbone"), "encoder.layer", "Dinov2Attention", lambda config: 1
-    ),
+    Family("vit.modeling_vit", ("ViTModel",), "layers", "ViTAttention", 1),
+    Family("deit.modeling_deit", ("DeiTModel",), "layers", "DeiTAttention", 2),
+    Family("beit.modeling_beit", ("BeitModel",), "layers", "BeitAttention", 1),
+    Family("dinov2.modeling_dinov2", ("Dinov2Model", "Dinov2Backbone"), "encoder.layer", "Dinov2Attention", 1),
     Family(
         "dinov2_with_registers.modeling_dinov2_with_registers",
-        ("Dinov2WithRegistersModel", "Dinov2WithRegistersBackbone"),
-        "encoder.layer",
-        "Dinov2WithRegistersAttention",
-        _with_registers,
+        (f"{_REGISTERS}Model", f"{_REGISTERS}Backbone"), "encoder.layer", f"{_REGISTERS}Attention", 1, registers=True,
     ),
     Family(
         "dinov3_vit.modeling_dinov3_vit",
-        ("DINOv3ViTModel", "DINOv3ViTBackbone"),
-        "model.layer",
-        "DINOv3ViTAttention",
-        _with_registers,
+        ("DINOv3ViTModel", "DINOv3ViTBackbone"), "model.layer", "DINOv3ViTAttention", 1, registers=True,
     ),
-    Family("clip.modeling_clip", ("CLIPVisionModel",), "encoder.layers", "CLIPAttention", lambda config: 1),
-    Family(
-        "siglip.modeling_siglip",
-        ("SiglipVisionModel",),
-        "encoder.layers",
-        "SiglipAttention",
-        lambda config: 0,
-        hands_on=False,
-    ),
-    Family(
-        "detr.modeling_detr", ("DetrModel",), "encoder.layers", "DetrSelfAttention", lambda config: 0, swapped=True
-    ),
-    Family(
-        "detr.modeling_detr",
-        ("DetrForSegmentation",),
-        "detr.model.encoder.layers",
-        "DetrSelfAttention",
-        lambda config: 0,
-        swapped=True,
-    ),
-)
+    Family("clip.modeling_clip", ("CLIPVisionModel",), "encoder.layers", "CLIPAttention", 1),
+    Family("siglip.modeling_siglip", ("SiglipVisionModel",), "encoder.layers", "SiglipAttention", 0, hands_on=False),
+    Family(_DETR, ("DetrModel",), "encoder.layers", "DetrSelfAttention", 0, swapped=True),
+    Family(_DETR, ("DetrForSegmentation",), "detr.model.encoder.layers", "DetrSelfAttention", 0, swapped=True),
+)  # fmt: skip
 
 _WINDOWS = "its attention runs in windows that move between layers"
 _REASONS = {

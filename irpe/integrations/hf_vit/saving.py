@@ -1,4 +1,8 @@
-"""`from_pretrained`: builds a model, equips it as its configuration says, and loads its weights and tables."""
+"""`from_pretrained`: builds a model, equips it as its configuration says, and loads its weights and tables.
+
+`equip` writes into `config.irpe` of the vision model which attentions have which encodings. Models that were built from
+one and the same configuration object share what is written there: give each a copy of it.
+"""
 
 import functools
 import os
