@@ -109,9 +109,7 @@ def strip(result):
 
 
 def test_results_do_not_depend_on_the_number_of_workers():
-    runs = [
-        demo.Run(side, seed, 4e-3, **TINY) for side, seed in ((demo.RPE[1], 0), (demo.ABSOLUTE, 1), (demo.NONE, 0))
-    ]
+    runs = [demo.Run(side, seed, 4e-3, **TINY) for side, seed in ((demo.RPE[1], 0), (demo.ABSOLUTE, 1), (demo.NONE, 0))]
     told = []
     one = demo.fit_all(runs, 1, lambda index, epoch: told.append((index, epoch)))
     two = demo.fit_all(runs, 2)

@@ -10,14 +10,7 @@ from typing import Any
 
 import typer
 from rich import box
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from .common import checked, console, new_folder
@@ -62,9 +55,7 @@ def run(options: Options) -> None:
         for side in reversed(sides)
         for rate in ([lr] if lr is not None else job.GRID if tune else [job.rate_of(side)])
     ]
-    folder = checked(
-        new_folder, options.out, options.name or ("digits-tune" if tune else "digits"), options.overwrite
-    )
+    folder = checked(new_folder, options.out, options.name or ("digits-tune" if tune else "digits"), options.overwrite)
     started = time.perf_counter()
     results = _fit_with_progress(runs, options.workers)
     wall = time.perf_counter() - started
@@ -152,8 +143,8 @@ def _table(rows: Sequence[dict[str, Any]], tune: bool) -> Table:
 
 def _pictures(folder: Path, results: Sequence[dict[str, Any]]) -> list[Path]:
     """Draws and saves what belongs to a training: curves, samples, bucket maps, learned encodings, weights."""
-    from .. import digits, viz
     from .. import demo as job
+    from .. import digits, viz
 
     titled = [one | {"title": job.title_of(one["side"])} for one in results]
     paths = [viz.draw_curves(folder / "accuracy.png", titled, digits.HEIGHT)]

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,8 +34,8 @@ Name = Annotated[
 Resume = Annotated[
     str | None,
     typer.Option(
-        help="auto: go on from the last checkpoint in --out/--name, or begin if there is none. Or a checkpoint, or the folder "
-        "of a run.",
+        help="auto: go on from the last checkpoint in --out/--name, or begin if there is none. Or a checkpoint, or the "
+        "folder of a run.",
         rich_help_panel=FOLDER,
     ),
 ]
@@ -46,13 +47,14 @@ Recipe = Annotated[
 
 def _words(one: "dataclasses.Field[Any]") -> str:
     """The help of an option with the value that each recipe gives it."""
+    text: str = one.metadata["help"]
     words = {recipe: values.get(one.name, one.default) for recipe, values in RECIPES.items()}
     shown = {name: value for name, value in words.items() if value not in (None, (), "")}
     if not shown or isinstance(one.default, bool):
-        return one.metadata["help"]
+        return text
     if len(set(shown.values())) == 1:
-        return f"{one.metadata['help']} Default: {next(iter(shown.values()))}."
-    return f"{one.metadata['help']} Default: {', '.join(f'{value} ({name})' for name, value in shown.items())}."
+        return f"{text} Default: {next(iter(shown.values()))}."
+    return f"{text} Default: {', '.join(f'{value} ({name})' for name, value in shown.items())}."
 
 
 def _with_settings(function: Callable[..., None], without: tuple[str, ...] = ()) -> Callable[..., None]:
@@ -61,7 +63,7 @@ def _with_settings(function: Callable[..., None], without: tuple[str, ...] = ())
     own = [one for one in signature.parameters.values() if one.kind != inspect.Parameter.VAR_KEYWORD]
     more = []
     for one in dataclasses.fields(Settings):
-        if not one.metadata or one.name in without or one.name in signature.parameters:
+        if "help" not in one.metadata or one.name in without or one.name in signature.parameters:
             continue
         kind: Any = one.type
         inner = [arg for arg in get_args(kind) if arg not in (type(None), Ellipsis)]
@@ -99,12 +101,16 @@ def _train(
     data: Data = None,
     epochs: Annotated[
         int | None,
-        typer.Option(min=1, help="Epochs of each run. Default: 60 (demo), 300 (deit), 30 (finetune), 100 (small).", rich_help_panel="Recipe"),
+        typer.Option(
+            min=1,
+            help="Epochs of each run. Default: 60 (demo), 300 (deit), 30 (finetune), 100 (small).",
+            rich_help_panel="Recipe",
+        ),
     ] = None,
     rpe: Annotated[
         list[str] | None,
         typer.Option(
-            help="An iRPE such as rpe-1.9-product-ctx-1-k, or none; the demo takes several, in place of its two default ones.",
+            help="An iRPE such as rpe-1.9-product-ctx-1-k, or none; the demo takes several in place of its own two.",
             rich_help_panel="Model",
         ),
     ] = None,
@@ -123,15 +129,15 @@ def _train(
     ] = False,
     resume: Resume = None,
     seeds: Annotated[
-        int | None, typer.Option(min=1, help="Runs of each side, with seeds 0, 1, ... Default: 3.", rich_help_panel=DEMO)
+        int | None,
+        typer.Option(min=1, help="Runs of each side, with seeds 0, 1, ... Default: 3.", rich_help_panel=DEMO),
     ] = None,
     workers: Annotated[
         int | None,
         typer.Option(min=1, help="Worker processes; by default one for each CPU core.", rich_help_panel=DEMO),
     ] = None,
     quick: Annotated[
-        bool,
-        typer.Option("--quick", help="A smoke run of seconds: its numbers mean nothing.", rich_help_panel=DEMO),
+        bool, typer.Option("--quick", help="A smoke run of seconds: its numbers mean nothing.", rich_help_panel=DEMO)
     ] = False,
     tune: Annotated[
         bool,
@@ -150,12 +156,12 @@ def _train(
     """
     only_demo = {"seeds": seeds, "workers": workers, "quick": quick or None, "tune": tune or None}
     if data is None:
-        if given := [_flag(one) for one in _given(settings | {"recipe": recipe, "resume": resume})]:
-            raise typer.BadParameter(f"{', '.join(given)}: the demo has no such option; name the DATA to train on")
+        if strange := [_flag(one) for one in _given(settings | {"recipe": recipe, "resume": resume})]:
+            raise typer.BadParameter(f"{', '.join(strange)}: the demo has no such option; name the DATA to train on")
         demo.run(demo.Options(seeds or 3, epochs or 60, rpe or [], lr, workers, out, name, overwrite, quick, tune))
         return
-    if given := [_flag(one) for one in _given(only_demo)]:
-        raise typer.BadParameter(f"{', '.join(given)}: only the demo, without DATA, has this option")
+    if strange := [_flag(one) for one in _given(only_demo)]:
+        raise typer.BadParameter(f"{', '.join(strange)}: only the demo, without DATA, has this option")
     if rpe and len(rpe) > 1:
         raise typer.BadParameter(f"--rpe was given {len(rpe)} times; a run has one encoding")
     if resume and overwrite:
@@ -183,6 +189,7 @@ def _folder(out: Path, name: str, overwrite: bool, resume: str | None) -> Path:
 def _sentences() -> Iterator[Console]:
     """Gives the console of this process, and makes errors and signals what the first process prints, and a status."""
     from ..train.checkpoint import WriteError
+    from ..train.loader import RunError
     from ..train.loop import Stopped
 
     first = os.environ.get("RANK", "0") == "0"
@@ -192,18 +199,19 @@ def _sentences() -> Iterator[Console]:
     except Stopped as stopped:
         printer.print(str(stopped), soft_wrap=True)
         raise typer.Exit(128 + stopped.signal) from None
-    except WriteError as error:
-        typer.echo(f"irpe: {error}", err=True)
-        raise typer.Exit(1) from None
-    except (ValueError, TypeError) as error:
-        if isinstance(error, ValueError) or first:
-            raise typer.BadParameter(str(error)) from None
-        raise typer.Exit(2) from None
+    except (ValueError, TypeError, WriteError) as error:
+        if not first:
+            time.sleep(3)  # an error of all processes is the first one's to tell: torchrun ends the others meanwhile
+        if isinstance(error, (WriteError, RunError)):
+            typer.echo(f"irpe: {error}", err=True)
+            raise typer.Exit(1) from None
+        raise typer.BadParameter(str(error)) from None
 
 
 def _evaluate(
     run: Annotated[
-        Path | None, typer.Argument(help="Folder that irpe train DATA wrote; or give --data and --model.", show_default=False)
+        Path | None,
+        typer.Argument(help="Folder that irpe train DATA wrote; or give --data and --model.", show_default=False),
     ] = None,
     data: Annotated[
         str | None, typer.Option(help="Other data than that of the run: see irpe train.", rich_help_panel="Data")
@@ -218,7 +226,8 @@ def _evaluate(
         str | None, typer.Option(help="An iRPE such as rpe-1.9-product-ctx-1-k, or none.", rich_help_panel="Model")
     ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures there, with those of each class.", rich_help_panel=FOLDER)
+        Path | None,
+        typer.Option("--json", help="Write the figures there, with those of each class.", rich_help_panel=FOLDER),
     ] = None,
     **settings: Any,
 ) -> None:
@@ -237,11 +246,15 @@ def _evaluate(
             chosen, classes, path = settings_from("deit", given), None, None
         else:
             old, classes = job.settings_of(run)
-            fixed = {one: given[one] for one in ("model", "rpe", "pretrained", "in_chans", "num_classes") if one in given}
+            fixed = {
+                one: given[one] for one in ("model", "rpe", "pretrained", "in_chans", "num_classes") if one in given
+            }
             if fixed:
                 raise ValueError(f"{', '.join(map(_flag, fixed))}: the run has its own; leave it out")
             if data is not None and data != old.data:
                 given = {"val_share": 0.0, "val_split": None, **given}
+            if split is not None:
+                given["val_share"] = 0.0
             chosen = settings_from_dict({**dataclasses.asdict(old), **given})
             named = {"best": "best.safetensors", "last": "model.safetensors", "ema": "ema.safetensors"}
             path = find_weights(run / named[weights] if weights in named else Path(weights))
@@ -250,7 +263,12 @@ def _evaluate(
             printer.print(f"unreadable: {name}", soft_wrap=True)
         printer.print(score.words(), soft_wrap=True)
         if json_file is not None and os.environ.get("RANK", "0") == "0":
-            values = score.plain() | {"unreadable": bad, "classes": classes, "data": chosen.data, "split": chosen.val_split}
+            values = score.plain() | {
+                "unreadable": bad,
+                "classes": classes,
+                "data": chosen.data,
+                "split": chosen.val_split,
+            }
             json_file.write_text(json.dumps(values, indent=1) + "\n")
 
 
@@ -258,7 +276,8 @@ def _evaluate(
 _TRAINING = tuple(
     one.name
     for one in dataclasses.fields(Settings)
-    if one.metadata.get("panel") in ("Recipe", "Augmentation", "Checkpoints and logs") and one.name not in ("batch_size",)
+    if one.metadata.get("panel") in ("Recipe", "Augmentation", "Checkpoints and logs")
+    and one.name not in ("batch_size",)
 )
 train = _with_settings(_train)
 train.__name__ = "train"

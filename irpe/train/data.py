@@ -186,7 +186,9 @@ def open_data(settings: Settings, *, train: bool = True) -> Data:
     mode = "RGB" if settings.in_chans == 3 else "L"
     if settings.data == "digits":
         return _data(
-            DigitsSource(settings.train_split or "fit", mode), DigitsSource(settings.val_split or "valid", mode), settings
+            DigitsSource(settings.train_split or "fit", mode),
+            DigitsSource(settings.val_split or "valid", mode),
+            settings,
         )
     if settings.data.startswith(NAMED):
         return _named(settings, mode, train)
@@ -239,7 +241,7 @@ def _on_disk(settings: Settings, mode: str, train: bool) -> Data:
         "train": _part(root, TRAIN, settings.train_split), "val": _part(root, VAL, settings.val_split),
     }  # fmt: skip
     for part, path in found.items():
-        if path is None and (part == "train" and train or part == "val" and not settings.val_share):
+        if path is None and (train if part == "train" else not settings.val_share):
             raise ValueError(f"{root} has no {part}: expected {root / part} or {root / part}.tar")
     first = _pictures(found["train"], mode) if found["train"] and (train or settings.val_share) else None
     second = _pictures(found["val"], mode) if found["val"] and not settings.val_share else None
@@ -266,8 +268,8 @@ def _pictures(root: Path, mode: str) -> ReaderSource:
             raise ValueError(f"{root} cannot be read as a tar archive with pictures: {error}") from None
         return ReaderSource(reader, reader.class_name_to_idx, mode)
     _check_folders(root)
-    reader = ReaderImageFolder(str(root))
-    return ReaderSource(reader, reader.class_to_idx, mode)
+    folders = ReaderImageFolder(str(root))
+    return ReaderSource(folders, folders.class_to_idx, mode)
 
 
 def _check_tars(paths: Sequence[Path]) -> None:
@@ -286,14 +288,16 @@ def _check_folders(root: Path) -> None:
     where: dict[str, str] = {}
     empty = []
     for folder, below, files in os.walk(root, followlinks=True):
-        below[:] = [name for name in below if not name.startswith(".")]
+        below[:] = sorted(name for name in below if not name.startswith("."))
         pictures = any(os.path.splitext(name)[1].lower() in kinds for name in files)
         if not pictures:
             if not below:
                 empty.append(folder)
             continue
         if Path(folder) == root:
-            raise ValueError(f"{root} holds pictures itself; expected a folder for each class, with its pictures inside")
+            raise ValueError(
+                f"{root} holds pictures itself; expected a folder for each class, with its pictures inside"
+            )
         name = os.path.basename(folder)
         if name in where:
             raise ValueError(f"two folders of the name {name!r} would be one class: {where[name]} and {folder}")
@@ -316,6 +320,8 @@ def _named(settings: Settings, mode: str, train: bool) -> Data:
     if settings.data.startswith(STREAMS):
         if not settings.num_classes:
             raise ValueError(f"{settings.data} does not tell how many classes it has; say it with --num-classes")
+        if settings.parallel == "fsdp":
+            raise ValueError(f"--parallel fsdp cannot evaluate on a stream ({settings.data}); use --parallel ddp")
         if settings.val_share:
             raise ValueError("--val-share needs data that can be read in any order; name a --val-split instead")
         return Data(parts[0], parts[1], [str(one) for one in range(settings.num_classes)])
@@ -344,6 +350,9 @@ def _create(settings: Settings, mode: str, split: str, training: bool) -> Any:
         hint = "" if settings.download or not name.startswith("torch/") else "; --download lets torchvision fetch it"
         raise ValueError(f"{settings.data}, split {split}: {error}{hint}") from None
     if settings.data.startswith(STREAMS):
+        if not training and hasattr(dataset.reader, "dist_num_replicas"):
+            # shares of processes would leave images out, or count them twice, where shards do not divide
+            dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1
         return dataset
     if name.startswith("torch/"):
         return TorchvisionSource(dataset, mode)

@@ -13,7 +13,7 @@ from .settings import Settings
 from .world import World
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818 - nothing went wrong
     """A signal asked for an end while images were measured."""
 
 
@@ -75,11 +75,9 @@ def evaluate(
     stream = isinstance(source, IterableDataset)
     loader = eval_loader(source, transform, settings, world.rank, world.size, batch_size)
     for number, batch in enumerate(loader):
-        # processes have to agree on an end at the same batch, and those of a stream have different numbers of them
-        if world.size == 1:
-            asked = interrupted()
-        else:
-            asked = not stream and number % 10 == 0 and world.any(int(interrupted()))
+        # processes have to agree on an end at the same batch, and a stream is read by the first one alone
+        together = not stream and number % 10 == 0
+        asked = interrupted() if world.size == 1 else together and world.any(int(interrupted()))
         if asked:
             raise Interrupted
         bad += batch.bad

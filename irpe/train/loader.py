@@ -6,6 +6,7 @@ number of loader workers.
 """
 
 import hashlib
+import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,11 @@ from .settings import Settings
 TRIES = 20  # pictures in a row that may be unreadable before a run gives up
 
 
-class BadImage(ValueError):
+class RunError(ValueError):
+    """Something on the way of a run that no option was wrong about."""
+
+
+class BadImageError(RunError):
     """An image that cannot be read."""
 
 
@@ -55,7 +60,10 @@ def seed_all(*parts: Any) -> None:
     number = mixed(*parts)
     random.seed(number)
     np.random.seed(number % 2**32)
-    torch.manual_seed(number)
+    # torch.manual_seed does the same half a millisecond slower where a GPU has not been used yet
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(number)
 
 
 @dataclass(frozen=True)
@@ -71,8 +79,8 @@ class Share:
         parts = self.size * self.accumulate
         if self.batch_size % parts:
             raise ValueError(
-                f"--batch-size {self.batch_size} cannot be shared by {self.size} processes x {self.accumulate} accumulated "
-                f"batches; expected a multiple of {parts}"
+                f"--batch-size {self.batch_size} cannot be shared by {self.size} processes x {self.accumulate} "
+                f"accumulated batches; expected a multiple of {parts}"
             )
 
     @property
@@ -105,7 +113,7 @@ class Samples(Dataset[Sample]):
             except Exception as error:  # what broken files raise has no end: OSError, SyntaxError, struct.error, ...
                 bad.append(f"{self.source.name(index)}: {error or type(error).__name__}")
                 if self.replace is None:
-                    raise BadImage(
+                    raise BadImageError(
                         f"unreadable image {bad[0]}; --bad-images skip goes on without it, --verify lists all"
                     ) from None
                 if not self.replace:
@@ -113,7 +121,7 @@ class Samples(Dataset[Sample]):
                 index = (index + 1) % len(self.source)
                 continue
             return Sample(self.transform(image), target, True, tuple(bad))
-        raise BadImage(f"{TRIES} unreadable images in a row, the first is {bad[0]}")
+        raise BadImageError(f"{TRIES} unreadable images in a row, the first is {bad[0]}")
 
     def _none(self, bad: tuple[str, ...]) -> Sample:
         from PIL import Image
@@ -130,6 +138,7 @@ class StreamSamples(IterableDataset[Sample]):
         self.stream, self.transform = stream, transform
 
     def __iter__(self) -> Iterator[Sample]:
+        seed_all(get_worker_info().seed)  # type: ignore[union-attr]
         for image, target in self.stream:
             yield Sample(self.transform(image), int(target), True, ())
 
@@ -153,7 +162,7 @@ class Transform:
         augment = None if settings.auto_augment == "none" else settings.auto_augment
         self.apply = create_transform(
             **common, is_training=True, scale=(settings.crop_scale, 1.0), hflip=settings.hflip, vflip=settings.vflip,
-            color_jitter=settings.color_jitter or None, auto_augment=augment, re_prob=settings.erase, re_mode="pixel",
+            color_jitter=settings.color_jitter, auto_augment=augment, re_prob=settings.erase, re_mode="pixel",
             ratio=(1.0, 1.0) if settings.crop_scale == 1 else None,
         )  # fmt: skip
 
@@ -211,8 +220,8 @@ def eval_loader(source: Any, transform: Any, settings: Settings, rank: int, size
 
     Every process has as many batches; those at the end are filled with samples that are not real.
     """
-    if isinstance(source, IterableDataset):
-        return _stream(source, transform, settings, 0, batch_size, drop_last=False)
+    if isinstance(source, IterableDataset):  # which has no places to share out: the first process reads all of it
+        return [] if rank else _stream(source, transform, settings, 0, batch_size, drop_last=False)
     rounds = -(-len(source) // size)
     mine = [one if (one := k * size + rank) < len(source) else -1 for k in range(rounds)]
     batches = [[(index, index) for index in mine[k : k + batch_size]] for k in range(0, rounds, batch_size)]
@@ -222,7 +231,7 @@ def eval_loader(source: Any, transform: Any, settings: Settings, rank: int, size
 
 def _stream(stream: Any, transform: Any, settings: Settings, seed: int, batch_size: int, *, drop_last: bool) -> Any:
     if hasattr(stream, "set_loader_cfg"):
-        stream.set_loader_cfg(num_workers=settings.loader_workers)
+        stream.set_loader_cfg(num_workers=loader_workers(settings, stream=True))
     generator = torch.Generator().manual_seed(seed)
     samples = StreamSamples(stream, transform)
     return _loader(samples, settings, batch_size=batch_size, drop_last=drop_last, generator=generator)
@@ -230,9 +239,22 @@ def _stream(stream: Any, transform: Any, settings: Settings, seed: int, batch_si
 
 def _loader(samples: Any, settings: Settings, **options: Any) -> DataLoader[Any]:
     return DataLoader(
-        samples, collate_fn=collate, num_workers=settings.loader_workers, pin_memory=torch.cuda.is_available(),
+        samples, collate_fn=collate, num_workers=loader_workers(settings, stream=isinstance(samples, StreamSamples)),
+        pin_memory=torch.cuda.is_available(),
         worker_init_fn=_start_worker, **options,
     )  # fmt: skip
+
+
+def loader_workers(settings: Settings, *, stream: bool = False) -> int:
+    """Processes that read images for one training process; at least one for a stream.
+
+    The shuffling of a stream keeps its state from epoch to epoch. A process of its own in each epoch begins anew.
+    """
+    if stream:
+        return max(1, loader_workers(settings))
+    if settings.loader_workers >= 0:
+        return settings.loader_workers
+    return min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def _start_worker(worker: int) -> None:
@@ -247,7 +269,11 @@ def _start_worker(worker: int) -> None:
 def unreadable(source: Source, settings: Settings) -> list[str]:
     """Reads every image once; `name: reason` of each that cannot be."""
     samples = Samples(source, _nothing, False)
-    batches = [list(zip(part, part, strict=True)) for k in range(0, len(source), 64) if (part := range(len(source))[k : k + 64])]
+    batches = [
+        list(zip(part, part, strict=True))
+        for k in range(0, len(source), 64)
+        if (part := range(len(source))[k : k + 64])
+    ]
     return [name for batch in _loader(samples, settings, batch_sampler=batches) for name in batch.bad]
 
 

@@ -49,9 +49,7 @@ class Log:
         if folder is None:
             return
         if (folder / FILE).exists():
-            kept = [line for line in read_log(folder) if line["step"] <= (measured if line["kind"] == "epoch" else step)]
-            text = "".join(json.dumps(line) + "\n" for line in kept)
-            write_whole(folder / FILE, lambda file: file.write(text.encode()))
+            self._keep(folder, step, measured)
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -68,6 +66,12 @@ class Log:
             self.bar = Progress(*columns, console=console, speed_estimate_period=120)
             self.task = self.bar.add_task("training", total=total_images, rate="")
             self.bar.start()
+
+    def _keep(self, folder: Path, step: int, measured: int) -> None:
+        """Removes the lines that the run will write again."""
+        last = {"step": step, "epoch": measured}
+        text = "".join(json.dumps(line) + "\n" for line in read_log(folder) if line["step"] <= last[line["kind"]])
+        write_whole(folder / FILE, lambda file: file.write(text.encode()))
 
     def advance(self, images: int) -> None:
         """A step was done."""
@@ -104,7 +108,8 @@ class Log:
             return
         self._write({"kind": "epoch", **values})
         score, average = values["val"], values.get("ema")
-        words = f"epoch {values['epoch']}: train {values['train_loss']:.4f}, val {score['loss']:.4f}, top-1 {score['top1']:.2f}"
+        words = f"epoch {values['epoch']}: train {values['train_loss']:.4f}, val {score['loss']:.4f}"
+        words += f", top-1 {score['top1']:.2f}"
         if average:
             words += f", average {average['top1']:.2f}"
         if values["bad_images"]:
@@ -116,15 +121,17 @@ class Log:
         self.console.print(words + (", the best so far" if is_best else ""), soft_wrap=True)
         self.since, self.at_last_line = time.perf_counter(), self.done
         if self.board is not None:
-            for name, score in (("val", values["val"]), ("ema", average)):
-                for key in ("loss", "top1", "top5") if score else ():
-                    self.board.add_scalar(f"{name}/{key}", score[key], values["step"])
+            for name, one in {"val": score, "ema": average or {}}.items():
+                for key in ("loss", "top1", "top5") if one else ():
+                    self.board.add_scalar(f"{name}/{key}", one[key], values["step"])
 
     def bad_images(self, names: list[str]) -> None:
         """Names the first unreadable images, once."""
         if names and not self.reported:
             self.reported = len(names)
-            self.console.print(f"{len(names)} unreadable images to evaluate on, left out: {'; '.join(names[:3])}", soft_wrap=True)
+            self.console.print(
+                f"{len(names)} unreadable images to evaluate on, left out: {'; '.join(names[:3])}", soft_wrap=True
+            )
 
     def close(self) -> None:
         """Ends the bar and the files."""

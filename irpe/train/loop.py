@@ -16,7 +16,7 @@ from . import checkpoint
 from . import model as models
 from .data import Data
 from .evaluation import Interrupted, Score, autocast, evaluate, to_device
-from .loader import Share, Transform, seed_all, train_loader
+from .loader import RunError, Share, Transform, seed_all, train_loader
 from .logs import Log
 from .settings import Settings
 from .world import World, shard, wrapped
@@ -24,7 +24,7 @@ from .world import World, shard, wrapped
 Stop = Callable[[], int]  # the number of the signal that asked for an end, or 0
 
 
-class Stopped(Exception):
+class Stopped(Exception):  # noqa: N818 - nothing went wrong
     """The run was asked to end, and has saved where it is."""
 
     def __init__(self, signal: int, step: int, path: Path) -> None:
@@ -94,13 +94,13 @@ class Trainer:
             if not count:
                 raise ValueError("this data does not tell how many images it has; say it with --train-samples")
         if count < size:
-            raise ValueError(f"--batch-size {size}, but there are {count} images to train on; use at most {count}")
+            raise ValueError(f"--batch-size {size}, but there are {count} images to train on")
         return count // size
 
     # ---- state
 
     def state(self) -> dict[str, Any]:
-        """Everything that decides how the run goes on, the same in all processes. Random numbers follow from the step."""
+        """All that decides how the run goes on, the same in all processes; random numbers follow from the step."""
         self._share_sums()
         return {
             "settings": asdict(self.settings), "steps_per_epoch": self.steps_per_epoch, "step": self.progress.step,
@@ -117,8 +117,8 @@ class Trainer:
         """
         if state["steps_per_epoch"] != self.steps_per_epoch or state["classes"] != self.data.classes:
             raise ValueError(
-                f"the data has changed: an epoch had {state['steps_per_epoch']} steps and {len(state['classes'])} classes, "
-                f"now {self.steps_per_epoch} and {len(self.data.classes)}"
+                f"the data has changed: an epoch had {state['steps_per_epoch']} steps and "
+                f"{len(state['classes'])} classes, now {self.steps_per_epoch} and {len(self.data.classes)}"
             )
         if self.settings.parallel == "fsdp":
             from torch.distributed.checkpoint import state_dict as sharded
@@ -164,9 +164,9 @@ class Trainer:
             torch.stack([one for one, _ in self._losses]).tolist() if self._losses else [], self._losses, strict=True
         ):
             if not math.isfinite(value):
-                raise ValueError(
-                    f"the loss is {value} at step {self.progress.step}; the last checkpoint is from before. A lower --lr, a "
-                    "longer --warmup-epochs, --clip-grad 1, or --amp bf16 in place of fp16 often helps"
+                raise RunError(
+                    f"the loss is {value} at step {self.progress.step}; the last checkpoint is from before. A lower "
+                    "--lr, a longer --warmup-epochs, --clip-grad 1, or --amp bf16 in place of fp16 often helps"
                 )
             sums.loss, sums.line_loss = sums.loss + value * count, sums.line_loss + value * count
             sums.images, sums.line_images = sums.images + count, sums.line_images + count
@@ -186,7 +186,7 @@ class Trainer:
 
         Raises:
             Stopped: a signal came, and a checkpoint was written.
-            ValueError: the loss is not finite, or an image cannot be read.
+            RunError: the loss is not finite, or an image cannot be read.
             WriteError: a file could not be written.
         """
         progress = self.progress
@@ -240,7 +240,7 @@ class Trainer:
             try:
                 batch = next(batches)
             except StopIteration:
-                raise ValueError(
+                raise RunError(
                     f"the data ended in step {progress.step + 1}, before the {self.steps_per_epoch} steps of an epoch; "
                     "give --train-samples the number that there are for each process"
                 ) from None
@@ -275,7 +275,7 @@ class Trainer:
         if isinstance(self.wrapped, nn.parallel.DistributedDataParallel) and not last:
             return self.wrapped.no_sync()
         if self.settings.parallel == "fsdp":
-            self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
+            self.model.set_requires_gradient_sync(last)
         return nullcontext()
 
     def _line(self, log: Log, norm: float) -> None:

@@ -1,5 +1,8 @@
 """The model of a run: timm's, with iRPE; its weights, its parameter groups and its optimizer."""
 
+import difflib
+import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +18,14 @@ from .settings import Settings
 WEIGHTS = "model.safetensors"
 
 
-def build(settings: Settings, num_classes: int, say: Callable[[str], None] = lambda words: None) -> nn.Module:
-    """A new model on the CPU, with its weights; a function of the settings alone.
+def build(
+    settings: Settings, num_classes: int, say: Callable[[str], None] = lambda words: None, *, strict: bool = False
+) -> nn.Module:
+    """A new model on the CPU, with its weights; a function of the settings and of the files that they name.
 
     Args:
         say: is told what was not taken from the pretrained weights.
+        strict: whether everything has to be taken from them.
 
     Raises:
         ValueError, TypeError: timm does not know the model or an argument; iRPE cannot be added to it; the file does
@@ -28,13 +34,16 @@ def build(settings: Settings, num_classes: int, say: Callable[[str], None] = lam
     import timm
 
     options = settings.model_kwargs()
-    if (size := settings.size()) is not None:
-        options["img_size"] = size
+    size = settings.size()
+    hub = settings.pretrained == "hub"
+    weights = find_weights(Path(settings.pretrained)) if settings.pretrained and not hub else None
+    of_run = size_of_run(weights) if weights is not None else None
+    if (first := of_run or size) is not None:
+        options["img_size"] = first
     if settings.drop_path:
         options["drop_path_rate"] = settings.drop_path
-    hub = settings.pretrained == "hub"
     if not timm.is_model(settings.model):
-        near = timm.list_models(f"*{settings.model.split('_')[0]}*")[:5]
+        near = difflib.get_close_matches(settings.model, timm.list_models(), 4)
         raise ValueError(f"--model {settings.model}: timm has none of that name; similar: {', '.join(near) or 'none'}")
     seed_all(settings.seed, "model")
     try:
@@ -46,11 +55,15 @@ def build(settings: Settings, num_classes: int, say: Callable[[str], None] = lam
         raise ValueError(f"timm cannot build {settings.model} with {given or 'its own arguments'}: {error}") from None
     except OSError as error:
         raise ValueError(f"--pretrained hub: {error}") from None
-    adapt = _adapter_of_weights(model)
     if settings.rpe != "none":
         equip(model, settings.rpe)
-    if settings.pretrained and not hub:
-        load_weights(model, find_weights(Path(settings.pretrained)), say, adapt=adapt)
+    if weights is not None:
+        load_weights(model, weights, say, strict=strict)
+        if of_run is not None and of_run != (wanted := shape_of(settings, model).size):
+            # only the model itself knows the height and width of the positions that it has
+            if not hasattr(model, "set_input_size"):
+                raise ValueError(f"{settings.model} cannot change the size of its images; leave --img-size out")
+            model.set_input_size(img_size=wanted)  # type: ignore[operator]
     if settings.grad_checkpointing:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
     return model
@@ -92,32 +105,41 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} cannot be read as weights: {error}") from None
 
 
-def _adapter_of_weights(model: nn.Module) -> Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None:
-    """timm's function beside the model's class that resamples positions and patch kernels to the model's size."""
-    return getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+def size_of_run(weights: Path) -> tuple[int, int] | None:
+    """(height, width) of the images of the run whose folder the file lies in, or None if it lies in no such folder."""
+    record = weights.parent / "settings.json"
+    if not record.exists():
+        return None
+    height, width = json.loads(record.read_text())["shape"]["size"]
+    return height, width
 
 
-def load_weights(
-    model: nn.Module,
-    path: Path,
-    say: Callable[[str], None],
-    adapt: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None = None,
-) -> None:
-    """Loads what fits: all of it, but for a head of other classes and the tables of iRPE, which may be absent.
+def load_weights(model: nn.Module, path: Path, say: Callable[[str], None], *, strict: bool = False) -> None:
+    """Loads all of the file, but for a head of other classes and the tables of iRPE, which may be absent if not strict.
 
     Raises:
         ValueError: any other weight is missing, left over or of another shape; nothing has been loaded then.
     """
     state = read_weights(path)
-    if adapt is not None:
+    # timm's function beside the model's class, which resamples positions and patch kernels to the model's size
+    beside = (getattr(sys.modules[cls.__module__], "checkpoint_filter_fn", None) for cls in type(model).__mro__)
+    _check_positions(state, model, path)
+    if (adapt := next(filter(None, beside), None)) is not None:
         state = adapt(state, model)
     own = model.state_dict()
     head = tuple(f"{name}." for name in _head_names(model))
-    dropped = [
-        name for name, one in state.items() if name.startswith(head) and (name not in own or own[name].shape != one.shape)
-    ]
+    dropped = (
+        []
+        if strict
+        else [
+            name
+            for name, one in state.items()
+            if name.startswith(head) and (name not in own or own[name].shape != one.shape)
+        ]
+    )
     state = {name: one for name, one in state.items() if name not in dropped}
-    tables = {name for name in own if "lookup_table" in name}
+    tables = set() if strict else {name for name in own if "lookup_table" in name}
+    head = () if strict else head
     missing = [name for name in own if name not in state]
     problems = [f"{name} is missing" for name in missing if name not in tables and not name.startswith(head)]
     problems += [f"{name} is left over" for name in state if name not in own]
@@ -136,6 +158,19 @@ def load_weights(
         say(f"{path.name} has no tables of iRPE for {len(absent)} encodings; they start at zero")
 
 
+def _check_positions(state: dict[str, Tensor], model: nn.Module, path: Path) -> None:
+    """timm resamples positions as if they had been a square."""
+    there, own = state.get("pos_embed"), getattr(model, "pos_embed", None)
+    if there is None or own is None or there.shape == own.shape or there.ndim != 3:
+        return
+    prefix = 0 if getattr(model, "no_embed_class", False) else getattr(model, "num_prefix_tokens", 0)
+    if math.isqrt(tokens := there.shape[1] - prefix) ** 2 != tokens:
+        raise ValueError(
+            f"{path} has positions for {tokens} tokens, which are no square; use the size that it was "
+            "trained with, or the folder of the run, which tells height and width"
+        )
+
+
 def _head_names(model: nn.Module) -> list[str]:
     names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or "head"
     return [names] if isinstance(names, str) else list(names)
@@ -144,11 +179,12 @@ def _head_names(model: nn.Module) -> list[str]:
 def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
     """Matrices decay by --weight-decay; tables of iRPE by --rpe-weight-decay, which is 0; all else does not.
 
-    The tables are a group of their own, with --rpe-lr-scale; with --layer-decay timm's groups of layers keep theirs too.
+    The tables are groups of their own, with --rpe-lr-scale; with --layer-decay one for each of timm's groups of layers.
     """
     from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
-    spared = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    own: Any = model
+    spared = set(own.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
     tables: set[nn.Parameter] = set()
     if settings.rpe != "none":
         tables = set(rpe_parameters(model)["params"])
@@ -175,7 +211,9 @@ def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimize
     from timm.optim import create_optimizer_v2
 
     try:
-        return create_optimizer_v2(parameter_groups(model, settings), opt=settings.opt, lr=settings.peak_lr(), weight_decay=0)
+        return create_optimizer_v2(
+            parameter_groups(model, settings), opt=settings.opt, lr=settings.peak_lr(), weight_decay=0
+        )
     except (ValueError, AssertionError) as error:
         raise ValueError(f"--opt {settings.opt}: {error}") from None
 
@@ -211,7 +249,9 @@ def make_mixup(settings: Settings, num_classes: int, local_batch: int) -> Any:
     if not (settings.mixup or settings.cutmix):
         return None
     if local_batch % 2:
-        raise ValueError(f"mixup and cutmix mix pairs, but a process has {local_batch} images at a time; use an even number")
+        raise ValueError(
+            f"mixup and cutmix mix pairs, but a process has {local_batch} images at a time; use an even number"
+        )
     return Mixup(
         mixup_alpha=settings.mixup, cutmix_alpha=settings.cutmix, prob=settings.mixup_prob,
         switch_prob=settings.mixup_switch, label_smoothing=settings.smoothing, num_classes=num_classes,

@@ -33,8 +33,8 @@ def write_report(folder: Path, model: nn.Module | None, val: Any, console: Conso
         "best": _scores(max(epochs, key=lambda line: line["val"]["top1"])), "seconds": epochs[-1]["seconds"],
     }  # fmt: skip
     write_json(folder / "result.json", result)
-    paths = [draw_run(folder / CURVES, lines)]
-    if model is not None and not isinstance(val, IterableDataset):
+    paths = [draw_run(folder / CURVES, lines)] if record["settings"]["plots"] else []
+    if paths and model is not None and not isinstance(val, IterableDataset):
         settings = settings_from_dict(record["settings"])
         found = encodings(model, settings, Shape(**record["shape"]), val)
         if found is not None:
@@ -47,7 +47,7 @@ def write_report(folder: Path, model: nn.Module | None, val: Any, console: Conso
 
 def _scores(line: dict[str, Any]) -> dict[str, Any]:
     keep = ("loss", "top1", "top5", "images", "bad")
-    parts = {name: {key: line[name][key] for key in keep} for name in ("val", "ema") if name in line}
+    parts: dict[str, Any] = {name: {key: line[name][key] for key in keep} for name in ("val", "ema") if name in line}
     return {"epoch": line["epoch"], "train_loss": line["train_loss"], **parts}
 
 
@@ -125,39 +125,44 @@ def encodings(
     batch = torch.stack(images)
     with torch.no_grad(), _listening(modules, told):
         model(batch.to(device))
-        sizes = {(options.get("height"), options.get("width")) for _, options in heard}
-        answers = [] if len(sizes) > 1 or None in next(iter(sizes)) else [_answers(m, *one) for m, one in zip(modules, heard)]
-    if not answers or len({one.shape for one in answers}) > 1:
+    sizes = {(options.get("height") or 0, options.get("width") or 0) for _, options in heard}
+    heads = {x.shape[1] for x, _ in heard}
+    if len(sizes) > 1 or 0 in next(iter(sizes)) or len(heads) > 1:
         return None
     ((height, width),) = sizes
-    y = torch.stack(answers)  # (blocks, B, H, L, 2h-1, 2w-1)
-    y = y - y.mean((-2, -1), keepdim=True)  # softmax does not see a constant
-    spread = y.std(1).mean((-2, -1, -3)).flatten() if len(images) > 1 else y.std((-2, -1)).mean((1, -1)).flatten()
-    shown = [divmod(int(place), y.shape[2]) for place in spread.argsort(descending=True)[:2]]
-    examples = min(examples, len(images))
     at = (height // 2, width // 2)
-    token = at[0] * width + at[1]
+    with torch.no_grad():
+        answers = [_answers(module, *one, at) for module, one in zip(modules, heard, strict=True)]
+    mean, single = (torch.stack(part) for part in zip(*answers, strict=True))
+    mean, single = (one - one.mean((-2, -1), keepdim=True) for one in (mean, single))  # softmax does not see a constant
+    differ = single.std(1) if len(images) > 1 else single[:, 0].abs()  # (blocks, H, 2h-1, 2w-1)
+    order = differ.mean((-2, -1)).flatten().argsort(descending=True)
+    shown = [divmod(int(place), mean.shape[1]) for place in order[:2]]
+    examples = min(examples, len(images))
     grey = batch[:examples].mean(1)
     low, high = grey.amin((1, 2), keepdim=True), grey.amax((1, 2), keepdim=True)
     return viz.Encodings(
-        title=settings.rpe, mean=y.mean((1, 3)).numpy(),
-        single=torch.stack([y[block, :examples, head, token] for block, head in shown]).numpy(),
+        title=settings.rpe, mean=mean.numpy(),
+        single=torch.stack([single[block, :examples, head] for block, head in shown]).numpy(),
         images=(1 - (grey - low) / (high - low).clamp(min=1e-6)).numpy(),  # drawn on white: 0 is white
         at=[at] * examples, shown=shown, patch=batch.shape[2] // height,
     )  # fmt: skip
 
 
-def _answers(module: Any, x: Tensor, options: dict[str, Any]) -> Tensor:
-    """(B, H, L, 2h-1, 2w-1): what each query adds to the score of a key at each offset; prefix tokens left out."""
+def _answers(module: Any, x: Tensor, options: dict[str, Any], at: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """(H, 2h-1, 2w-1) and (B, H, 2h-1, 2w-1): added to the score of a key by its offset, for the mean query of all
+    images and for the query at (row, column) of each."""
     parts = [module] if hasattr(module, "rpe_config") else [module.rp_rows, module.rp_cols]
-    answer = torch.zeros((), device=x.device)
+    batch, heads = x.shape[:2]
+    height, width = options["height"], options["width"]
+    mean, single = torch.zeros((), device=x.device), torch.zeros((), device=x.device)
     for part, (table, _) in zip(parts, type(module).tables(module, x, **options), strict=True):
-        config = part.rpe_config
-        ids = get_offset_ids_2d(
-            part.method, options["height"], options["width"], config.alpha, config.beta, config.gamma
-        ).flip(0, 1)
-        answer = answer + table[:, :, config.skip :].float()[..., ids.to(table.device)]
-    return answer.expand(len(x), x.shape[1], -1, -1, -1).cpu()
+        c = part.rpe_config
+        ids = get_offset_ids_2d(part.method, height, width, c.alpha, c.beta, c.gamma).flip(0, 1).to(table.device)
+        table = table[:, :, c.skip :].float()  # (B, H, L, N), in bias mode (1, H', L, N)
+        mean = mean + table.mean((0, 2))[..., ids]
+        single = single + table[:, :, at[0] * width + at[1]][..., ids]
+    return mean.expand(heads, -1, -1).cpu(), single.expand(batch, heads, -1, -1).cpu()
 
 
 def card(record: dict[str, Any], result: dict[str, Any], epochs: list[dict[str, Any]], pictures: list[str]) -> str:
@@ -169,7 +174,10 @@ def card(record: dict[str, Any], result: dict[str, Any], epochs: list[dict[str, 
         ("model", f"{settings['model']}, {record['parameters']:,} parameters, images of {height}x{width}"),
         ("encoding", settings["rpe"]),
         ("started from", settings["pretrained"] or "random weights"),
-        ("recipe", f"{settings['recipe']}, {result['epochs']} of {settings['epochs']} epochs measured, {result['step']:,} steps"),
+        (
+            "recipe",
+            f"{settings['recipe']}, {result['epochs']} of {settings['epochs']} epochs, {result['step']:,} steps",
+        ),
         ("batch", f"{settings['batch_size']} images, {record['processes']} process(es) on {record['device']}"),
         *((f"optimizer: {name}", words) for name, words in record["parameter_groups"].items()),
         ("training", _duration(result["seconds"])),
@@ -178,7 +186,8 @@ def card(record: dict[str, Any], result: dict[str, Any], epochs: list[dict[str, 
     def line(name: str, epoch: dict[str, Any], part: str) -> str:
         one = epoch[part]
         bad = f", {one['bad']} unreadable left out" if one["bad"] else ""
-        return f"| {name} | {epoch['epoch']} | {one['loss']:.4f} | {one['top1']:.2f} | {one['top5']:.2f} | {one['images']:,}{bad} |"
+        figures = (epoch["epoch"], f"{one['loss']:.4f}", f"{one['top1']:.2f}", f"{one['top5']:.2f}")
+        return f"| {name} | {' | '.join(map(str, figures))} | {one['images']:,}{bad} |"
 
     scores = [line("best", best, "val"), line("last", last, "val")]
     if "ema" in last:
@@ -189,13 +198,14 @@ def card(record: dict[str, Any], result: dict[str, Any], epochs: list[dict[str, 
         [
             f"# {settings['model']} on {Path(settings['data']).name}", "",
             "| | |", "|---|---|", *(f"| {name} | {words} |" for name, words in rows), "",
-            "Measured on the part of the data that was not trained on; `best` was chosen by these very numbers, so an honest",
-            "figure for it needs images that had no say: `irpe evaluate THIS_FOLDER --data OTHER`.", "",
+            "Measured on the part of the data that was not trained on. `best` was chosen by these very numbers: an",
+            "honest figure for it needs images that had no say, `irpe evaluate THIS_FOLDER --data OTHER`.", "",
             "| weights | epoch | loss | top-1 | top-5 | images |", "|---|---|---|---|---|---|", *scores, "",
             *(f"![{titles[name]}]({name})\n" for name in pictures),
             "## Files", "",
-            "`best.safetensors`, `model.safetensors` (the last) and `ema.safetensors` (the average, where there is one) are state",
-            "dicts; `settings.json` has all that builds the model; `log.jsonl` has a line for each epoch and for some steps.", "",
+            "`best.safetensors`, `model.safetensors` (the last) and `ema.safetensors` (the average, if there is one)",
+            "are state dicts; `settings.json` has all that builds the model; `log.jsonl` has a line for each epoch",
+            "and for some steps.", "",
             "## Settings", "", own, "",
             "Made with " + ", ".join(f"{name} {version}" for name, version in record["versions"].items()) + ".", "",
         ]

@@ -79,7 +79,7 @@ def train(settings: Settings, make_folder: MakeFolder, resume: str | None, conso
         trainer = Trainer(settings, data, model, world)
         folder = world.from_first(make_folder)
         if resume == "auto":
-            start = world.from_first(lambda: (checkpoint.checkpoints(folder) or [None])[-1])
+            start = world.from_first(lambda: next(reversed(checkpoint.checkpoints(folder)), None))
         if start is not None:
             _go_on(trainer, start)
             say(f"goes on after step {trainer.progress.step} of {trainer.total_steps}, from {start}")
@@ -175,11 +175,13 @@ def _verify(sources: list[Source], settings: Settings, world: World, console: Co
         console.print(words, soft_wrap=True)
 
 
-def measure(settings: Settings, weights: Path | None, classes: list[str] | None, console: Console) -> tuple[Score, list[str]]:
+def measure(
+    settings: Settings, weights: Path | None, classes: list[str] | None, console: Console
+) -> tuple[Score, list[str]]:
     """(score, unreadable images) of a model on the part to evaluate on.
 
     Args:
-        weights: what to load, strictly; None leaves the model as `--pretrained` and the seed make it.
+        weights: what to load in place of `--pretrained`.
         classes: those that the model was trained for, which the data has to have.
     """
     with started(settings.device) as world:
@@ -188,9 +190,10 @@ def measure(settings: Settings, weights: Path | None, classes: list[str] | None,
             from .data import _difference
 
             raise ValueError(_difference(classes, data.classes))
-        model = models.build(settings, len(data.classes), console.print if world.first else (lambda words: None))
         if weights is not None:
-            models.load_weights(model, weights, console.print)
+            settings = dataclasses.replace(settings, pretrained=str(weights))
+        say = console.print if world.first else (lambda words: None)
+        model = models.build(settings, len(data.classes), say, strict=True)
         model.to(world.device)
         if settings.compile:
             model.compile()

@@ -37,9 +37,11 @@ class Settings:
     64
     """
 
-    data: str
+    data: str = field(metadata={"free": True})
     recipe: str = "deit"
-    data_dir: str | None = _option(None, DATA, "Where data sets with a name (torch/, hfds/, wds/) lie or are kept.")
+    data_dir: str | None = _option(
+        None, DATA, "Where data sets with a name (torch/, hfds/, wds/) lie or are kept.", free=True
+    )
     download: bool = _option(False, DATA, "Let torchvision download a data set that is not there.", free=True)
     train_split: str | None = _option(None, DATA, "Split to train on, where the data names its splits itself.")
     val_split: str | None = _option(None, DATA, "Split to evaluate on, where the data names its splits itself.")
@@ -49,13 +51,21 @@ class Settings:
     num_classes: int = _option(0, DATA, "Number of classes, where the data cannot tell (wds/).", low=0)
     train_samples: int = _option(0, DATA, "Images of an epoch, where the data cannot tell (wds/).", low=0)
     bad_images: str = _option(
-        "stop", DATA, "What an unreadable image does; skip goes on and counts them.", choices=("stop", "skip"), free=True
+        "stop",
+        DATA,
+        "What an unreadable image does; skip goes on and counts them.",
+        choices=("stop", "skip"),
+        free=True,
     )
-    verify: bool = _option(False, DATA, "Read every image once before anything else, and report all bad ones.", free=True)
+    verify: bool = _option(
+        False, DATA, "Read every image once before anything else, and report all bad ones.", free=True
+    )
 
     model: str = _option("deit_small_patch16_224", MODEL, "Name of a model of timm.")
     rpe: str = _option("none", MODEL, "An iRPE such as rpe-1.9-product-ctx-1-k, or none.")
-    pretrained: str | None = _option(None, MODEL, "Weights to start from: a file, the folder of a run, or hub (timm's).")
+    pretrained: str | None = _option(
+        None, MODEL, "Weights to start from: a file, the folder of a run, or hub (timm's)."
+    )
     img_size: str | None = _option(
         None, MODEL, "Side in pixels, or HEIGHTxWIDTH such as 224x320; the model's own by default."
     )
@@ -85,10 +95,14 @@ class Settings:
     weight_decay: float = _option(0.05, RECIPE, "Of matrices; none on biases, norms and positions.", low=0)
     rpe_weight_decay: float = _option(0.0, RECIPE, "Of the tables of iRPE.", low=0)
     rpe_lr_scale: float = _option(1.0, RECIPE, "Learning rate of the tables of iRPE, relative to the others.", low=0)
-    layer_decay: float = _option(0.0, RECIPE, "Learning rates shrink by this factor layer by layer; 0 is off.", low=0, high=1)
+    layer_decay: float = _option(
+        0.0, RECIPE, "Learning rates shrink by this factor layer by layer; 0 is off.", low=0, high=1
+    )
     clip_grad: float = _option(0.0, RECIPE, "Largest norm of the gradient; 0 is off.", low=0)
     smoothing: float = _option(0.1, RECIPE, "Label smoothing.", low=0, high=0.99)
-    ema: float = _option(0.99996, RECIPE, "Decay of the moving average of the weights; 0 is off.", low=0, high=0.999999999)
+    ema: float = _option(
+        0.99996, RECIPE, "Decay of the moving average of the weights; 0 is off.", low=0, high=0.999999999
+    )
     seed: int = _option(0, RECIPE, "All random numbers follow from it.", low=0)
     max_steps: int = _option(0, RECIPE, "Stop after this many steps of the schedule; 0 is off.", low=0, free=True)
 
@@ -99,8 +113,12 @@ class Settings:
     auto_augment: str = _option("rand-m9-mstd0.5-inc1", AUGMENT, "timm's string for RandAugment and others, or none.")
     color_jitter: float = _option(0.4, AUGMENT, "Where --auto-augment is none.", low=0)
     erase: float = _option(0.25, AUGMENT, "Share of images with random erasing.", low=0, high=1)
-    repeats: int = _option(3, AUGMENT, "Repeated augmentation: copies of each image in an epoch of as many steps.", low=1)
-    crop_scale: float = _option(0.08, AUGMENT, "Smallest share of the area that a training crop keeps; 1 keeps all.", low=0.01, high=1)
+    repeats: int = _option(
+        3, AUGMENT, "Repeated augmentation: copies of each image in an epoch of as many steps.", low=1
+    )
+    crop_scale: float = _option(
+        0.08, AUGMENT, "Smallest share of the area that a training crop keeps; 1 keeps all.", low=0.01, high=1
+    )
     hflip: float = _option(0.5, AUGMENT, "Share of images flipped left to right.", low=0, high=1)
     vflip: float = _option(0.0, AUGMENT, "Share of images flipped upside down.", low=0, high=1)
     interpolation: str = _option(
@@ -114,22 +132,29 @@ class Settings:
     grad_checkpointing: bool = _option(False, MACHINE, "Compute activations twice and keep fewer of them.")
     parallel: str = _option("ddp", MACHINE, "How processes of torchrun share the model.", choices=("ddp", "fsdp"))
     loader_workers: int = _option(
-        4, MACHINE, "Processes that read images, for each training process; 0 is none.", low=0, free=True
+        -1,
+        MACHINE,
+        "Processes that read images, for each training process; 0 is none, -1 as many as there are cores, at most 8.",
+        low=-1,
+        free=True,
     )
     eval_batch_size: int = _option(
         0, MACHINE, "Images of one batch of one process in evaluation; 0 is that of training.", low=0, free=True
     )
 
     save_every: int = _option(0, KEEP, "Steps between checkpoints within an epoch; 0 is none.", low=0, free=True)
-    keep: int = _option(2, KEEP, "Checkpoints that are kept, the last ones; the best weights are kept besides.", low=1, free=True)
+    keep: int = _option(
+        2, KEEP, "Checkpoints that are kept, the last ones; the best weights are kept besides.", low=1, free=True
+    )
     log_every: int = _option(50, KEEP, "Steps between lines of log.jsonl.", low=1)
+    plots: bool = _option(True, KEEP, "Draw curves and learned encodings at the end.", free=True)
     tensorboard: bool = _option(True, KEEP, "Log for TensorBoard too, where its package is installed.", free=True)
 
     def __post_init__(self) -> None:
         for one in dataclasses.fields(self):
             value, rules = getattr(self, one.name), one.metadata
             name = "--" + one.name.replace("_", "-")
-            if not rules or value is None:
+            if "low" not in rules or value is None:
                 continue
             if rules["choices"] and value not in rules["choices"]:
                 raise ValueError(f"{name} {value}; expected one of {', '.join(rules['choices'])}")
@@ -139,6 +164,8 @@ class Settings:
                 raise ValueError(f"{name} {value}; expected at least {rules['low']:g}")
             if rules["high"] is not None and value > rules["high"]:
                 raise ValueError(f"{name} {value}; expected at most {rules['high']:g}")
+        if self.parallel == "fsdp" and self.amp == "fp16":
+            raise ValueError("--parallel fsdp with --amp fp16 cannot tell overflows in one process; use --amp bf16")
         if self.in_chans == 2:
             raise ValueError("--in-chans 2; expected 3 or 1 (grey)")
         for name, numbers in (("--mean", self.mean), ("--std", self.std)):
@@ -155,7 +182,9 @@ class Settings:
             return None
         match = re.fullmatch(r"(\d+)(?:x(\d+))?", self.img_size)
         if match is None or not int(match[1]) or match[2] == "0":
-            raise ValueError(f"--img-size {self.img_size!r}; expected a number such as 224, or HEIGHTxWIDTH as in 224x320")
+            raise ValueError(
+                f"--img-size {self.img_size!r}; expected a number such as 224, or HEIGHTxWIDTH as in 224x320"
+            )
         return int(match[1]), int(match[2] or match[1])
 
     def model_kwargs(self) -> dict[str, Any]:
@@ -187,13 +216,13 @@ RECIPES: dict[str, dict[str, Any]] = {
     "deit": {},
     # for a data set of some thousands to some hundred thousands of pictures, from pretrained weights
     "finetune": dict(
-        epochs=30, batch_size=256, base_lr=1e-4, min_lr=1e-6, warmup_epochs=2.0, layer_decay=0.75, mixup=0.0, cutmix=0.0,
-        auto_augment="rand-m7-mstd0.5-inc1", erase=0.1, repeats=1, crop_scale=0.35, ema=0.0, clip_grad=1.0,
+        epochs=30, batch_size=256, base_lr=1e-4, min_lr=1e-6, warmup_epochs=2.0, layer_decay=0.75, mixup=0.0,
+        cutmix=0.0, auto_augment="rand-m7-mstd0.5-inc1", erase=0.1, repeats=1, crop_scale=0.35, ema=0.0, clip_grad=1.0,
     ),
     # from random weights, where an epoch is too short for strong augmentation and slow averages
     "small": dict(
-        epochs=100, batch_size=64, lr=1e-3, warmup_epochs=5.0, drop_path=0.0, mixup=0.0, cutmix=0.0, auto_augment="none",
-        color_jitter=0.0, erase=0.0, repeats=1, crop_scale=0.6, hflip=0.0, ema=0.0, clip_grad=1.0, loader_workers=0,
+        epochs=100, batch_size=64, lr=1e-3, warmup_epochs=5.0, drop_path=0.0, mixup=0.0, cutmix=0.0,
+        auto_augment="none", color_jitter=0.0, erase=0.0, repeats=1, crop_scale=0.6, hflip=0.0, ema=0.0, clip_grad=1.0,
     ),
 }  # fmt: skip
 
@@ -202,7 +231,8 @@ def settings_from(recipe: str, options: Mapping[str, Any]) -> Settings:
     """The settings of a recipe with these options in place of its own."""
     if recipe not in RECIPES:
         raise ValueError(f"--recipe {recipe}; expected one of {', '.join(RECIPES)}")
-    return Settings(**{**RECIPES[recipe], **options, "recipe": recipe})
+    values: dict[str, Any] = {**RECIPES[recipe], **options, "recipe": recipe}
+    return Settings(**values)
 
 
 def settings_from_dict(values: Mapping[str, Any]) -> Settings:
@@ -210,7 +240,8 @@ def settings_from_dict(values: Mapping[str, Any]) -> Settings:
     known = {one.name for one in dataclasses.fields(Settings)}
     if strange := sorted(set(values) - known):
         raise ValueError(f"unknown settings {', '.join(strange)}: they were written by another version")
-    return Settings(**{name: tuple(one) if isinstance(one, list) else one for name, one in values.items()})
+    plain: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in values.items()}
+    return Settings(**plain)
 
 
 def changed(old: Settings, new: Settings) -> list[str]:

@@ -82,7 +82,8 @@ def started(device: str) -> Iterator[World]:
         raise ValueError("--device mps runs in one process only; leave torchrun out, or use --device cpu")
     dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
     yield World(rank, size, chosen)
-    dist.destroy_process_group()  # not after an error: the others may be waiting for this process, until torchrun ends them
+    # not after an error: the others may be waiting for this process, until torchrun ends them
+    dist.destroy_process_group()
 
 
 def _device(name: str, local: int) -> torch.device:
@@ -97,7 +98,9 @@ def _device(name: str, local: int) -> torch.device:
             raise ValueError(f"--device {name}, but torch sees no CUDA device")
         index = local if device.index is None else device.index
         if index >= torch.cuda.device_count():
-            raise ValueError(f"process {local} of this machine needs GPU {index}; there are {torch.cuda.device_count()}")
+            raise ValueError(
+                f"process {local} of this machine needs GPU {index}; there are {torch.cuda.device_count()}"
+            )
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     elif device.type == "mps" and not torch.backends.mps.is_available():

@@ -1,0 +1,329 @@
+"""irpe/train/data.py and loader.py: what is found, what is refused, bad images, shares, and random numbers."""
+
+import tarfile
+
+import pytest
+import torch
+
+pytest.importorskip("timm")
+pytest.importorskip("sklearn")
+
+from PIL import Image
+from train_tiny import SMALL, log, pictures, process
+from typer.testing import CliRunner
+
+from irpe.__main__ import app
+from irpe.train import data, loader
+from irpe.train.settings import settings_from
+
+NO_WORKERS = {"loader_workers": 0, "in_chans": 1, "img_size": "8x12"}
+
+
+def settings(where, **more):
+    return settings_from("small", {"data": str(where), **NO_WORKERS, **more})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return pictures(tmp_path / "pictures")
+
+
+def packed(folder, archive, prefix=""):
+    with tarfile.open(archive, "w") as file:
+        for path in sorted(folder.rglob("*.png")):
+            file.add(path, prefix + str(path.relative_to(folder)))
+    return archive
+
+
+def pixels(source):
+    return sorted((label, image.tobytes()) for image, label in (source[k] for k in range(len(source))))
+
+
+def test_folders_and_archives_hold_the_same(folder, tmp_path):
+    plain = data.open_data(settings(folder))
+    assert plain.classes == ["digit0", "digit1", "digit2", "digit3"]
+    assert (len(plain.train), len(plain.val)) == (24, 24)
+    assert plain.train.labels() == [plain.train[k][1] for k in range(24)]
+    archives = tmp_path / "archives"
+    archives.mkdir()
+    for part in ("train", "val"):
+        packed(folder / part, archives / f"{part}.tar")
+    one = data.open_data(settings(archives))
+    by_class = tmp_path / "by_class"
+    for part in ("training", "validation"):
+        (by_class / part).mkdir(parents=True)
+        for label in range(4):
+            source = folder / {"training": "train", "validation": "val"}[part] / f"digit{label}"
+            packed(source, by_class / part / f"digit{label}.tar")
+    each = data.open_data(settings(by_class))
+    for other in (one, each):
+        assert other.classes == plain.classes
+        assert pixels(other.train) == pixels(plain.train)
+        assert pixels(other.val) == pixels(plain.val)
+        assert other.train.labels() == [other.train[k][1] for k in range(24)]
+
+
+def test_archives_are_read_right_by_several_processes_after_this_one_has_read_them(folder, tmp_path):
+    source = data.open_data(settings(packed(folder / "train", tmp_path / "all.tar"), val_share=0.25)).train
+    expected = [source[k][0].tobytes() for k in range(len(source))]  # the archive is open now
+    options = settings("all.tar", loader_workers=2)
+    transform = loader.Transform(options, loader.Shape((8, 12), (0.0,), (1.0,), 1.0), training=False)
+    seen = []
+    for batch in loader.eval_loader(source, transform, options, 0, 1, 3):
+        seen += [(image[0] * 255).round().byte().numpy().tobytes() for image in batch.images[batch.real]]
+    assert seen == expected
+
+
+def test_a_share_of_every_class_is_held_out_once(folder):
+    parts = data.open_data(settings(folder / "train", val_share=0.3))
+    assert (len(parts.train), len(parts.val)) == (16, 8)
+    assert sorted(parts.val.labels()) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert not {parts.train.name(k) for k in range(16)} & {parts.val.name(k) for k in range(8)}
+    again = data.open_data(settings(folder / "train", val_share=0.3))
+    assert parts.val.indices == again.val.indices
+    assert parts.val.indices != data.open_data(settings(folder / "train", val_share=0.3, seed=1)).val.indices
+
+
+def broken(folder):
+    """What each test below breaks, with the sentence that it has to bring."""
+    one = folder / "train" / "digit1"
+    yield "no folder", lambda: [path.unlink() for path in folder.rglob("*.png")], "has no pictures"
+    yield (
+        "empty class",
+        lambda: [path.unlink() for path in one.iterdir()],
+        f"classes without a picture .*: {one}; remove",
+    )
+    yield "no val", lambda: (folder / "val").rename(folder / "vole"), "has no val: expected .*/val or .*/val.tar"
+    yield (
+        "class only in train",
+        lambda: (folder / "val" / "digit1").rename(folder / "x"),
+        "differ: digit1 only in train",
+    )
+    yield (
+        "class only in val", lambda: (folder / "val" / "digit1").rename(folder / "val" / "seven"),
+        r"the classes of train \(4\) and val \(4\) differ: digit1 only in train; seven only in val",
+    )  # fmt: skip
+    yield "loose picture", lambda: next(one.iterdir()).rename(folder / "train" / "a.png"), "holds pictures itself"
+    yield (
+        "same name", lambda: pictures(folder / "train" / "more", parts=(".",)),
+        "two folders of the name 'digit[01]' would be one",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(7))
+def test_folders_that_are_not_in_order(folder, number):
+    _, breaks, sentence = list(broken(folder))[number]
+    breaks()
+    with pytest.raises(ValueError, match=sentence):
+        data.open_data(settings(folder))
+
+
+@pytest.mark.parametrize(("where", "more", "sentence"), [
+    ("nowhere", {}, "nowhere does not exist; expected a folder with|nowhere does not exist"),
+    ("torch/cifar10", {}, "needs --data-dir"),
+    ("torch/cifar10", {"data_dir": "."}, "Dataset not found.*--download lets torchvision fetch it"),
+    ("torch/cifar11", {"data_dir": "."}, "Unknown torchvision dataset cifar11"),
+    ("digits", {"val_split": "tests"}, "digits has no split 'tests'; expected one of train, test, fit, valid"),
+])  # fmt: skip
+def test_data_that_is_not_there(where, more, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=sentence):
+        data.open_data(settings(where, **more))
+
+
+def test_files_that_are_no_archives(folder, tmp_path):
+    (tmp_path / "a.tar").write_text("no archive")
+    with pytest.raises(ValueError, match="a.tar is not a tar archive"):
+        data.open_data(settings(tmp_path / "a.tar", val_share=0.1))
+    with pytest.raises(ValueError, match=r"is a file; expected a folder, or an archive that ends in .tar"):
+        data.open_data(settings(next(folder.rglob("*.png")), val_share=0.1))
+    with pytest.raises(ValueError, match=r"has no part to evaluate on; expected .*--val-share 0.1"):
+        data.open_data(settings(folder / "train"))
+    with tarfile.open(tmp_path / "empty.tar", "w"):
+        pass
+    with pytest.raises(ValueError, match="empty.tar cannot be read as a tar archive with pictures"):
+        data.open_data(settings(tmp_path / "empty.tar", val_share=0.1))
+
+
+def test_torchvision_data_sets_by_name(tmp_path):
+    """The real reader, on files in CIFAR-10's own format that are made here."""
+    import hashlib
+    import pickle
+
+    from torchvision.datasets import CIFAR10
+
+    place = tmp_path / CIFAR10.base_folder
+    place.mkdir()
+    names = [[name, None] for name, _ in CIFAR10.train_list + CIFAR10.test_list]
+    torch.manual_seed(0)
+    for entry in [*names, [CIFAR10.meta["filename"], None]]:
+        batch = {
+            "data": torch.randint(256, (20, 3072), dtype=torch.uint8).numpy(),
+            "labels": [k % 10 for k in range(20)],
+        }
+        content = pickle.dumps({"label_names": list("abcdefghij")} if entry[0] == CIFAR10.meta["filename"] else batch)
+        (place / entry[0]).write_bytes(content)
+        entry[1] = hashlib.md5(content).hexdigest()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CIFAR10, "train_list", names[:5])
+        patch.setattr(CIFAR10, "test_list", names[5:])
+        meta = hashlib.md5((place / CIFAR10.meta["filename"]).read_bytes()).hexdigest()
+        patch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": meta})
+        found = data.open_data(settings("torch/cifar10", data_dir=str(tmp_path), in_chans=3))
+    assert (len(found.train), len(found.val)) == (100, 20)
+    assert found.classes == list("abcdefghij")
+    image, label = found.train[13]
+    assert image.size == (32, 32) and image.mode == "RGB" and label == 3
+
+
+def test_hugging_face_data_sets(folder):
+    pytest.importorskip("datasets")
+    found = data.open_data(settings(f"hfds/{folder}"))
+    plain = data.open_data(settings(folder))
+    assert found.classes == plain.classes
+    assert pixels(found.train) == pixels(plain.train)
+    assert len(found.val) == 24
+
+
+def test_webdataset_shards(folder, tmp_path):
+    pytest.importorskip("webdataset")
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for part in ("train", "val"):
+        for number, path in enumerate(sorted((folder / part).rglob("*.png"))):
+            with tarfile.open(shards / f"{part}-{number % 2}.tar", "a") as file:
+                file.add(path, f"{number:04d}.png")
+                label = tmp_path / "label"
+                label.write_text(path.parent.name[-1])
+                file.add(label, f"{number:04d}.cls")
+    out = ["--out", tmp_path, "--name", "run", "--train-split", "train-{0..1}.tar", "--val-split", "val-{0..1}.tar"]
+    given = ["train", f"wds/{shards}", *SMALL, "--num-classes", 4, "--train-samples", 24, "--batch-size", 6]
+    given += ["--log-every", 1]
+    result, _ = irpe(*given, *out)
+    assert result.exit_code == 0, result.output
+    other = [*out[:2], "--name", "parts", *out[4:], "--resume", "auto"]
+    for more in (["--max-steps", 3], ["--max-steps", 6], []):  # an epoch has 4 steps
+        result, _ = irpe(*given, *other, *more)
+        assert result.exit_code == 0, result.output
+    assert log(tmp_path / "run", "step") == log(tmp_path / "parts", "step")
+    two = process("evaluate", tmp_path / "run", processes=2)
+    assert "on 24 images" in two.stdout, two.stdout + two.stderr
+    result = CliRunner().invoke(app, ["evaluate", str(tmp_path / "run")], catch_exceptions=False)
+    assert "on 24 images" in result.output
+
+
+def spoil(folder):
+    """Makes three of the 24 pictures of each part unreadable, each in its own way."""
+    for part in ("train", "val"):
+        paths = sorted((folder / part / "digit2").iterdir())
+        paths[0].write_bytes(b"")
+        paths[1].write_bytes(paths[1].read_bytes()[:60])  # truncated
+        paths[2].write_text("no picture")
+    return folder
+
+
+def irpe(*arguments):
+    result = CliRunner().invoke(app, [str(one) for one in arguments], catch_exceptions=False)
+    return result, " ".join("".join(" " if one in "│╭╮╰╯─\n" else one for one in result.output).split())
+
+
+def test_unreadable_images_stop_or_are_counted_and_named(folder, tmp_path):
+    spoil(folder)
+    options = ["train", folder, *SMALL, "--batch-size", "12", "--out", tmp_path]
+    stopped, words = irpe(*options, "--name", "stop")
+    assert stopped.exit_code == 1
+    assert "irpe: unreadable image" in words and "--bad-images skip goes on without it" in words
+    first, words = irpe(*options, "--name", "verify", "--verify")
+    assert first.exit_code == 2
+    assert "6 images cannot be read: " in words
+    assert not (tmp_path / "verify").exists()
+    on, words = irpe(*options, "--name", "skip", "--bad-images", "skip", "--verify")
+    assert on.exit_code == 0, on.output
+    assert "3 unreadable images to evaluate on, left out: " in words
+    line = log(tmp_path / "skip", "epoch")[-1]
+    assert (line["val"]["images"], line["val"]["bad"]) == (21, 3)
+    assert line["bad_images"] >= 3
+    assert "3 unreadable left out" in (tmp_path / "skip" / "README.md").read_text()
+    _, words = irpe("evaluate", tmp_path / "skip")
+    assert "on 21 images, 3 unreadable" in words and "digit2" in words
+
+
+def test_a_source_of_nothing_but_bad_images_gives_up():
+    class Bad:
+        classes = ("a", "b")
+
+        def __len__(self):
+            return 5
+
+        def __getitem__(self, index):
+            raise OSError("broken")
+
+        def name(self, index):
+            return f"picture {index}"
+
+    samples = loader.Samples(Bad(), None, True)
+    with pytest.raises(loader.BadImageError, match="20 unreadable images in a row, the first is picture 3: broken"):
+        samples[3, 0]
+
+
+@pytest.mark.parametrize(("size", "accumulate"), [(1, 1), (2, 1), (1, 3), (2, 3), (3, 2)])
+def test_shares_of_processes_make_up_the_batch_of_one(size, accumulate):
+    for step in range(3):
+        parts = [loader.Share(rank, size, 18, accumulate).places(step) for rank in range(size)]
+        assert all(len(places) == 18 // size // accumulate for part in parts for places in part)
+        assert sorted(place for part in parts for places in part for place in places) == list(
+            range(18 * step, 18 * step + 18)
+        )
+
+
+def test_an_order_holds_every_image_once_and_with_repeats_in_a_row():
+    order = loader.epoch_order(50, 1, 0, 0)
+    assert sorted(order.tolist()) == list(range(50))
+    assert not torch.equal(order, loader.epoch_order(50, 1, 0, 1))
+    assert torch.equal(order, loader.epoch_order(50, 1, 0, 0))
+    three = loader.epoch_order(50, 3, 0, 0)
+    assert len(three) == 50 and torch.equal(three[::3], order[:17])
+    assert torch.equal(three[0::3][:16], three[1::3][:16]) and torch.equal(three[0::3][:16], three[2::3][:16])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_evaluation_has_every_image_once_and_as_many_batches_everywhere(folder, size):
+    source = data.Subset(data.open_data(settings(folder)).val, range(11))
+    options = settings(folder)
+    transform = loader.Transform(options, loader.Shape((8, 12), (0.0,), (1.0,), 1.0), training=False)
+    seen, lengths = [], set()
+    for rank in range(size):
+        batches = list(loader.eval_loader(source, transform, options, rank, size, 2))
+        lengths.add(len(batches))
+        seen += [image.numpy().tobytes() for batch in batches for image in batch.images[batch.real]]
+    assert len(lengths) == 1
+    assert sorted(seen) == sorted(transform(source[k][0]).numpy().tobytes() for k in range(11))
+
+
+def test_what_an_augmentation_draws_depends_on_the_place_in_the_epoch_alone(folder):
+    options = settings_from("deit", {"data": str(folder), "batch_size": 4, **NO_WORKERS})
+    source = data.open_data(options).train
+    transform = loader.Transform(options, loader.Shape((8, 12), (0.5,), (0.5,), 1.0), training=True)
+
+    def batches(rank=0, size=1, first=0, epoch=3, **more):
+        share = loader.Share(rank, size, 4, 1)
+        given = settings_from("deit", {"data": str(folder), "batch_size": 4, **NO_WORKERS, **more})
+        return [one.images for one in loader.train_loader(source, transform, given, share, epoch=epoch, first=first)]
+
+    whole = batches()
+    torch.rand(5)
+    assert torch.equal(torch.cat(whole[2:]), torch.cat(batches(first=2)))
+    assert torch.equal(torch.cat(whole), torch.cat(batches(loader_workers=2)))
+    both = torch.stack([torch.cat(batches(rank=rank, size=2)) for rank in range(2)], 1).flatten(0, 1)
+    assert torch.equal(torch.cat(whole), both)
+    assert not torch.equal(whole[0], batches(epoch=4)[0])
+    assert not torch.equal(whole[0][0], whole[0][1])  # copies of one picture, drawn anew
+
+
+def test_non_square_grey_and_normalised():
+    options = settings_from("small", {"data": "digits", "in_chans": 1, "img_size": "8x12", "crop_scale": 1.0})
+    for training in (True, False):
+        transform = loader.Transform(options, loader.Shape((8, 12), (0.25,), (0.5,), 1.0), training=training)
+        image = transform(Image.new("L", (30, 50), 255))
+        assert image.shape == (1, 8, 12)
+        assert torch.allclose(image, torch.tensor(1.5))

@@ -1,0 +1,223 @@
+"""irpe train DATA and irpe evaluate from end to end, in this process."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("timm")
+pytest.importorskip("sklearn")
+
+from safetensors.torch import load_file
+from train_tiny import MODEL, RPE, SMALL, STILL, log, pictures
+from typer.testing import CliRunner
+
+from irpe.__main__ import app
+from irpe.train import checkpoint
+
+ALL_ON = [
+    *MODEL, "--recipe", "deit", "--epochs", "2", "--warmup-epochs", "1", "--batch-size", "30", "--accumulate",
+    "3", "--lr", "1e-2", "--ema", "0.9", "--clip-grad", "1", "--drop-path", "0.3", "--mixup-prob", "0.7",
+    "--log-every", "1", "--loader-workers", "0",
+]  # fmt: skip
+
+
+def irpe(*arguments):
+    return CliRunner().invoke(app, [str(one) for one in arguments], catch_exceptions=False)
+
+
+def words(result):
+    return " ".join("".join(" " if one in "│╭╮╰╯─\n" else one for one in result.output).split())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return pictures(tmp_path_factory.mktemp("pictures"), per_class=15)
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    """A run with every stochastic part on, to its end."""
+    out = tmp_path_factory.mktemp("whole")
+    result = irpe("train", folder, *ALL_ON, "--out", out, "--name", "run")
+    assert result.exit_code == 0, result.output
+    return out / "run", result.output
+
+
+def test_a_run_on_a_folder_writes_everything(whole, folder):
+    run, output = whole
+    names = {one.name for one in run.iterdir()} - {"tensorboard"}  # where its package is installed
+    assert names == {
+        "README.md", "best.safetensors", "checkpoints", "curves.png", "ema.safetensors", "encodings.png", "log.jsonl",
+        "model.safetensors", "result.json", "settings.json",
+    }  # fmt: skip
+    assert [one.name for one in checkpoint.checkpoints(run)] == ["step-000000002.pt", "step-000000004.pt"]
+    assert len(log(run, "epoch")) == 2 and len(log(run, "step")) == 4
+    assert "epoch 2: train" in output and "top-1" in output
+    record = json.loads((run / "settings.json").read_text())
+    assert record["classes"] == [f"digit{label}" for label in range(4)]
+    assert record["settings"]["rpe"] == RPE and record["shape"]["size"] == [8, 12]
+    assert record["parameter_groups"]["tables of iRPE"].startswith("weight decay 0,")
+    text = (run / "README.md").read_text()
+    for expected in (RPE, "encodings.png", "curves.png", "weight decay 0", "mixup = 0.8", "8x12"):
+        assert expected in text
+    assert load_file(run / "model.safetensors")["blocks.0.attn.rpe_k.lookup_table_weight"].abs().max() > 0
+
+
+def test_evaluate_repeats_the_figures_of_the_run(whole, folder, tmp_path):
+    run, _ = whole
+    last = log(run, "epoch")[-1]
+    for weights, part in (("last", "val"), ("ema", "ema")):
+        result = irpe("evaluate", run, "--weights", weights, "--json", tmp_path / "one.json", "--eval-batch-size", 7)
+        assert result.exit_code == 0, result.output
+        found = json.loads((tmp_path / "one.json").read_text())
+        assert found["images"] == 60
+        assert found["top1"] == pytest.approx(last[part]["top1"])
+        assert found["loss"] == pytest.approx(last[part]["loss"], rel=1e-5)
+    larger = irpe("evaluate", run, "--img-size", "16x20")  # positions are resampled, tables have no size
+    assert larger.exit_code == 0, larger.output
+    other = irpe("evaluate", run, "--data", folder / "train")
+    assert other.exit_code == 0 and "on 60 images" in other.output
+    file = irpe("evaluate", "--data", folder, "--pretrained", run / "best.safetensors", *MODEL)
+    assert file.exit_code == 0 and "on 60 images" in file.output
+
+
+def states_equal(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        if isinstance(a[name], dict):
+            states_equal(a[name], b[name])
+        elif isinstance(a[name], torch.Tensor):
+            assert torch.equal(a[name], b[name]), name
+        elif name not in ("seconds", "max_steps", "loader_workers"):
+            assert a[name] == b[name], name
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_resume_goes_on_bit_for_bit_within_an_epoch_with_every_stochastic_part_on(whole, folder, tmp_path, steps):
+    """Steps of 3 accumulated batches, mixup, cutmix, erasing, RandAugment, repeats, stochastic depth, average."""
+    common = ["train", folder, *ALL_ON, "--out", tmp_path, "--name", "run", "--resume", "auto"]
+    assert irpe(*common, "--max-steps", steps).exit_code == 0
+    second = irpe(*common)
+    assert second.exit_code == 0, second.output
+    assert f"goes on after step {steps} of 4" in second.output
+    run, _ = whole
+    one, two = (checkpoint.read(checkpoint.checkpoints(path)[-1]) for path in (run, tmp_path / "run"))
+    for state in (one, two):
+        state["progress"].pop("best"), state["progress"].pop("best_epoch")  # a run cut short is measured once more
+        state["progress"].pop("measured")
+    states_equal(one, two)
+    for name in ("model.safetensors", "ema.safetensors"):
+        states_equal(load_file(run / name), load_file(tmp_path / "run" / name))
+    assert log(run, "step") == log(tmp_path / "run", "step")
+    assert log(run, "epoch")[-1]["val"] == log(tmp_path / "run", "epoch")[-1]["val"]
+
+
+def test_digits_train_through_the_same_path_and_learn(tmp_path):
+    options = "--epochs 4 --lr 1e-2 --batch-size 60 --model-arg global_pool=avg --img-size 8".split()
+    result = irpe("train", "digits", *SMALL, *STILL, *options, "--out", tmp_path, "--name", "run")
+    assert result.exit_code == 0, result.output
+    epochs = log(tmp_path / "run", "epoch")
+    assert epochs[-1]["train_loss"] < epochs[0]["train_loss"] - 0.1
+    assert epochs[-1]["val"]["images"] == 300
+    test = irpe("evaluate", tmp_path / "run", "--split", "test")
+    assert "on 597 images" in test.output
+
+
+def test_fine_tuning_takes_weights_without_tables_and_with_another_head(whole, folder, tmp_path):
+    run, _ = whole
+    plain = pictures(tmp_path / "two", classes=2)
+    bare = [one if one != RPE else "none" for one in SMALL]
+    assert irpe("train", folder, *bare, "--max-steps", 1, "--out", tmp_path, "--name", "bare").exit_code == 0
+    result = irpe(
+        "train", plain, *SMALL, "--batch-size", 4, "--img-size", "12x8", "--recipe", "finetune", "--max-steps", 1,
+        "--pretrained", tmp_path / "bare", "--out", tmp_path, "--name", "fine",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "a new one was made" in result.output and "they start at zero" in result.output
+    result = irpe("train", plain, *bare, "--pretrained", run, "--out", tmp_path, "--name", "bad")
+    assert result.exit_code == 2
+    assert "blocks.0.attn.rpe_k.lookup_table_weight is left over" in words(result)
+    assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.parametrize("more", [
+    ["--amp", "bf16", "--channels-last", "--grad-checkpointing"], ["--amp", "fp16"],
+    ["--opt", "sgd", "--sched", "poly"],
+    ["--layer-decay", "0.7", "--rpe-lr-scale", "3", "--rpe-weight-decay", "0.1"], ["--rpe", "none"],
+    ["--rpe", "rpe-2.0-cross-bias-0-qk"], ["--smoothing", "0"], ["--verify", "--loader-workers", "2"],
+])  # fmt: skip
+def test_options_of_a_step(folder, tmp_path, more):
+    base = [one for one in SMALL if one not in ("--rpe", RPE)] if "--rpe" in more else SMALL
+    result = irpe("train", folder, *base, "--max-steps", 1, "--out", tmp_path, "--name", "run", *more)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "run" / "README.md").exists()
+
+
+@pytest.mark.slow
+def test_compile(folder, tmp_path):
+    result = irpe("train", folder, *SMALL, "--max-steps", 1, "--out", tmp_path, "--name", "run", "--compile")
+    assert result.exit_code == 0, result.output
+    assert "_orig_mod" not in " ".join(load_file(tmp_path / "run" / "model.safetensors"))
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), [
+    (["digits", "--seeds", "2"], "--seeds: only the demo"),
+    (["--mixup", "0.1"], "--mixup: the demo has no such option"),
+    (["digits", "--rpe", RPE, "--rpe", "none"], "a run has one encoding"),
+    (["digits", "--rpe", "product"], "it has another form"),
+    (["digits", "--recipe", "strong"], "--recipe strong; expected one of deit, finetune, small"),
+    (["digits", "--mixup", "-1"], "--mixup -1.0; expected at least 0"),
+    (["digits", "--amp", "fp8"], "--amp fp8; expected one of none, bf16, fp16"),
+    (["digits", "--img-size", "8by8"], "expected a number such as 224, or HEIGHTxWIDTH"),
+    (["digits", "--model-arg", "depth"], "expected name=value"),
+    (["digits", "--model", "vit_tiny_patch61"], "timm has none of that name; similar: vit_tiny"),
+    (["digits", "--model", "resnet18", "--rpe", RPE], "is not a model that iRPE can be added to"),
+    (["digits", "--mean", "0.1"], "--mean has 1 numbers; expected 3"),
+    (["digits", "--batch-size", "901"], "--batch-size 901, but there are 900 images to train on"),
+    (["digits", *SMALL, "--accumulate", "4"], "expected a multiple of 4"),
+    (["digits", *SMALL, "--mixup", "1", "--batch-size", "31"], "mix pairs, but a process has 31 images"),
+    (["digits", *SMALL, "--opt", "adamm"], "--opt adamm"),
+    (["digits", *SMALL, "--parallel", "fsdp"], "start them with torchrun"),
+    (["digits", *SMALL, "--parallel", "fsdp", "--amp", "fp16"], "use --amp bf16"),
+    (["digits", *SMALL, "--resume", "nowhere"], "--resume nowhere does not exist"),
+    (["digits", *SMALL, "--pretrained", "nowhere.pt"], "nowhere.pt does not exist"),
+    (["digits", *SMALL, "--model-arg", "deepth=3"], "timm cannot build vit_tiny_patch16_224 with"),
+    (["digits", "--warmup-epochs", "9", "--epochs", "3"], "expected fewer than --epochs 3"),
+])  # fmt: skip
+def test_wrong_input_is_a_sentence_and_leaves_no_folder(arguments, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = irpe("train", *arguments)
+    assert result.exit_code == 2, result.output
+    assert sentence in words(result)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_goes_on_with_its_own_settings_only(whole, folder, tmp_path):
+    run, _ = whole
+    result = irpe("train", folder, *ALL_ON, "--lr", "0.5", "--resume", run)
+    assert result.exit_code == 2
+    assert "is of a run with other settings: --lr was 0.01, is 0.5" in words(result)
+    empty = irpe("train", folder, *ALL_ON, "--resume", tmp_path)
+    assert "there is no checkpoint in it" in words(empty)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(folder, tmp_path):
+    result = irpe(
+        "train", folder, *SMALL, "--lr", "1e30", "--clip-grad", "0", "--epochs", "5", "--out", tmp_path, "--name", "run"
+    )
+    assert result.exit_code == 1
+    assert "irpe: the loss is nan at step" in words(result)
+    for path in checkpoint.checkpoints(tmp_path / "run"):
+        assert all(one.isfinite().all() for one in checkpoint.read(path)["model"].values())
+
+
+def test_evaluate_refuses_other_classes_and_other_models(whole, tmp_path):
+    run, _ = whole
+    two = pictures(tmp_path / "two", classes=2)
+    assert "the classes of train (4) and val (2) differ: digit2, digit3 only in train" in words(
+        irpe("evaluate", run, "--data", two)
+    )
+    assert "--rpe: the run has its own" in words(irpe("evaluate", run, "--rpe", "none"))
+    assert "expected the folder of a run" in words(irpe("evaluate", two))
+    assert "name the folder of a run" in words(irpe("evaluate"))

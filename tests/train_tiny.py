@@ -1,0 +1,75 @@
+"""What the tests of training share: a tiny model, folders of real digits as pictures, processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from irpe import digits
+
+ROOT = Path(__file__).parent.parent
+RPE = "rpe-1.9-product-ctx-1-k"
+# 8 x 12 pixels in patches of 2: 4 x 6 tokens and a class token
+MODEL = [
+    "--model", "vit_tiny_patch16_224", "--img-size", "8x12", "--in-chans", "1", "--model-arg", "patch_size=2",
+    "--model-arg", "embed_dim=16", "--model-arg", "depth=1", "--model-arg", "num_heads=2", "--rpe", RPE,
+]  # fmt: skip
+SMALL = [
+    *MODEL, "--recipe", "small", "--epochs", "2", "--warmup-epochs", "0", "--batch-size", "30", "--loader-workers", "0",
+    "--no-plots",
+]  # fmt: skip
+# the stochastic parts off: what is left depends on the order of the images alone
+STILL = ["--crop-scale", "1", "--drop-path", "0"]
+
+
+def pictures(folder, per_class=6, classes=4, parts=("train", "val")):
+    """folder/part/class/number.png: digits on canvases of 8 x 12, other ones in each part."""
+    data = digits.on_canvas(digits.splits()["train"], 12)
+    for label in range(classes):
+        rows = (data.labels == label).nonzero().flatten().tolist()
+        for number, row in enumerate(rows[: per_class * len(parts)]):
+            place = folder / parts[number // per_class] / f"digit{label}"
+            place.mkdir(parents=True, exist_ok=True)
+            pixels = (data.images[row, 0] * 255).round().byte().numpy()
+            Image.fromarray(pixels).save(place / f"{number}.png")
+    return folder
+
+
+def environment(**more):
+    """Of a process that runs this checkout on one thread."""
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"} | more
+
+
+def command(*arguments, processes=1):
+    """The command line of `irpe`, under torchrun where there are several processes."""
+    words = [str(one) for one in arguments]
+    if processes == 1:
+        return [sys.executable, "-m", "irpe", *words]
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [*run, "-m", "irpe", *words]
+
+
+def process(*arguments, processes=1, **options):
+    """Runs `irpe` in processes of its own."""
+    return subprocess.run(
+        command(*arguments, processes=processes),
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=240,
+        **options,
+    )
+
+
+def log(folder, kind):
+    """The lines of a run's log of one kind, without what a clock has said."""
+    lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    timed = ("images_per_second", "seconds")
+    return [{name: one for name, one in line.items() if name not in timed} for line in lines if line["kind"] == kind]
+
+
+__all__ = ["MODEL", "ROOT", "RPE", "SMALL", "STILL", "command", "environment", "log", "pictures", "process"]
