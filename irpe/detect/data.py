@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..train.loader import RunError
 from . import scenes
 from .settings import DIGITS, Settings
 
@@ -115,15 +116,15 @@ class Coco:
         """The image of a picture, in RGB.
 
         Raises:
-            ValueError: it cannot be read, or is not as large as the annotations say.
+            RunError: it cannot be read, or is not as large as the annotations say.
         """
         picture = self.pictures[number]
         try:
             image = self._read(picture.name).convert("RGB")
         except (OSError, SyntaxError) as error:
-            raise ValueError(f"{picture.name} of {self.name} cannot be read: {error}") from None
+            raise RunError(f"{picture.name} of {self.name} cannot be read: {error}") from None
         if image.size != (picture.width, picture.height):
-            raise ValueError(
+            raise RunError(
                 f"{picture.name} has {image.width}x{image.height} pixels, but {self.name} says {picture.width}x"
                 f"{picture.height}: its boxes are of another version of the image, such as one that was turned"
             )

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..train import checkpoint
-from ..train.loader import seed_all
+from ..train.loader import RunError, seed_all
 from ..train.logs import Log
 from ..train.loop import Stopped
 from ..train.world import World, wrapped
@@ -49,6 +50,8 @@ class Trainer:
         self.total_steps = min(self.schedule, settings.max_steps) if settings.max_steps else self.schedule
         self.model = model.to(world.device)
         self.wrapped = wrapped(self.model, world, "ddp")
+        # of depthwise convolutions, whose gradients are the same in either order
+        warnings.filterwarnings("ignore", message="Grad strides do not match")
         self.optimizer = torch.optim.AdamW(
             models.parameter_groups(self.model, settings), lr=settings.lr, weight_decay=settings.weight_decay
         )
@@ -97,7 +100,7 @@ class Trainer:
 
         Raises:
             Stopped: a signal came, and a checkpoint was written.
-            ValueError: the loss is not finite, or an image cannot be read.
+            RunError: the loss is not finite, or an image cannot be read.
             WriteError: a file could not be written.
         """
         per_epoch, every = self.steps_per_epoch, self.settings.eval_every
@@ -162,8 +165,8 @@ class Trainer:
             return (self.step + 1) / warmup
         return 0.5 * (1 + math.cos(math.pi * (self.step - warmup) / max(1, self.schedule - warmup)))
 
-    def _not_finite(self, what: str) -> ValueError:
-        return ValueError(
+    def _not_finite(self, what: str) -> RunError:
+        return RunError(
             f"{what} at step {self.step}; the last checkpoint is from before. A lower --lr, more --warmup-steps or a "
             "smaller --clip-grad often helps"
         )
