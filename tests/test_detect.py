@@ -12,9 +12,10 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from test_detr import DETR
 from typer.testing import CliRunner
 
-from irpe import equip, iRPE
+from irpe import equip, iRPE, rpe_config_from_string
 from irpe.__main__ import app
 from irpe.detect import model as models
 from irpe.detect import run as job
@@ -647,6 +648,38 @@ def test_a_step_of_detr_r50(tmp_path):
     fixed = [name for name in after if ".backbone." in name and torch.equal(after[name], before[name])]
     assert any("layer1" in name for name in fixed) and any("conv1" in name for name in fixed)
     assert not any("layer4.2.conv" in name for name in fixed)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_the_release_is_measured(tmp_path):
+    """Its classes are numbered by the ids of COCO's categories, with holes; random numbers stand in for the weights."""
+    sizes = dict(dim=256, heads=8, ffn=2048, layers=6, queries=100, classes=91)
+    state = DETR(**sizes, config=rpe_config_from_string(RPE)).state_dict()
+    for name, value in state.items():
+        if "lookup_table" in name:
+            value.normal_()
+    torch.save({"model": state}, tmp_path / "release.pth")
+    folder = scenes.write(tmp_path / "data", 0, {"val": 2})
+    file = folder / "annotations" / "val.json"
+    document = json.loads(file.read_text())
+    for one in document["categories"]:
+        one["id"] += 80
+    for one in document["annotations"]:
+        one["category_id"] += 80
+    file.write_text(json.dumps(document))
+    settings = settings_from(
+        {"data": str(folder), "pretrained": str(tmp_path / "release.pth"), "model": "r50", "rpe": RPE}
+    )
+    classes = models.known_classes(settings, open_part(settings, "val").ids)
+    assert len(classes) == 91 and classes[81] == "0" and classes[90] == "9" and set(classes[:81]) == {"N/A"}
+    model = models.build(settings, classes)
+    table = model.model.encoder.layers[3].self_attn.rpe_k.table
+    assert torch.equal(table, state["transformer.encoder.layers.3.self_attn.rpe_k.lookup_table_weight"])
+    arguments = [folder, "--size", 32, "--max-size", 48, "--pretrained", tmp_path / "release.pth", "--model", "r50"]
+    said = command(*arguments, "--rpe", RPE, "--evaluate-only", "--device", "cpu", "--out", tmp_path, "--name", "x")
+    assert "AP" in said and (tmp_path / "x" / "predictions.png").exists()
+    with pytest.raises(ValueError, match="release.pth does not fit"):
+        models.build(dataclasses.replace(settings, rpe="none"), classes)
 
 
 @pytest.mark.slow
