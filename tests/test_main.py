@@ -156,5 +156,5 @@ def test_python_m_irpe_prints_help():
         [sys.executable, "-m", "irpe", "--help"], capture_output=True, text=True, cwd=ROOT, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    for command in ("train", "show", "info"):
+    for command in ("train", "evaluate", "compare", "show", "info"):
         assert command in done.stdout

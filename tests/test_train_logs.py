@@ -26,16 +26,18 @@ def epoch(number, step):
 
 def test_the_bar_tells_images_their_rate_and_the_time_that_is_left(tmp_path):
     text = io.StringIO()
-    console = Console(file=text, force_terminal=True, width=120)
+    console = Console(file=text, force_terminal=True, width=120, highlight=False)
     log = Log(tmp_path, console, total_images=400)
-    for step in range(1, 3):
+    for _ in range(2):
         log.advance(100)
     log.step(step=2, epoch=1, loss=2.0, lr=0.1)
     log.epoch(epoch(1, 2), is_best=True)
     log.close()
     shown = text.getvalue()
     assert "200/400" in shown and "/s" in shown and "left" in shown
-    assert "epoch 1: train 2.0000, val 1.5000, top-1 50.00" in shown and "the best so far" in shown
+    assert (
+        "epoch 1: train 2.0000, val 1.5000, top-1 50.00" in shown and "images/s" in shown and "the best so far" in shown
+    )
     assert [line["kind"] for line in read_log(tmp_path)] == ["step", "epoch"]
 
 

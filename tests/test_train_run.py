@@ -1,6 +1,7 @@
 """irpe train DATA and irpe evaluate from end to end, in this process."""
 
 import json
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 
 from irpe.__main__ import app
 from irpe.train import checkpoint
+from irpe.train.logs import Log
 
 ALL_ON = [
     *MODEL, "--recipe", "deit", "--epochs", "2", "--warmup-epochs", "1", "--batch-size", "30", "--accumulate",
@@ -113,6 +115,28 @@ def test_resume_goes_on_bit_for_bit_within_an_epoch_with_every_stochastic_part_o
     assert log(run, "epoch")[-1]["val"] == log(tmp_path / "run", "epoch")[-1]["val"]
 
 
+def test_a_signal_while_images_are_measured_saves_and_measures_again(whole, folder, tmp_path, monkeypatch):
+    run, _ = whole
+    asked = [0]
+
+    @contextmanager
+    def signals():
+        yield lambda: asked[0]
+
+    monkeypatch.setattr("irpe.train.run.signals", signals)
+    common = ["train", folder, *ALL_ON, "--out", tmp_path, "--name", "run", "--resume", "auto"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Log, "measuring", lambda self, images: asked.__setitem__(0, 15))
+        result = irpe(*common)
+    assert result.exit_code == 143 and "stopped after step 2" in result.output
+    assert log(tmp_path / "run", "epoch") == []
+    asked[0] = 0
+    assert irpe(*common).exit_code == 0
+    assert log(run, "step") == log(tmp_path / "run", "step")
+    assert log(run, "epoch") == log(tmp_path / "run", "epoch")
+    states_equal(load_file(run / "ema.safetensors"), load_file(tmp_path / "run" / "ema.safetensors"))
+
+
 def test_digits_train_through_the_same_path_and_learn(tmp_path):
     options = "--epochs 4 --lr 1e-2 --batch-size 60 --model-arg global_pool=avg --img-size 8".split()
     result = irpe("train", "digits", *SMALL, *STILL, *options, "--out", tmp_path, "--name", "run")
@@ -191,6 +215,11 @@ def test_wrong_input_is_a_sentence_and_leaves_no_folder(arguments, sentence, tmp
     assert result.exit_code == 2, result.output
     assert sentence in words(result)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_demo_is_not_for_torchrun(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "the demo is one process" in words(irpe("train"))
 
 
 def test_a_run_goes_on_with_its_own_settings_only(whole, folder, tmp_path):

@@ -158,6 +158,8 @@ def _train(
     if data is None:
         if strange := [_flag(one) for one in _given(settings | {"recipe": recipe, "resume": resume})]:
             raise typer.BadParameter(f"{', '.join(strange)}: the demo has no such option; name the DATA to train on")
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise typer.BadParameter("the demo is one process with workers of its own; name the DATA to train on")
         demo.run(demo.Options(seeds or 3, epochs or 60, rpe or [], lr, workers, out, name, overwrite, quick, tune))
         return
     if strange := [_flag(one) for one in _given(only_demo)]:

@@ -200,13 +200,15 @@ def _data(train: Any, val: Any, settings: Settings) -> Data:
         train, val = divided(train, settings.val_share, settings.seed)
     classes = list((train if train is not None else val).classes)
     if train is not None and list(val.classes) != classes:
-        raise ValueError(_difference(classes, list(val.classes)))
+        raise ValueError(difference(classes, list(val.classes)))
     if len(classes) < 2:
         raise ValueError(f"{settings.data} has {len(classes)} class; expected at least 2")
     return Data(train, val, classes)
 
 
-def _difference(train: Sequence[str], val: Sequence[str]) -> str:
+def difference(train: Sequence[str], val: Sequence[str]) -> str:
+    """In which classes two lists of them differ, in words."""
+
     def some(names: Iterable[str]) -> str:
         names = list(names)
         return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
@@ -263,7 +265,9 @@ def _pictures(root: Path, mode: str) -> ReaderSource:
     if root.is_file() or (any(root.glob("*.tar")) and not any(one.is_dir() for one in root.iterdir())):
         _check_tars([root] if root.is_file() else sorted(root.glob("*.tar")))
         try:
-            reader = ReaderImageInTar(str(root))
+            # timm writes an index beside archives of 10 GB and more
+            place = root.parent if root.is_file() else root
+            reader = ReaderImageInTar(str(root), cache_tarinfo=None if os.access(place, os.W_OK) else False)
         except (tarfile.TarError, OSError, ValueError) as error:
             raise ValueError(f"{root} cannot be read as a tar archive with pictures: {error}") from None
         return ReaderSource(reader, reader.class_name_to_idx, mode)

@@ -57,7 +57,8 @@ class Log:
                 self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
             except ImportError:
                 self.board = None
-        self.total, self.done, self.since, self.at_last_line = total_images, 0, time.perf_counter(), 0
+        self.total, self.done, self.at_last_line = total_images, 0, 0
+        self.began = self.since = time.perf_counter()
         columns = (
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("images"),
             TextColumn("{task.fields[rate]}"), TextColumn("left"), TimeRemainingColumn(),
@@ -115,9 +116,8 @@ class Log:
         if values["bad_images"]:
             words += f", {values['bad_images']} unreadable images"
         if self.done:
-            left = (self.total - self.done) * (time.perf_counter() - self.since) / max(1, self.done - self.at_last_line)
-            left = 0.0 if self.done == self.at_last_line else left
-            words += f", {_time(left)} left" if left else ""
+            spent = time.perf_counter() - self.began  # with the time of measuring
+            words += f", {self.done / spent:,.0f} images/s, {_time((self.total - self.done) * spent / self.done)} left"
         self.console.print(words + (", the best so far" if is_best else ""), soft_wrap=True)
         self.since, self.at_last_line = time.perf_counter(), self.done
         if self.board is not None:

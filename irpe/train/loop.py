@@ -97,8 +97,6 @@ class Trainer:
             raise ValueError(f"--batch-size {size}, but there are {count} images to train on")
         return count // size
 
-    # ---- state
-
     def state(self) -> dict[str, Any]:
         """All that decides how the run goes on, the same in all processes; random numbers follow from the step."""
         self._share_sums()
@@ -178,8 +176,6 @@ class Trainer:
         kinds = [type(one) for one in values.values()]
         whole = Sums(*(kind(one) for kind, one in zip(kinds, total, strict=True)))
         self.progress.sums = whole if self.world.first else Sums()
-
-    # ---- the loop
 
     def run(self, folder: Path, log: Log, stop: Stop) -> None:
         """Trains to the end of the schedule, saving on the way.

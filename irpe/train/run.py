@@ -18,7 +18,7 @@ from rich.console import Console
 from .._version import __version__
 from . import checkpoint
 from . import model as models
-from .data import Source, open_data
+from .data import Data, Source, difference, open_data
 from .evaluation import Score, evaluate
 from .loader import Transform, unreadable
 from .logs import Log
@@ -70,7 +70,7 @@ def train(settings: Settings, make_folder: MakeFolder, resume: str | None, conso
     """
     with signals() as stop, started(settings.device) as world:
         say = console.print if world.first else (lambda words: None)
-        data = open_data(settings)
+        data = _open(settings, world)
         if settings.verify:
             _verify([data.train, data.val], settings, world, console)
         start = _start(resume) if resume not in (None, "auto") else None
@@ -101,6 +101,13 @@ def train(settings: Settings, make_folder: MakeFolder, resume: str | None, conso
 
             write_report(folder, trainer.model if settings.parallel == "ddp" else None, data.val, console)
     return folder
+
+
+def _open(settings: Settings, world: World, *, train: bool = True) -> Data:
+    """The data, in the first process before the others: it may download, or write an index beside large archives."""
+    own: list[Data] = []
+    world.from_first(lambda: own.append(open_data(settings, train=train)))
+    return own[0] if own else open_data(settings, train=train)
 
 
 def _start(resume: str) -> Path:
@@ -185,11 +192,9 @@ def measure(
         classes: those that the model was trained for, which the data has to have.
     """
     with started(settings.device) as world:
-        data = open_data(settings, train=False)
+        data = _open(settings, world, train=False)
         if classes is not None and data.classes != classes:
-            from .data import _difference
-
-            raise ValueError(_difference(classes, data.classes))
+            raise ValueError(difference(classes, data.classes))
         if weights is not None:
             settings = dataclasses.replace(settings, pretrained=str(weights))
         say = console.print if world.first else (lambda words: None)
