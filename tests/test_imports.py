@@ -34,6 +34,8 @@ ALLOWED = {
     "irpe.models": {"timm", "irpe.equip"},
     "irpe.detr": {"transformers", "irpe.irpe", "irpe.equip"},
     "irpe.train": ABOVE | {"irpe.train", "irpe.config_io", "irpe.digits", "irpe.viz"},  # and nothing of the command
+    "irpe.detect": ABOVE
+    | {"torchmetrics", "irpe.detect", "irpe.train", "irpe.config_io", "irpe.digits", "irpe.detr", "irpe.integrations"},
 }
 FILES = sorted([*(ROOT / "irpe").rglob("*.py"), *(ROOT / "rpe_ops").rglob("*.py")])
 
@@ -86,6 +88,15 @@ def test_the_rules_see_what_they_forbid(tmp_path):
     found = dict(imports(file))
     assert found["irpe.irpe"] is True
     assert found["irpe.integrations.timm_vit"] is False
+
+
+def test_detection_stays_behind_its_command():
+    """Its packages are no others' business: what needs them is in irpe/detect, or inside a function."""
+    for file in FILES:
+        name = module_name(file)
+        for imported, at_top in imports(file):
+            if imported.split(".")[0] == "torchmetrics" or imported.startswith("irpe.detect"):
+                assert name.startswith("irpe.detect") or not at_top, f"{name} imports {imported}"
 
 
 def test_backends_import_neither_each_other_nor_the_law():

@@ -1,0 +1,117 @@
+"""From pictures to padded batches: which picture when, at which size, on which process."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers.image_transforms import get_size_with_aspect_ratio
+
+from ..train.loader import mixed
+from .data import Coco
+from .settings import Settings
+
+
+class Batch(NamedTuple):
+    """Images (B, 3, h, w), padded at the right and at the bottom; mask (B, h, w), 1 where there is a picture.
+
+    labels are what transformers' loss takes: for each picture class_labels (n,) and boxes (n, 4) as centre, width and
+    height, relative to its own size. (In a batch transformers' own image processor has them relative to the padded
+    size, which its `post_process_object_detection` does not undo.)
+    """
+
+    images: Tensor
+    mask: Tensor
+    labels: list[dict[str, Tensor]]
+    numbers: list[int]
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A picture as the model takes it: resized, perhaps flipped, normalised."""
+
+    sizes: tuple[int, ...]  # shorter sides to draw from; (0,) leaves pictures as they are
+    longest: int
+    hflip: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, image: Image.Image, boxes: Tensor, draw: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """(image (3, h, w), boxes (n, 4) as relative centre and size) of an image and its x, y, x, y in pixels."""
+        boxes = boxes / torch.tensor([image.width, image.height] * 2)
+        short = self.sizes[int(draw.integers(len(self.sizes)))]
+        if short:
+            height, width = get_size_with_aspect_ratio((image.height, image.width), short, self.longest)
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+        if draw.random() < self.hflip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            boxes = torch.stack([1 - boxes[:, 2], boxes[:, 1], 1 - boxes[:, 0], boxes[:, 3]], 1)
+        pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255
+        pixels = (pixels - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
+        centre, size = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
+        return pixels, torch.cat([centre, size], 1)
+
+
+def transform_of(settings: Settings, processor: Any, *, training: bool) -> Transform:
+    """The transform of a run, with mean and deviation of the model's own image processor."""
+    sizes = settings.train_size if training and settings.train_size else (settings.size,)
+    hflip = settings.hflip if training else 0.0
+    return Transform(sizes, settings.max_size, hflip, tuple(processor.image_mean), tuple(processor.image_std))
+
+
+class Samples(Dataset[tuple[Tensor, dict[str, Tensor], int]]):
+    """Pictures after their transform; a key is (number, what its random numbers follow from)."""
+
+    def __init__(self, data: Coco, transform: Transform) -> None:
+        self.data, self.transform = data, transform
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor], int]:
+        number, seed = key
+        picture = self.data.pictures[number]
+        learned = picture.crowd == 0
+        image, boxes = self.transform(self.data.image(number), picture.boxes[learned], np.random.default_rng(seed))
+        return image, {"class_labels": picture.labels[learned], "boxes": boxes}, number
+
+
+def collate(samples: Sequence[tuple[Tensor, dict[str, Tensor], int]]) -> Batch:
+    """Pads to the largest height and the largest width."""
+    height, width = (max(image.shape[side] for image, _, _ in samples) for side in (1, 2))
+    images = torch.zeros(len(samples), 3, height, width)
+    mask = torch.zeros(len(samples), height, width, dtype=torch.long)
+    for row, (image, _, _) in enumerate(samples):
+        images[row, :, : image.shape[1], : image.shape[2]] = image
+        mask[row, : image.shape[1], : image.shape[2]] = 1
+    return Batch(images, mask, [labels for _, labels, _ in samples], [number for _, _, number in samples])
+
+
+def train_batches(
+    data: Coco, transform: Transform, settings: Settings, rank: int, size: int, *, epoch: int, first: int
+) -> Iterator[Batch]:
+    """What one process takes of the steps of an epoch, from step `first` on: every size-th picture of each batch.
+
+    The order of an epoch and all that is drawn for a picture follow from (seed, epoch, place) alone.
+    """
+    order = np.random.default_rng(mixed(settings.seed, "order", epoch)).permutation(len(data)).tolist()
+    whole = settings.batch_size
+    keys = [
+        [(order[place], mixed(settings.seed, "picture", epoch, place)) for place in range(at + rank, at + whole, size)]
+        for at in range(first * whole, len(order) // whole * whole, whole)
+    ]
+    return iter(_loader(Samples(data, transform), keys, settings))
+
+
+def eval_batches(data: Coco, transform: Transform, settings: Settings, rank: int, size: int) -> Iterator[Batch]:
+    """What one process takes of the pictures to evaluate on; each of them is in one batch of one process."""
+    mine, step = [(number, 0) for number in range(rank, len(data), size)], settings.eval_batch_size
+    return iter(_loader(Samples(data, transform), [mine[at : at + step] for at in range(0, len(mine), step)], settings))
+
+
+def _loader(samples: Samples, keys: list[list[tuple[int, int]]], settings: Settings) -> DataLoader[Any]:
+    return DataLoader(
+        samples, batch_sampler=keys, collate_fn=collate, num_workers=settings.loader_workers,
+        pin_memory=torch.cuda.is_available(),
+    )  # fmt: skip

@@ -1,0 +1,49 @@
+"""Predictions drawn on pictures. Without matplotlib's global state."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from .data import Coco
+from .evaluation import Prediction
+
+_COLORS = ("#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#66a61e", "#e6ab02", "#a6761d", "#1f78b4", "#e31a1c", "#6a3d9a")
+
+
+def draw(path: Path, data: Coco, predictions: Sequence[Prediction], *, count: int = 8, threshold: float = 0.5) -> Path:
+    """Writes a PNG with the first `count` pictures: what is there dashed, what was found in the colour of its class.
+
+    Args:
+        threshold: least score of a prediction that is drawn.
+    """
+    count = min(count, len(data))
+    columns = min(4, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(3.2 * columns, 2.6 * rows), layout="constrained")
+    for number in range(count):
+        axes = figure.add_subplot(rows, columns, number + 1)
+        axes.imshow(data.image(number))
+        axes.set_axis_off()
+        picture, found = data.pictures[number], predictions[number]
+        for x, y, right, bottom in picture.boxes.tolist():
+            outline: dict[str, Any] = dict(fill=False, edgecolor="white", linewidth=1.0, linestyle="--")
+            axes.add_patch(Rectangle((x - 0.5, y - 0.5), right - x, bottom - y, **outline))
+        for box, score, label in zip(
+            found["boxes"].tolist(), found["scores"].tolist(), found["labels"].tolist(), strict=True
+        ):
+            if score < threshold:
+                continue
+            x, y, right, bottom = box
+            color = _COLORS[label % len(_COLORS)]
+            axes.add_patch(
+                Rectangle((x - 0.5, y - 0.5), right - x, bottom - y, fill=False, edgecolor=color, linewidth=1.8)
+            )
+            words = f"{data.classes[label]} {score:.2f}"
+            axes.text(x, max(0, y - 1), words, color="white", fontsize=7, backgroundcolor=color, va="bottom")
+        axes.set_xlim(-0.5, picture.width - 0.5)
+        axes.set_ylim(picture.height - 0.5, -0.5)
+    figure.savefig(path, dpi=120)
+    return path

@@ -1,0 +1,239 @@
+"""The model of a run: transformers' DETR, small from a configuration, or pretrained, with iRPE in its encoder."""
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, ConvNextConfig, DetrConfig, DetrForObjectDetection, DetrImageProcessor
+from transformers.utils import logging as silence
+
+from ..config_io import rpe_config_from_string, rpe_config_to_dict
+from ..equip import equip, rpe_parameters
+from ..integrations import hf_vit
+from ..train.checkpoint import WriteError
+from ..train.loader import seed_all
+from .data import NONE
+from .settings import Settings
+
+FOLDER = "model"  # of the weights, in the folder of a run
+COCO_CLASSES = 91  # of the releases of DETR: classes are numbered by the ids of COCO's categories
+Say = Callable[[str], None]
+
+
+def known_classes(settings: Settings, ids: Mapping[str, int]) -> list[str] | None:
+    """Names of the classes of the pretrained model, in the order of its outputs; None where a model is new.
+
+    Args:
+        ids: {name: id} of the categories of the data, which name the classes of a checkpoint of the release.
+
+    Raises:
+        ValueError: there is no such model, or it is no DETR.
+    """
+    if settings.pretrained is None:
+        return None
+    if _is_checkpoint(settings.pretrained):
+        names = [NONE] * COCO_CLASSES
+        for name, number in ids.items():
+            if not 0 <= number < COCO_CLASSES:
+                raise ValueError(f"category {name} has the id {number}; {settings.pretrained} knows COCO's, up to 90")
+            names[number] = name
+        return names
+    config = _config(settings.pretrained)
+    return [str(config.id2label[number]) for number in range(config.num_labels)]
+
+
+def build(settings: Settings, classes: Sequence[str], say: Say = lambda words: None) -> Any:
+    """A DETR on the CPU with an output for each class, in evaluation mode.
+
+    Args:
+        say: is told what was not taken from the pretrained weights.
+
+    Raises:
+        ValueError: the pretrained model cannot be read, is no DETR, or has another iRPE than the one asked for.
+    """
+    seed_all(settings.seed, "model")
+    wanted = None if settings.rpe == "none" else settings.rpe
+    model: Any
+    labels = {"id2label": dict(enumerate(classes)), "label2id": {name: k for k, name in enumerate(classes)}}
+    if settings.pretrained is not None and not _is_checkpoint(settings.pretrained):
+        model = _pretrained(settings, classes, labels, say)
+    elif settings.model == "small" and settings.pretrained is None:
+        model = _small(settings, labels)
+        if wanted is not None:
+            equip(model, wanted)
+    else:
+        from ..detr import detr_r50
+
+        try:
+            model = detr_r50(wanted, checkpoint=settings.pretrained, num_labels=len(classes), auxiliary_loss=True)
+        except RuntimeError as error:
+            raise ValueError(f"--pretrained {settings.pretrained} does not fit: {str(error)[:300]}") from None
+        model.config.id2label, model.config.label2id = labels["id2label"], labels["label2id"]
+        if settings.backbone is not None:
+            _load_backbone(model, settings.backbone)
+        elif settings.pretrained is None:
+            say("the ResNet starts from random weights and its normalisation is fixed: use --backbone hub to train")
+    if settings.backbone is not None and (settings.model != "r50" or settings.pretrained):
+        raise ValueError("--backbone gives weights to --model r50 without --pretrained; leave it out here")
+    _choose_trained(model)
+    return model.eval()
+
+
+def processor_of(settings: Settings) -> Any:
+    """transformers' image processor with the run's sizes; mean and deviation are those of the pretrained model."""
+    size = {"shortest_edge": settings.size, "longest_edge": settings.max_size}
+    options: dict[str, Any] = dict(size=size) if settings.size else dict(do_resize=False)
+    if settings.pretrained is not None and not _is_checkpoint(settings.pretrained):
+        try:
+            return DetrImageProcessor.from_pretrained(settings.pretrained, **options)
+        except OSError:
+            pass  # weights alone: those of ImageNet, as DETR has them
+    return DetrImageProcessor(**options)
+
+
+def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
+    """Groups of AdamW: the backbone with its own learning rate, tables of iRPE without weight decay, the rest."""
+    named = [(name, one) for name, one in model.named_parameters() if one.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [one for name, one in named if _in_backbone(name)], "peak": settings.backbone_lr},
+        {"params": [one for name, one in named if not _in_backbone(name)], "peak": settings.lr},
+    ]
+    if any(".lookup_table_" in name for name, _ in named):
+        tables = rpe_parameters(model, peak=settings.lr)
+        own = {id(one) for one in tables["params"]}
+        groups[1]["params"] = [one for one in groups[1]["params"] if id(one) not in own]
+        groups.append(tables)
+    return [group for group in groups if group["params"]]
+
+
+def load(folder: str | os.PathLike[str], **options: Any) -> Any:
+    """The DETR of a folder or of a name on the hub, with the tables that were saved with it."""
+    cls = DetrForObjectDetection
+    if getattr(_config(str(folder)), "irpe", None):
+        return hf_vit.from_pretrained(cls, folder, **options)
+    return cls.from_pretrained(folder, **options)
+
+
+def save(model: Any, processor: Any, folder: Path) -> Path:
+    """Writes weights, configuration (with `irpe`) and image processor, as `save_pretrained` does, all or nothing.
+
+    Raises:
+        WriteError: the disk is full, or the folder may not be written; what was there before still is.
+    """
+    new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{word}") for word in ("tmp", "old"))
+    silence.disable_progress_bar()  # of a second's work
+    try:
+        model.save_pretrained(new)
+        processor.save_pretrained(new)
+        for one in new.iterdir():
+            with open(one, "rb") as file:
+                os.fsync(file.fileno())
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(new, folder)
+    except Exception as error:  # safetensors has its own error for a full disk
+        shutil.rmtree(new, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            os.replace(old, folder)
+        if isinstance(error, OSError) or "SafetensorError" in type(error).__name__:
+            raise WriteError(f"{folder} could not be written: {str(error).splitlines()[0]}") from error
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def _is_checkpoint(name: str) -> bool:
+    """Whether this is a file, which only checkpoints of the release are."""
+    return Path(name).is_file()
+
+
+def _config(name: str) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--pretrained {name} cannot be read: {str(error).splitlines()[0]}; expected a folder of save_pretrained, "
+            "a name on the hub such as facebook/detr-resnet-50, or a checkpoint of the release"
+        ) from None
+    if not isinstance(config, DetrConfig):
+        raise ValueError(f"--pretrained {name} is a model of type {config.model_type}; expected detr")
+    return config
+
+
+def _pretrained(settings: Settings, classes: Sequence[str], labels: dict[str, Any], say: Say) -> Any:
+    name = settings.pretrained
+    assert name is not None
+    config = _config(name)
+    has, wanted = getattr(config, "irpe", None), settings.rpe
+    if has and wanted is not None:
+        asked = None if wanted == "none" else rpe_config_to_dict(rpe_config_from_string(wanted))
+        if asked is None or any(entry["rpe_config"] != asked for entry in has):
+            raise ValueError(f"--rpe {wanted}, but {name} was trained with another iRPE; leave --rpe out")
+    same = [str(config.id2label[number]) for number in range(config.num_labels)] == list(classes)
+    options: dict[str, Any] = {} if same else {"num_labels": len(classes), **labels, "ignore_mismatched_sizes": True}
+    if not same:
+        say(f"the classes are others than those of {name}: the classifier starts from random weights")
+    model = load(name, auxiliary_loss=True, **options)
+    if not has and wanted not in (None, "none"):
+        equip(model, wanted)
+    return model
+
+
+def _small(settings: Settings, labels: dict[str, Any]) -> Any:
+    """A DETR that learns from random weights within minutes: a block of ConvNeXt on patches of 8x8 pixels."""
+    # ConvNeXt normalises by itself; DETR replaces the batch norms of a ResNet by fixed ones, which do nothing here
+    of_backbone: dict[str, Any] = dict(
+        patch_size=8, num_stages=1, hidden_sizes=[settings.d_model], depths=[1], layer_scale_init_value=1.0,
+        initializer_range=0.1, out_features=["stage1"],
+    )  # fmt: skip
+    options: dict[str, Any] = dict(
+        backbone_config=ConvNextConfig(**of_backbone), use_timm_backbone=False, d_model=settings.d_model,
+        encoder_layers=settings.layers, decoder_layers=settings.layers, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=2 * settings.d_model, decoder_ffn_dim=2 * settings.d_model,
+        num_queries=settings.queries, dropout=settings.dropout, auxiliary_loss=True, **labels,
+    )  # fmt: skip
+    model: Any = DetrForObjectDetection(DetrConfig(**options))
+    # as the original DETR starts; transformers' 0.02 everywhere makes all queries alike, and this width learns nothing
+    for part in (model.model.encoder, model.model.decoder, model.bbox_predictor, model.model.input_projection):
+        for one in part.parameters():
+            if one.dim() > 1:
+                nn.init.xavier_uniform_(one)
+    nn.init.normal_(model.model.query_position_embeddings.weight)
+    nn.init.zeros_(model.bbox_predictor.layers[-1].weight)
+    return model
+
+
+def _in_backbone(name: str) -> bool:
+    return ".backbone." in f".{name}"
+
+
+def _choose_trained(model: Any) -> None:
+    """Everything is trained but the stem and the first stage of a ResNet, as in the original DETR."""
+    # transformers 5.18 freezes all of its own ResNet and nothing of timm's
+    resnet = "resnet" in str(model.config.backbone_config.to_dict()).lower()
+    for name, one in model.named_parameters():
+        late = re.search(r"\b(layer[234]|stages\.[123])\.", name) is not None
+        one.requires_grad_(late or not (resnet and _in_backbone(name)))
+
+
+def _load_backbone(model: Any, source: str) -> None:
+    """Weights of timm's or torchvision's ResNet-50: from the hub, or from a file."""
+    if source == "hub":
+        import timm
+
+        state = timm.create_model("resnet50", pretrained=True).state_dict()
+    else:
+        try:
+            state = torch.load(source, map_location="cpu", weights_only=True)
+        except Exception as error:  # damaged files raise many kinds
+            raise ValueError(f"--backbone {source} cannot be read: {str(error).splitlines()[0]}") from None
+    body = model.model.backbone.model
+    state = {key: value for key, value in state.items() if key in body.state_dict()}
+    if lost := [key for key in body.state_dict() if key not in state]:
+        raise ValueError(f"--backbone {source} is no ResNet-50: it lacks {', '.join(lost[:3])}")
+    body.load_state_dict(state)
