@@ -316,7 +316,7 @@ def encodings(result: dict[str, Any], examples: Sequence[int] = (0, 2, 4, 5, 7))
     answers = []
     for attention, q in zip(attentions(model), queries_of(model, test.images), strict=True):
         rpe = attention.rpe_k
-        tables = rpe.tables(q, side, side)
+        tables = [(table if rpe.mode == "bias" else q @ table, ids) for table, ids in rpe.tables(q, side, side)]
         parts = [rpe] if len(tables) == 1 else [rpe.rp_rows, rpe.rp_cols]
         answer = torch.zeros(())
         for part, (table, _) in zip(parts, tables, strict=True):

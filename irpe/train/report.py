@@ -77,22 +77,35 @@ def draw_run(path: Path, lines: list[dict[str, Any]]) -> Path:
 
 @contextmanager
 def _listening(modules: list[Any], told: Callable[[int, Tensor, Any], None]) -> Iterator[None]:
-    """While the block runs, told(number, x, size) is called for what each encoding is applied to."""
+    """While the block runs, told(number, x, size) is called for the scaled queries that each encoding is applied to."""
 
-    def listener(number: int, own: Any) -> Any:
-        def tables(x: Tensor, *args: Any, **options: Any) -> Any:
+    def listen(number: int, module: Any) -> None:
+        own_forward, own_tables = module.forward, module.tables
+        inside = False
+
+        def forward(x: Tensor, *args: Any, **options: Any) -> Any:  # the formula: its queries are scaled
+            nonlocal inside
             told(number, x, options)
-            return own(x, *args, **options)
+            inside = True
+            try:
+                return own_forward(x, *args, **options)
+            finally:
+                inside = False
 
-        return tables
+        def tables(x: Tensor, *args: Any, **options: Any) -> Any:  # fused attention scales inside
+            if not inside:
+                told(number, x * x.shape[-1] ** -0.5, options)
+            return own_tables(x, *args, **options)
+
+        module.forward, module.tables = forward, tables
 
     for number, module in enumerate(modules):
-        module.tables = listener(number, module.tables)
+        listen(number, module)
     try:
         yield
     finally:
         for module in modules:
-            del module.tables
+            del module.forward, module.tables
 
 
 def encodings(
@@ -156,8 +169,9 @@ def _answers(module: Any, x: Tensor, options: dict[str, Any], at: tuple[int, int
     batch, heads = x.shape[:2]
     height, width = options["height"], options["width"]
     mean, single = torch.zeros((), device=x.device), torch.zeros((), device=x.device)
-    for part, (table, _) in zip(parts, type(module).tables(module, x, **options), strict=True):
+    for part, (table, _) in zip(parts, module.tables(x, **options), strict=True):
         c = part.rpe_config
+        table = table if part.mode == "bias" else x @ table
         ids = get_offset_ids_2d(part.method, height, width, c.alpha, c.beta, c.gamma).flip(0, 1).to(table.device)
         table = table[:, :, c.skip :].float()  # (B, H, L, N), in bias mode (1, H', L, N)
         mean = mean + table.mean((0, 2))[..., ids]
