@@ -53,7 +53,8 @@ def flex(q, k, v, rpe_k):
     """FlexAttention with the encoding on keys as a score_mod: forward only on the CPU."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    ((lut, ids),) = rpe_k.tables(q * DIM**-0.5)
+    ((W, ids),) = rpe_k.tables(q)
+    lut = (q * DIM**-0.5) @ W
     return flex_attention(q, k, v, score_mod=lambda s, b, h, i, j: s + lut[b, h, i, ids[i, j]])
 
 
