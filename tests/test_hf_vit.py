@@ -1049,12 +1049,16 @@ def test_lora(family, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes(run_python, tmp_path):
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("family", ["dinov2", "detr"])
+def test_two_processes(run_python, tmp_path, family, how):
     code = f"""
         import os, sys
         sys.path.insert(0, {str(ROOT / "tests")!r})
 
         import torch
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
         from torch.nn.parallel import DistributedDataParallel
 
         def work(rank):
@@ -1063,14 +1067,24 @@ def test_two_processes(run_python, tmp_path):
             torch.distributed.init_process_group(
                 "gloo", init_method="file://{tmp_path / "meeting"}", rank=rank, world_size=2
             )
-            model = make("dinov2")
-            image = images("dinov2", 2, 8, batch=4)
-            expected = gradients(model, *(spread(features(run("dinov2", model, part))) / 2 for part in image.split(2)))
+            model = make({family!r})
+            image = images({family!r}, 2, 8, batch=4)
+            parts = [spread(features(run({family!r}, model, part))) / 2 for part in image.split(2)]
+            expected = gradients(model, *parts)
             model.zero_grad()
-            parallel = DistributedDataParallel(model, find_unused_parameters=True)
-            spread(features(run("dinov2", parallel, image.split(2)[rank]))).backward()
+            if {how!r} == "ddp":
+                parallel = DistributedDataParallel(model, find_unused_parameters=True)
+            else:
+                mesh = init_device_mesh("cpu", (2,))
+                layers = ("Dinov2Layer", "DetrEncoderLayer")
+                for one in [one for one in model.modules() if type(one).__name__ in layers]:
+                    fully_shard(one, mesh=mesh)
+                parallel = fully_shard(model, mesh=mesh)
+            spread(features(run({family!r}, parallel, image.split(2)[rank]))).backward()
             for name in tables_of(model):
-                error = (model.get_parameter(name).grad - expected[name]).abs().max()
+                grad = model.get_parameter(name).grad
+                grad = grad.full_tensor() if {how!r} == "fsdp2" else grad
+                error = (grad - expected[name]).abs().max()
                 assert error <= 1e-11 * max(1, expected[name].abs().max()), (name, error)
             open(f"{tmp_path}/done{{rank}}", "w").close()
 
