@@ -531,7 +531,7 @@ class iRPE(nn.Module):
     def _ids_at(self, x: Tensor, positions: Any) -> Tensor:
         own, others = positions if isinstance(positions, tuple) else (positions, positions)
         for one, tokens in ((own, x.shape[2]), (others, others.shape[-2] if self.transposed else x.shape[3])):
-            if one.shape not in ((tokens, 2), (x.shape[0], tokens, 2)):
+            if one.dim() not in (2, 3) or one.shape[-2:] != (tokens, 2) or (one.dim() == 3 and len(one) != len(x)):
                 raise ValueError(f"positions have shape {tuple(one.shape)}; expected ({tokens}, 2) or (B, {tokens}, 2)")
         c = self.rpe_config
         ids, _ = get_bucket_ids(c.method, own, others, c.skip, c.alpha, c.beta, c.gamma)
@@ -567,7 +567,7 @@ class iRPE(nn.Module):
         last = self.head_dim if self.transposed else x.shape[2 if positions is None else 3]
         if x.shape[3] != last:
             raise ValueError(f"the input has shape {tuple(x.shape)}; expected {expected} with last size {last}")
-        if self.num_heads not in (1, x.shape[1]):
+        if self.num_heads != 1 and self.num_heads != x.shape[1]:  # torch 2.11 compiles `in` of symbols wrongly
             raise ValueError(f"the input has {x.shape[1]} heads, but there are tables for {self.num_heads}")
         if x.device != self.table.device:
             raise ValueError(f"the input is on {x.device}, the table on {self.table.device}: move one of them")
