@@ -407,6 +407,8 @@ def test_compiled_whether_or_not_something_is_trained(backend, mode):
 
 @needs_build
 def test_a_compiled_graph_makes_its_plans_once(monkeypatch):
+    if torch.compile(lambda x: x + int(torch.compiler.is_exporting()), backend="eager")(torch.zeros(1)):
+        pytest.skip("this torch says that it exports whenever it compiles, so its graphs hold plain torch")
     _, rpe_k, _ = build_rpe(get_rpe_config(skip=1), 8, 2)
     q, k, v = torch.randn(3, 1, 2, 13, 8)
     made = []
