@@ -1,0 +1,72 @@
+"""`irpe sweep`: the rows of a table of the paper on any data."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.table import Table
+
+from .common import console
+
+
+def sweep(
+    context: typer.Context,
+    table: Annotated[int, typer.Argument(help="Of the paper: 1 (methods), 2 (heads) or 4 (queries, keys, values).")],
+    data: Annotated[str, typer.Argument(help="As irpe train takes it.")],
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each row, with seeds 0, 1, ...")] = 1,
+    out: Annotated[Path, typer.Option(help="Folder of all runs: what has ended there is not run again.")] = Path(
+        "runs/sweep"
+    ),
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the table there too.")] = None,
+) -> None:
+    """Train every row of a table of the paper on DATA, and put what was measured beside the paper's figures.
+
+    All other options go to irpe train: irpe sweep 1 digits --seeds 2 --recipe small --model vit_tiny_patch16_224 ...
+    What was interrupted goes on where it was.
+    """
+    from ..train import compare
+    from ..train import sweep as job
+
+    if table not in job.TABLES:
+        raise typer.BadParameter(f"table {table}; expected one of {', '.join(map(str, job.TABLES))}")
+    taken = {"--rpe", "--seed", "--name", "--out", "--resume", "--overwrite"} & {
+        word.split("=")[0] for word in context.args
+    }
+    if taken:
+        raise typer.BadParameter(f"{', '.join(sorted(taken))}: the sweep sets this for each run")
+    rows = job.TABLES[table]
+    todo = list(job.unfinished(rows, seeds, out))
+    for number, (row, seed) in enumerate(todo, 1):
+        console.print(f"{number}/{len(todo)}: {row.title}, seed {seed}")
+        own = ["--rpe", row.rpe, *row.options, "--seed", str(seed), "--out", str(out), "--name", row.name(seed)]
+        if code := start(["train", data, *context.args, *own, "--resume", "auto"]):
+            raise typer.Exit(code)
+    name_of_data = Path(data).name
+    shown = Table(
+        title=f"Table {table} of the paper, and {name_of_data}: right answers in percent",
+        caption=f"paper: DeiT-S on ImageNet-1K. {name_of_data}: at the end of each run, mean ± deviation over seeds.",
+        title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD,
+    )  # fmt: skip
+    for name in ("row", "encoding", "paper", name_of_data):
+        shown.add_column(name, justify="left" if name in ("row", "encoding") else "right", no_wrap=True)
+    plain: list[dict[str, Any]] = []
+    for row in rows:
+        values = job.measured(row, seeds, out)
+        mean, deviation = compare.spread(values)
+        words = f"{mean:.1f}" + (f" ± {deviation:.1f}" if seeds > 1 else "")
+        shown.add_row(row.title, row.rpe, f"{row.paper:g}", words)
+        plain.append({"row": row.title, "rpe": row.rpe, "options": row.options, "paper": row.paper, "top1": values})
+    console.print(shown)
+    groups = compare.grouped([compare.load(out / row.name(seed)) for row in rows for seed in range(seeds)])
+    console.print(str(compare.draw(out / f"table{table}.png", groups)), soft_wrap=True)
+    if json_file is not None:
+        json_file.write_text(json.dumps(plain, indent=1) + "\n")
+
+
+def start(words: list[str]) -> int:
+    """Runs `irpe` with these words in a process of its own; its status."""
+    return subprocess.run([sys.executable, "-m", "irpe", *words]).returncode

@@ -1,0 +1,66 @@
+"""The rows of the paper's Tables 1, 2 and 4: encodings to train one after the other, with the paper's figures."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import compare
+from .run import RESULT
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a row is called, its encoding ("none" without), the paper's top-1 on ImageNet, and options of its own."""
+
+    title: str
+    rpe: str
+    paper: float
+    options: tuple[str, ...] = ()
+
+    def name(self, seed: int) -> str:
+        """The folder of its run with a seed."""
+        return f"{self.rpe}{'-no-positions' if self.options else ''}-seed{seed}"
+
+
+_WITHOUT = Row("without", "none", 79.9)
+_NO_POSITIONS = ("--model-arg", "pos_embed=none")
+_ON = {"none": (79.9, 77.6), "q": (80.9, 80.9), "k": (80.9, 80.9), "v": (80.2, 80.2), "qk": (81.1, 81.0)}
+_ON |= {"qkv": (81.4, 81.3)}
+_METHODS = {"euc": (20, 80.1, 80.4), "quant": (33, 80.3, 80.5), "cross": (20, 80.5, 80.8), "product": (1.9, 80.5, 80.9)}
+
+
+def _on(where: str) -> str:
+    return "none" if where == "none" else f"rpe-1.9-product-ctx-1-{where}"
+
+
+# biases of each head and contextual tables that heads share, where the paper does not say: see docs/reproduce.md
+TABLES: dict[int, tuple[Row, ...]] = {
+    1: (
+        _WITHOUT,
+        *(Row(f"{name}, bias", f"rpe-{ratio}-{name}-bias-0-k", bias) for name, (ratio, bias, _) in _METHODS.items()),
+        *(Row(f"{name}, contextual", f"rpe-{ratio}-{name}-ctx-1-k", ctx) for name, (ratio, _, ctx) in _METHODS.items()),
+    ),
+    2: (
+        Row("bias, each head", "rpe-1.9-product-bias-0-k", 80.54),
+        Row("bias, shared", "rpe-1.9-product-bias-1-k", 80.05),
+        Row("contextual, each head", "rpe-1.9-product-ctx-0-k", 80.99),
+        Row("contextual, shared", "rpe-1.9-product-ctx-1-k", 80.89),
+    ),
+    4: (
+        *(Row(f"learned, {where}", _on(where), learned) for where, (learned, _) in _ON.items()),
+        *(Row(f"no positions, {where}", _on(where), no, _NO_POSITIONS) for where, (_, no) in _ON.items()),
+    ),
+}
+
+
+def unfinished(rows: tuple[Row, ...], seeds: int, out: Path) -> Iterator[tuple[Row, int]]:
+    """The runs that have not ended yet, all rows with the first seed before any with the second."""
+    for seed in range(seeds):
+        for row in rows:
+            if not (out / row.name(seed) / RESULT).exists():
+                yield row, seed
+
+
+def measured(row: Row, seeds: int, out: Path) -> list[float]:
+    """Top-1 of each seed at the end of its run, in percent."""
+    return [compare.load(out / row.name(seed)).epochs[-1]["val"]["top1"] for seed in range(seeds)]
