@@ -13,18 +13,34 @@ def rpe_config_from_string(text: str, *, skip: int = 0) -> RPEConfig:
     >>> rpe_config_from_string("rpe-2.0-product-ctx-1-k", skip=1) == get_rpe_config(2.0, "product", "ctx", True, 1, "k")
     True
 
+    With `-clip` at its end offsets are clipped in place of sharing buckets logarithmically, as in Shaw et al. (NAACL
+    2018): index max(-b, min(b, round(x))) with b = int(2 * ratio), so as many buckets as without (the paper's Table 3).
+
     A text of another form, or with a value that `get_rpe_config` refuses, is a ValueError.
     """
-    match = re.fullmatch(r"rpe-([^-]+)-([^-]+)-([^-]+)-([01])-([^-]+)", text)
+    match = re.fullmatch(r"rpe-([^-]+)-([^-]+)-([^-]+)-([01])-([^-]+)(-clip)?", text)
     try:
         if match is None:
             raise ValueError("it has another form")
-        ratio, method, mode, shared_head, rpe_on = match.groups()
-        return get_rpe_config(float(ratio), method, mode, shared_head == "1", skip, rpe_on)
+        ratio, method, mode, shared_head, rpe_on, clip = match.groups()
+        config = get_rpe_config(float(ratio), method, mode, shared_head == "1", skip, rpe_on)
+        return _clipped(config) if clip else config
     except ValueError as error:
         raise ValueError(
-            f"{text!r}: {error}; expected rpe-RATIO-METHOD-MODE-SHARED-ON such as 'rpe-2.0-product-ctx-1-k'"
+            f"{text!r}: {error}; expected rpe-RATIO-METHOD-MODE-SHARED-ON such as 'rpe-2.0-product-ctx-1-k', perhaps "
+            "with -clip at its end"
         ) from None
+
+
+def _clipped(config: RPEConfig) -> RPEConfig:
+    """With alpha = beta, from where on all offsets are in the last bucket."""
+    return RPEConfig(
+        **{
+            name: dataclasses.replace(one, alpha=float(int(one.beta)), beta=float(int(one.beta)))
+            for name, one in vars(config).items()
+            if one is not None
+        }
+    )
 
 
 def rpe_config_to_string(config: RPEConfig) -> str:
@@ -33,16 +49,19 @@ def rpe_config_to_string(config: RPEConfig) -> str:
     >>> rpe_config_to_string(get_rpe_config(2.0, rpe_on="qk"))
     'rpe-2.0-product-ctx-1-qk'
 
-    Configurations that differ between q, k and v have none (ValueError), nor has alpha : beta : gamma but 1 : 2 : 8.
+    Configurations that differ between q, k and v have none (ValueError), nor has alpha : beta : gamma but 1 : 2 : 8,
+    clipped or not.
     """
     singles = {name[-1]: one for name, one in vars(config).items() if one is not None}
     one = next(iter(singles.values()), None)
     if one is None or any(other != one for other in singles.values()):
         raise ValueError(f"{config} has no string form: q, k and v have different configurations, or none")
-    if (one.beta, one.gamma) != (2 * one.alpha, 8 * one.alpha):
-        raise ValueError(f"{config} has no string form: alpha : beta : gamma is not 1 : 2 : 8")
-    mode = one.mode.replace("contextual", "ctx")
-    return f"rpe-{one.alpha}-{_METHOD_NAMES[one.method]}-{mode}-{int(one.shared_head)}-{''.join(singles)}"
+    mode, ratio = one.mode.replace("contextual", "ctx"), one.gamma / 8
+    text = f"rpe-{ratio}-{_METHOD_NAMES[one.method]}-{mode}-{int(one.shared_head)}-{''.join(singles)}"
+    for form in (text, text + "-clip"):
+        if rpe_config_from_string(form, skip=one.skip) == config:
+            return form
+    raise ValueError(f"{config} has no string form: alpha : beta : gamma is not 1 : 2 : 8")
 
 
 def rpe_config_to_dict(config: RPEConfig) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import json
 import pickle
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,6 +15,7 @@ from irpe import (
     RPEConfig,
     get_rpe_config,
     get_single_rpe_config,
+    piecewise_index,
     rpe_config_from_dict,
     rpe_config_from_string,
     rpe_config_to_dict,
@@ -83,6 +85,23 @@ def test_dict_and_string_forms_go_both_ways(config):
 def test_string_form_is_the_documented_one():
     assert rpe_config_to_string(get_rpe_config(2.0, skip=1)) == "rpe-2.0-product-ctx-1-k"
     assert rpe_config_to_string(get_rpe_config(20, "cross", "bias", False, rpe_on="kq")) == "rpe-20.0-cross-bias-0-qk"
+
+
+@given(configs)
+def test_clipped_offsets(config):
+    """As many buckets as without, -b to b; the string form goes both ways."""
+    single = config.rpe_q or config.rpe_k or config.rpe_v
+    if int(single.beta) < 1:
+        return
+    text = rpe_config_to_string(config) + "-clip"
+    clipped = rpe_config_from_string(text, skip=single.skip)
+    assert rpe_config_to_string(clipped) == text
+    one, b = clipped.rpe_q or clipped.rpe_k or clipped.rpe_v, int(single.beta)
+    assert one.num_buckets == single.num_buckets
+    assert one == dataclasses.replace(single, alpha=b, beta=b)
+    x = torch.linspace(-4 * b, 4 * b, 97, dtype=torch.float64)
+    found = piecewise_index(x, one.alpha, one.beta, one.gamma, dtype=torch.long)
+    assert torch.equal(found, x.round().clamp(-b, b).long())
 
 
 def test_bias_configurations_survive_the_dict():

@@ -60,7 +60,8 @@ def test_piecewise_parameters(piecewise):
     "text",
     ["", "rpe", "rpe-1.9-product-ctx-1", "rpe-1.9-product-ctx-2-k", "rpe-x-product-ctx-1-k", "rpe-1.9-prod-ctx-1-k",
      "rpe--1.9-product-ctx-1-k", "rpe-1.9-product-ctx-1-k-", " rpe-1.9-product-ctx-1-k", "rpe-1.9-cross-bias-1-v",
-     "rpe-nan-product-ctx-1-k"],
+     "rpe-nan-product-ctx-1-k", "rpe-1.9-product-ctx-1-clip", "rpe-0.4-product-ctx-1-k-clip",
+     "rpe-1.9-product-ctx-1-k-klip"],
 )  # fmt: skip
 def test_string_form(text):
     with pytest.raises(ValueError, match="rpe-2.0-product-ctx-1-k"):

@@ -15,7 +15,7 @@ from .common import console
 
 def sweep(
     context: typer.Context,
-    table: Annotated[int, typer.Argument(help="Of the paper: 1 (methods), 2 (heads) or 4 (queries, keys, values).")],
+    table: Annotated[int, typer.Argument(help="Of the paper: 1 (methods), 2 (heads), 3 (functions) or 4 (on what).")],
     data: Annotated[str, typer.Argument(help="As irpe train takes it.")],
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each row, with seeds 0, 1, ...")] = 1,
     out: Annotated[Path, typer.Option(help="Folder of all runs: what has ended there is not run again.")] = Path(

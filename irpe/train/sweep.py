@@ -1,4 +1,4 @@
-"""The rows of the paper's Tables 1, 2 and 4: encodings to train one after the other, with the paper's figures."""
+"""The rows of the paper's Tables 1 to 4: encodings to train one after the other, with the paper's figures."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,6 +45,12 @@ TABLES: dict[int, tuple[Row, ...]] = {
         Row("bias, shared", "rpe-1.9-product-bias-1-k", 80.05),
         Row("contextual, each head", "rpe-1.9-product-ctx-0-k", 80.99),
         Row("contextual, shared", "rpe-1.9-product-ctx-1-k", 80.89),
+    ),
+    3: (
+        Row("clip, bias", "rpe-1.9-product-bias-1-k-clip", 80.1),
+        Row("clip, contextual", "rpe-1.9-product-ctx-1-k-clip", 80.9),
+        Row("piecewise, bias", "rpe-1.9-product-bias-1-k", 80.0),
+        Row("piecewise, contextual", "rpe-1.9-product-ctx-1-k", 80.9),
     ),
     4: (
         *(Row(f"learned, {where}", _on(where), learned) for where, (learned, _) in _ON.items()),
