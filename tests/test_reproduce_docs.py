@@ -1,5 +1,6 @@
 """Every command of docs/reproduce.md, with one step on tiny data; its encodings have the sizes that the paper names."""
 
+import json
 import re
 import shlex
 
@@ -38,16 +39,21 @@ def rpe_of(command):
 
 
 def test_every_row_has_its_encoding():
-    assert (len(ROWS), len(TRAIN), len(DETECT)) == (9 + 4 + 12 + 8 + 6, 25, 6)
+    assert (len(ROWS), len(TRAIN), len(DETECT)) == (9 + 4 + 4 + 12 + 8 + 9, 27, 9)
     sizes = {"rpe-2.0-product-ctx-1-k": 81, "rpe-3.5-product-ctx-1-k": 225, "rpe-1.9-product-ctx-1-k": 49}
     for text, size in sizes.items():
         one = rpe_config_from_string(text).rpe_k
         assert get_num_buckets(one.method, one.alpha, one.beta, one.gamma) == size
         assert any(rpe_of(command) == text for command in COMMANDS)
     for row, _, command in ROWS:
-        assert ("without" in row or row.startswith(("DeiT", "sinusoid, 1", "sinusoid, 3")) or ", none" in row) == (
-            rpe_of(command) == "none"
-        )
+        assert ("no positions" in row) == ("--positions none" in command)
+        assert ("clip" in row) == rpe_of(command).endswith("-clip")
+        assert ("300 epochs" in row) == ("--epochs 300 --lr-drop 200" in command)
+        assert (
+            "without" in row
+            or row.startswith(("DeiT", "sinusoid, 1", "sinusoid, 3", "no positions, 1"))
+            or ", none" in row
+        ) == (rpe_of(command) == "none")
         assert ("no absolute" in row) == ("pos_embed=none" in command)
 
 
@@ -72,7 +78,7 @@ def test_training_for_one_step(command, imagenet, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "command", DETECT, ids=lambda command: rpe_of(command) + re.search("--epochs (.+?) ", command)[1]
+    "command", DETECT, ids=lambda command: re.search("--rpe (.+) --amp", command)[1].replace(" ", "")
 )
 def test_detection_for_one_step(command, tmp_path):
     pytest.importorskip("torchmetrics")
@@ -85,8 +91,11 @@ def test_detection_for_one_step(command, tmp_path):
     words[words.index("coco")] = coco
     at = words.index("--backbone")
     del words[at : at + 2]  # its weights are fetched
-    words = words[: words.index("--train-size")]
+    words[words.index("--amp") + 1] = "none"
     tiny = ["--batch-size", "2", "--size", "32", "--max-size", "48", "--train-size", "32", "--max-steps", "1"]
     tiny += ["--device", "cpu", "--out", str(tmp_path), "--name", "run", "--draw", "0"]
     result = runner.invoke(app, [*words, *tiny], catch_exceptions=False)
     assert result.exit_code == 0, result.output
+    run = json.loads((tmp_path / "run" / "result.json").read_text())["settings"]
+    assert (run["recipe"], run["model"], run["crop"]) == ("detr", "r50", 0.5)
+    assert (run["epochs"], run["lr_drop"]) in ((150, 100), (300, 200))

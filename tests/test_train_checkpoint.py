@@ -10,7 +10,8 @@ import torch
 pytest.importorskip("timm")
 
 from irpe.train import checkpoint, model
-from irpe.train.settings import RECIPES, Settings, changed, settings_from, settings_from_dict
+from irpe.train.options import changed
+from irpe.train.settings import RECIPES, Settings, settings_from, settings_from_dict
 
 STATE = {"step": 7, "settings": {}, "model": {"a": torch.arange(3.0)}}
 

@@ -1,23 +1,20 @@
 """`irpe train` and `irpe evaluate`: their options, which are those of `irpe.train.settings`, and what they print."""
 
 import dataclasses
-import inspect
 import json
 import os
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
+from ..train.options import flag
 from ..train.settings import RECIPES, Settings, settings_from, settings_from_dict
 from . import demo
-from .common import console, new_folder
+from .common import new_folder
+from .options import FOLDER, Out, Overwrite, Resume, given, recipe_option, sentences, with_settings
 
-DEMO, FOLDER = "Demo on handwritten digits (without DATA)", "Folder and resuming"
+DEMO = "Demo on handwritten digits (without DATA)"
 Data = Annotated[
     str | None,
     typer.Argument(
@@ -26,75 +23,10 @@ Data = Annotated[
         show_default=False,
     ),
 ]
-Out = Annotated[Path, typer.Option(help="Folder of all results.", rich_help_panel=FOLDER)]
 Name = Annotated[
     str | None,
-    typer.Option(help="Folder of this one inside --out Default: data, model, encoding, seed.", rich_help_panel=FOLDER),
+    typer.Option(help="Folder of this one inside --out. Default: data, model, encoding, seed.", rich_help_panel=FOLDER),
 ]
-Resume = Annotated[
-    str | None,
-    typer.Option(
-        help="auto: go on from the last checkpoint in --out/--name, or begin if there is none. Or a checkpoint, or the "
-        "folder of a run.",
-        rich_help_panel=FOLDER,
-    ),
-]
-Recipe = Annotated[
-    str | None,
-    typer.Option(help=f"Where options that are not given come from: {', '.join(RECIPES)}.", rich_help_panel="Recipe"),
-]
-
-
-def _words(one: "dataclasses.Field[Any]") -> str:
-    """The help of an option with the value that each recipe gives it."""
-    text: str = one.metadata["help"]
-    words = {recipe: values.get(one.name, one.default) for recipe, values in RECIPES.items()}
-    shown = {name: value for name, value in words.items() if value not in (None, (), "")}
-    if not shown or isinstance(one.default, bool):
-        return text
-    if len(set(shown.values())) == 1:
-        return f"{text} Default: {next(iter(shown.values()))}."
-    return f"{text} Default: {', '.join(f'{value} ({name})' for name, value in shown.items())}."
-
-
-def _with_settings(function: Callable[..., None], without: tuple[str, ...] = ()) -> Callable[..., None]:
-    """The function as typer sees it: its **settings become an option for each field of Settings."""
-    signature = inspect.signature(function)
-    own = [one for one in signature.parameters.values() if one.kind != inspect.Parameter.VAR_KEYWORD]
-    more = []
-    for one in dataclasses.fields(Settings):
-        if "help" not in one.metadata or one.name in without or one.name in signature.parameters:
-            continue
-        kind: Any = one.type
-        inner = [arg for arg in get_args(kind) if arg not in (type(None), Ellipsis)]
-        several = getattr(kind, "__origin__", None) is tuple
-        basic = list[inner[0]] if several else inner[0] if inner else kind  # type: ignore[valid-type]
-        option = typer.Option(help=_words(one), show_default=False, rich_help_panel=one.metadata["panel"])
-        more.append(
-            inspect.Parameter(
-                one.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[basic | None, option]
-            )
-        )
-    keyword = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own[1:]]
-    parameters = [own[0], *keyword, *more]
-
-    def command(*args: Any, **options: Any) -> None:
-        function(*args, **options)
-
-    command.__name__, command.__doc__ = function.__name__, function.__doc__
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {one.name: one.annotation for one in parameters}
-    return command
-
-
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that were given, as settings hold them."""
-    given = {name: value for name, value in options.items() if value is not None and value != []}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _train(
@@ -121,12 +53,10 @@ def _train(
             rich_help_panel="Recipe",
         ),
     ] = None,
-    recipe: Recipe = None,
+    recipe: Annotated[str | None, recipe_option(RECIPES)] = None,
     out: Out = Path("runs"),
     name: Name = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Write into a folder that exists.", rich_help_panel=FOLDER)
-    ] = False,
+    overwrite: Overwrite = False,
     resume: Resume = None,
     seeds: Annotated[
         int | None,
@@ -156,13 +86,13 @@ def _train(
     """
     only_demo = {"seeds": seeds, "workers": workers, "quick": quick or None, "tune": tune or None}
     if data is None:
-        if strange := [_flag(one) for one in _given(settings | {"recipe": recipe, "resume": resume})]:
+        if strange := [flag(one) for one in given(settings | {"recipe": recipe, "resume": resume})]:
             raise typer.BadParameter(f"{', '.join(strange)}: the demo has no such option; name the DATA to train on")
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise typer.BadParameter("the demo is one process with workers of its own; name the DATA to train on")
         demo.run(demo.Options(seeds or 3, epochs or 60, rpe or [], lr, workers, out, name, overwrite, quick, tune))
         return
-    if strange := [_flag(one) for one in _given(only_demo)]:
+    if strange := [flag(one) for one in given(only_demo)]:
         raise typer.BadParameter(f"{', '.join(strange)}: only the demo, without DATA, has this option")
     if rpe and len(rpe) > 1:
         raise typer.BadParameter(f"--rpe was given {len(rpe)} times; a run has one encoding")
@@ -170,9 +100,9 @@ def _train(
         raise typer.BadParameter("--resume goes on in a folder that exists; leave --overwrite out")
     from ..train import run as job
 
-    with _sentences() as printer:
-        given = _given(settings | {"epochs": epochs, "lr": lr, "rpe": rpe[0] if rpe else None, "data": data})
-        chosen = settings_from(recipe or "deit", given)
+    with sentences() as printer:
+        options = given(settings | {"epochs": epochs, "lr": lr, "rpe": rpe[0] if rpe else None, "data": data})
+        chosen = settings_from(recipe or "deit", options)
         if chosen.rpe != "none":
             from ..config_io import rpe_config_from_string
 
@@ -185,29 +115,6 @@ def _folder(out: Path, name: str, overwrite: bool, resume: str | None) -> Path:
         return new_folder(out, name, overwrite or resume == "auto")
     path = Path(resume)
     return path if path.is_dir() else path.parent.parent
-
-
-@contextmanager
-def _sentences() -> Iterator[Console]:
-    """Gives the console of this process, and makes errors and signals what the first process prints, and a status."""
-    from ..train.checkpoint import WriteError
-    from ..train.loader import RunError
-    from ..train.loop import Stopped
-
-    first = os.environ.get("RANK", "0") == "0"
-    printer = console if first else Console(quiet=True)
-    try:
-        yield printer
-    except Stopped as stopped:
-        printer.print(str(stopped), soft_wrap=True)
-        raise typer.Exit(128 + stopped.signal) from None
-    except (ValueError, TypeError, WriteError) as error:
-        if not first:
-            time.sleep(3)  # an error of all processes is the first one's to tell: torchrun ends the others meanwhile
-        if isinstance(error, (WriteError, RunError)):
-            typer.echo(f"irpe: {error}", err=True)
-            raise typer.Exit(1) from None
-        raise typer.BadParameter(str(error)) from None
 
 
 def _evaluate(
@@ -240,24 +147,24 @@ def _evaluate(
     from ..train import run as job
     from ..train.model import find_weights
 
-    given = _given(settings | {"data": data, "val_split": split, "rpe": rpe})
-    with _sentences() as printer:
+    options = given(settings | {"data": data, "val_split": split, "rpe": rpe})
+    with sentences() as printer:
         if run is None:
-            if data is None or "model" not in given or "pretrained" not in given:
+            if data is None or "model" not in options or "pretrained" not in options:
                 raise ValueError("name the folder of a run; or give --data, --model and --pretrained")
-            chosen, classes, path = settings_from("deit", given), None, None
+            chosen, classes, path = settings_from("deit", options), None, None
         else:
             old, classes = job.settings_of(run)
             fixed = {
-                one: given[one] for one in ("model", "rpe", "pretrained", "in_chans", "num_classes") if one in given
+                one: options[one] for one in ("model", "rpe", "pretrained", "in_chans", "num_classes") if one in options
             }
             if fixed:
-                raise ValueError(f"{', '.join(map(_flag, fixed))}: the run has its own; leave it out")
+                raise ValueError(f"{', '.join(map(flag, fixed))}: the run has its own; leave it out")
             if data is not None and data != old.data:
-                given = {"val_share": 0.0, "val_split": None, **given}
+                options = {"val_share": 0.0, "val_split": None, **options}
             if split is not None:
-                given["val_share"] = 0.0
-            chosen = settings_from_dict({**dataclasses.asdict(old), **given})
+                options["val_share"] = 0.0
+            chosen = settings_from_dict({**dataclasses.asdict(old), **options})
             named = {"best": "best.safetensors", "last": "model.safetensors", "ema": "ema.safetensors"}
             path = find_weights(run / named[weights] if weights in named else Path(weights))
         score, bad = job.measure(chosen, path, classes, printer)
@@ -281,9 +188,10 @@ _TRAINING = tuple(
     if one.metadata.get("panel") in ("Recipe", "Augmentation", "Checkpoints and logs")
     and one.name not in ("batch_size",)
 )
-train = _with_settings(_train)
-train.__name__ = "train"
-evaluate = _with_settings(
-    _evaluate, (*_TRAINING, "val_split", "train_split", "train_samples", "drop_path", "verify", "compile")
+train = with_settings(_train, Settings, RECIPES)
+evaluate = with_settings(
+    _evaluate,
+    Settings,
+    RECIPES,
+    (*_TRAINING, "val_split", "train_split", "train_samples", "drop_path", "verify", "compile"),
 )
-evaluate.__name__ = "evaluate"

@@ -30,18 +30,29 @@ class Batch(NamedTuple):
     numbers: list[int]
 
 
+# of pieces, in pixels: shorter side of the picture that they are cut from, and their own smallest and largest sides
+CROP_FROM, CROP_SIDES = (400, 500, 600), (384, 600)
+
+
 @dataclass(frozen=True)
 class Transform:
-    """A picture as the model takes it: resized, perhaps flipped, normalised."""
+    """A picture as the model takes it: perhaps a piece of it, resized, perhaps flipped, normalised."""
 
     sizes: tuple[int, ...]  # shorter sides to draw from; (0,) leaves pictures as they are
     longest: int
     hflip: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    crop: float = 0.0
 
-    def __call__(self, image: Image.Image, boxes: Tensor, draw: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """(image (3, h, w), boxes (n, 4) as relative centre and size) of an image and its x, y, x, y in pixels."""
+    def __call__(self, image: Image.Image, boxes: Tensor, draw: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """(image (3, h, w), boxes (m, 4), which (m,)) of an image and n boxes as x, y, x, y in pixels.
+
+        The boxes are centre and size relative to the new image, of those m <= n of which something is in it.
+        """
+        which = torch.arange(len(boxes))
+        if self.crop and draw.random() < self.crop:
+            image, boxes, which = piece(image, boxes, draw)
         boxes = boxes / torch.tensor([image.width, image.height] * 2)
         short = self.sizes[int(draw.integers(len(self.sizes)))]
         if short:
@@ -53,14 +64,33 @@ class Transform:
         pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255
         pixels = (pixels - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
         centre, size = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
-        return pixels, torch.cat([centre, size], 1)
+        return pixels, torch.cat([centre, size], 1), which
+
+
+def piece(image: Image.Image, boxes: Tensor, draw: np.random.Generator) -> tuple[Image.Image, Tensor, Tensor]:
+    """A random piece of the image, as DETR is trained with: (piece, boxes (m, 4) in its pixels, which (m,) they are).
+
+    The image is resized to a shorter side of 400, 500 or 600 pixels; height and width of the piece are between 384 and
+    600. Boxes are cut at its edges, and left out where nothing remains. (Carion et al., ECCV 2020, section 4 and
+    appendix A.4.)
+    """
+    short = CROP_FROM[int(draw.integers(len(CROP_FROM)))]
+    height, width = get_size_with_aspect_ratio((image.height, image.width), short)
+    boxes = boxes * torch.tensor([width / image.width, height / image.height] * 2)
+    least, most = CROP_SIDES
+    h, w = (int(draw.integers(least, min(side, most) + 1)) for side in (height, width))
+    top, left = int(draw.integers(height - h + 1)), int(draw.integers(width - w + 1))
+    image = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + w, top + h))
+    boxes = (boxes - torch.tensor([left, top] * 2)).clamp(min=torch.zeros(4), max=torch.tensor([w, h] * 2))
+    which = torch.nonzero((boxes[:, 2:] > boxes[:, :2]).all(1))[:, 0]
+    return image, boxes[which], which
 
 
 def transform_of(settings: Settings, processor: Any, *, training: bool) -> Transform:
     """The transform of a run, with mean and deviation of the model's own image processor."""
     sizes = settings.train_size if training and settings.train_size else (settings.size,)
-    hflip = settings.hflip if training else 0.0
-    return Transform(sizes, settings.max_size, hflip, tuple(processor.image_mean), tuple(processor.image_std))
+    hflip, crop = (settings.hflip, settings.crop) if training else (0.0, 0.0)
+    return Transform(sizes, settings.max_size, hflip, tuple(processor.image_mean), tuple(processor.image_std), crop)
 
 
 class Samples(Dataset[tuple[Tensor, dict[str, Tensor], int]]):
@@ -73,8 +103,9 @@ class Samples(Dataset[tuple[Tensor, dict[str, Tensor], int]]):
         number, seed = key
         picture = self.data.pictures[number]
         learned = picture.crowd == 0
-        image, boxes = self.transform(self.data.image(number), picture.boxes[learned], np.random.default_rng(seed))
-        return image, {"class_labels": picture.labels[learned], "boxes": boxes}, number
+        draw = np.random.default_rng(seed)
+        image, boxes, which = self.transform(self.data.image(number), picture.boxes[learned], draw)
+        return image, {"class_labels": picture.labels[learned][which], "boxes": boxes}, number
 
 
 def collate(samples: Sequence[tuple[Tensor, dict[str, Tensor], int]]) -> Batch:
@@ -91,15 +122,17 @@ def collate(samples: Sequence[tuple[Tensor, dict[str, Tensor], int]]) -> Batch:
 def train_batches(
     data: Coco, transform: Transform, settings: Settings, rank: int, size: int, *, epoch: int, first: int
 ) -> Iterator[Batch]:
-    """What one process takes of the steps of an epoch, from step `first` on: every size-th picture of each batch.
+    """What one process takes of the steps of an epoch, from step `first` on: `accumulate` batches for each of them.
 
-    The order of an epoch and all that is drawn for a picture follow from (seed, epoch, place) alone.
+    The order of an epoch and all that is drawn for a picture follow from (seed, epoch, place) alone, and the pictures
+    of a step are the same for any number of processes and of accumulated batches.
     """
     order = np.random.default_rng(mixed(settings.seed, "order", epoch)).permutation(len(data)).tolist()
-    whole = settings.batch_size
+    whole, stride = settings.batch_size, size * settings.accumulate
     keys = [
-        [(order[place], mixed(settings.seed, "picture", epoch, place)) for place in range(at + rank, at + whole, size)]
+        [(order[place], mixed(settings.seed, "picture", epoch, place)) for place in range(start, at + whole, stride)]
         for at in range(first * whole, len(order) // whole * whole, whole)
+        for start in range(at + rank, at + stride, size)
     ]
     return iter(_loader(Samples(data, transform), keys, settings))
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
 
-from ..train.evaluation import Interrupted
+from ..train.evaluation import Interrupted, autocast
 from ..train.world import World
 from .batches import Transform, eval_batches
 from .data import Coco
@@ -41,7 +41,9 @@ def predict(
             raise Interrupted
         if (batch := next(batches, None)) is None:
             continue
-        output = model(batch.images.to(world.device), pixel_mask=batch.mask.to(world.device))
+        with autocast(settings.amp, world.device):
+            output = model(batch.images.to(world.device), pixel_mask=batch.mask.to(world.device))
+        output.logits, output.pred_boxes = output.logits.float(), output.pred_boxes.float()
         sizes = torch.tensor([[data.pictures[one].height, data.pictures[one].width] for one in batch.numbers])
         found = processor.post_process_object_detection(output, threshold=0.0, target_sizes=sizes)
         mine += [

@@ -1,18 +1,21 @@
 """The training loop of detection, and all that it needs to go on where it was."""
 
+import functools
 import json
 import math
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..train import checkpoint
+from ..train.evaluation import autocast
 from ..train.loader import RunError, seed_all
 from ..train.logs import Log
 from ..train.loop import Stopped
@@ -40,8 +43,9 @@ class Trainer:
     """A DETR under training. Every process of the world has one."""
 
     def __init__(self, settings: Settings, train: Coco, val: Coco, model: Any, processor: Any, world: World) -> None:
-        if settings.batch_size % world.size:
-            raise ValueError(f"--batch-size {settings.batch_size} cannot be shared by {world.size} processes")
+        if settings.batch_size % (world.size * settings.accumulate):
+            batches = f" and {settings.accumulate} batches of each" * (settings.accumulate > 1)
+            raise ValueError(f"--batch-size {settings.batch_size} cannot be shared by {world.size} processes{batches}")
         if len(train) < settings.batch_size:
             raise ValueError(f"--batch-size {settings.batch_size}, but there are {len(train)} images to train on")
         self.settings, self.train, self.val, self.processor, self.world = settings, train, val, processor, world
@@ -49,12 +53,14 @@ class Trainer:
         self.schedule = self.steps_per_epoch * settings.epochs
         self.total_steps = min(self.schedule, settings.max_steps) if settings.max_steps else self.schedule
         self.model = model.to(world.device)
+        self.model.loss_function = in_float32(self.model.loss_function)
         self.wrapped = wrapped(self.model, world, "ddp")
         # of depthwise convolutions, whose gradients are the same in either order
         warnings.filterwarnings("ignore", message="Grad strides do not match")
         self.optimizer = torch.optim.AdamW(
             models.parameter_groups(self.model, settings), lr=settings.lr, weight_decay=settings.weight_decay
         )
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=settings.amp == "fp16")
         self.step = self.measured = 0
         self.best, self.best_step, self.seconds = -1.0, 0, 0.0
         self.score: dict[str, Any] = {}
@@ -69,7 +75,7 @@ class Trainer:
         return {
             "settings": asdict(self.settings), "step": self.step, "progress": json.dumps(progress),
             "images": len(self.train), "classes": self.train.classes, "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(), "losses": self._sum(),
+            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "losses": self._sum(),
         }  # fmt: skip
 
     def load(self, state: dict[str, Any]) -> None:
@@ -85,6 +91,7 @@ class Trainer:
             )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
         for name, value in json.loads(state["progress"]).items():
             setattr(self, name, value)
         self._losses = list(state["losses"]) if self.world.first else []
@@ -124,7 +131,7 @@ class Trainer:
         self.wrapped.train()
         while self.step < end:
             began = time.perf_counter()
-            norm = self._step(next(batches))
+            norm = self._step(batches)
             self.seconds += time.perf_counter() - began
             log.advance(settings.batch_size)
             if self.step % settings.log_every == 0 or self.step == self.total_steps:
@@ -135,34 +142,50 @@ class Trainer:
             if settings.save_every and self.step % settings.save_every == 0 and self.step < end:
                 self.save(folder)
 
-    def _step(self, batch: Batch) -> float:
-        """One step of the optimizer; the norm of the gradient."""
+    def _step(self, batches: Iterator[Batch]) -> float:
+        """One step of the optimizer over `accumulate` batches; the norm of the gradient."""
         settings, device = self.settings, self.world.device
-        seed_all(settings.seed, "step", self.step, self.world.rank)
+        parts = [next(batches) for _ in range(settings.accumulate)]
+        totals = Totals.of(parts, self.model.config, self.world)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * self._factor()
-        labels = [{name: value.to(device) for name, value in one.items()} for one in batch.labels]
-        try:
-            output = self.wrapped(batch.images.to(device), pixel_mask=batch.mask.to(device), labels=labels)
-        except ValueError as error:
-            if "corner" not in str(error):  # transformers' word on boxes that are not numbers
-                raise
-            raise self._not_finite("boxes are not numbers") from None
-        loss = whole_loss(output.loss_dict, batch, self.model.config, self.world)
         self.optimizer.zero_grad()
-        loss.backward()
-        clip = settings.clip_grad or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
-        self.optimizer.step()
+        losses = []
+        for micro, batch in enumerate(parts):
+            seed_all(settings.seed, "step", self.step, self.world.rank, micro)
+            labels = [{name: value.to(device) for name, value in one.items()} for one in batch.labels]
+            with self._without_sync(last=micro + 1 == len(parts)):
+                try:
+                    with autocast(settings.amp, device):
+                        output = self.wrapped(batch.images.to(device), pixel_mask=batch.mask.to(device), labels=labels)
+                except ValueError as error:
+                    if "corner" not in str(error):  # transformers' word on boxes that are not numbers
+                        raise
+                    raise self._not_finite("boxes are not numbers") from None
+                loss = whole_loss(output.loss_dict, batch, self.model.config, totals)
+                self.scaler.scale(loss).backward()
+            losses.append(loss.detach())
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_grad or math.inf)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.step += 1
-        self._losses.append(loss.detach())
+        self._losses.append(torch.stack(losses).sum())
         return float(norm)
 
+    def _without_sync(self, last: bool) -> Any:
+        """Gradients are exchanged in the last of the accumulated batches only."""
+        if isinstance(self.wrapped, nn.parallel.DistributedDataParallel) and not last:
+            return self.wrapped.no_sync()
+        return nullcontext()
+
     def _factor(self) -> float:
-        """Of the peak learning rates: linear warm-up, then half a cosine down to zero."""
+        """Of the peak learning rates: linear warm-up, then a step down to a tenth, or half a cosine down to zero."""
         warmup = min(self.settings.warmup_steps, self.schedule // 2)
         if self.step < warmup:
             return (self.step + 1) / warmup
+        if self.settings.lr_drop:
+            return 1.0 if self.step < self.settings.lr_drop * self.steps_per_epoch else 0.1
         return 0.5 * (1 + math.cos(math.pi * (self.step - warmup) / max(1, self.schedule - warmup)))
 
     def _not_finite(self, what: str) -> RunError:
@@ -214,24 +237,58 @@ class Trainer:
 _PROGRESS = ("step", "measured", "best", "best_step", "seconds", "score")
 
 
-def whole_loss(parts: dict[str, Tensor], batch: Batch, config: Any, world: World) -> Tensor:
-    """The loss of DETR, normalised over the batch of all processes as over that of one.
+@dataclass(frozen=True)
+class Totals:
+    """What the losses of a step are divided by, for each process: boxes, and the weights of all queries' classes."""
 
-    transformers divides by what is in the batch of a process. Each part is scaled here so that the mean over processes
-    is what one process with all pictures would have.
-    """
-    boxes = sum(len(one["boxes"]) for one in batch.labels)
+    boxes: float
+    weights: float
+
+    @staticmethod
+    def of(batches: Sequence[Batch], config: Any, world: World) -> "Totals":
+        """The sums over the batches of all processes, so that the mean over processes is the loss of the whole step."""
+        boxes = sum(_boxes(one) for one in batches)
+        weights = sum(_weight(one, config) for one in batches)
+        total = world.total(torch.tensor([float(boxes), weights], dtype=torch.float64)).tolist()
+        return Totals(max(1.0, total[0]) / world.size, total[1] / world.size)
+
+
+def _boxes(batch: Batch) -> int:
+    return sum(len(one["boxes"]) for one in batch.labels)
+
+
+def _weight(batch: Batch, config: Any) -> float:
+    """Of the classes of all queries: 1 for those with a box, eos_coefficient for the others."""
     matched = sum(min(len(one["boxes"]), config.num_queries) for one in batch.labels)
-    weight = matched + config.eos_coefficient * (len(batch.labels) * config.num_queries - matched)
-    share, of_class = max(1.0, boxes), weight
-    if world.size > 1:
-        total = world.total(torch.tensor([float(boxes), weight])) / world.size
-        share, of_class = max(1.0 / world.size, float(total[0])), float(total[1])
+    return matched + config.eos_coefficient * (len(batch.labels) * config.num_queries - matched)
+
+
+def whole_loss(parts: dict[str, Tensor], batch: Batch, config: Any, totals: Totals) -> Tensor:
+    """The loss of DETR, normalised over the whole step as over one batch.
+
+    transformers divides by what is in the batch of a process. Each part is scaled here so that the sum over the batches
+    of a step, and the mean over processes, is what one process with all pictures in one batch would have.
+    """
+    boxes = max(1.0, _boxes(batch)) / totals.boxes
     scale = {
-        "loss_ce": weight / of_class,
-        "loss_bbox": config.bbox_loss_coefficient * max(1.0, boxes) / share,
-        "loss_giou": config.giou_loss_coefficient * max(1.0, boxes) / share,
+        "loss_ce": _weight(batch, config) / totals.weights,
+        "loss_bbox": config.bbox_loss_coefficient * boxes,
+        "loss_giou": config.giou_loss_coefficient * boxes,
     }
     # names of auxiliary losses end in the number of their layer
     terms = [value * factor for name, value in parts.items() for kind, factor in scale.items() if name.startswith(kind)]
     return torch.stack(terms).sum()
+
+
+def in_float32(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """transformers' loss of float32 numbers, out of autocast: boxes of eight bits have no exact overlaps."""
+
+    def wide(value: Any) -> Any:
+        return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    @functools.wraps(loss)
+    def of(logits: Tensor, *arguments: Any, **options: Any) -> Any:
+        with torch.autocast(logits.device.type, enabled=False):
+            return loss(wide(logits), *map(wide, arguments), **{name: wide(one) for name, one in options.items()})
+
+    return of

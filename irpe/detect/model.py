@@ -1,5 +1,6 @@
 """The model of a run: transformers' DETR, small from a configuration, or pretrained, with iRPE in its encoder."""
 
+import functools
 import os
 import re
 import shutil
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, ConvNextConfig, DetrConfig, DetrForObjectDetection, DetrImageProcessor
 from transformers.utils import logging as silence
 
@@ -78,6 +79,10 @@ def build(settings: Settings, classes: Sequence[str], say: Say = lambda words: N
             _load_backbone(model, settings.backbone)
         elif settings.pretrained is None:
             say("the ResNet starts from random weights and its normalisation is fixed: use --backbone hub to train")
+    if settings.positions == "sine" and model.config.position_embedding_type == "none":
+        raise ValueError(f"--positions sine, but {settings.pretrained} was trained without; leave --positions out")
+    if settings.positions == "none":
+        _remove_positions(model)
     if settings.backbone is not None and (settings.model != "r50" or settings.pretrained):
         raise ValueError("--backbone gives weights to --model r50 without --pretrained; leave it out here")
     _choose_trained(model)
@@ -114,9 +119,32 @@ def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any
 def load(folder: str | os.PathLike[str], **options: Any) -> Any:
     """The DETR of a folder or of a name on the hub, with the tables that were saved with it."""
     cls = DetrForObjectDetection
-    if getattr(_config(str(folder)), "irpe", None):
-        return hf_vit.from_pretrained(cls, folder, **options)
-    return cls.from_pretrained(folder, **options)
+    config, options = DetrConfig.from_pretrained(folder, return_unused_kwargs=True, **options)
+    without = config.position_embedding_type == "none"
+    if without:
+        config.position_embedding_type = "sine"
+    make = functools.partial(hf_vit.from_pretrained, cls) if getattr(config, "irpe", None) else cls.from_pretrained
+    model = make(folder, config=config, **options)
+    if without:
+        _remove_positions(model)
+    return model
+
+
+class NoPositions(nn.Module):
+    """Zeros (1, d_model, h, w) in place of DETR's absolute positions, which encoder and decoder add to theirs."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.d_model = d_model
+
+    def forward(self, shape: torch.Size, device: Any, dtype: torch.dtype, mask: Tensor | None = None) -> Tensor:
+        return torch.zeros(1, self.d_model, *shape[-2:], device=device, dtype=dtype)
+
+
+def _remove_positions(model: Any) -> None:
+    """Only `load` reads what is saved then: transformers refuses the type in place of using positions silently."""
+    model.model.position_embedding = NoPositions(model.config.d_model)
+    model.config.position_embedding_type = "none"
 
 
 def save(model: Any, processor: Any, folder: Path) -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from ..train import checkpoint
+from ..train.options import changed
 from ..train.run import signals, versions
 from ..train.world import World, started
 from . import model as models
@@ -20,7 +21,7 @@ from .draw import draw
 from .evaluation import Prediction, average_precision, predict, words
 from .loop import DetectionLog, Trainer
 from .scenes import write as write_scenes
-from .settings import Settings, changed, settings_from_dict
+from .settings import Settings, settings_from_dict
 
 RESULT, PICTURES = "result.json", "predictions.png"
 MakeFolder = Callable[[], Path]
@@ -30,6 +31,7 @@ def default_name(settings: Settings) -> str:
     """The name of a run's folder: data, model, encoding, seed."""
     model = settings.model if settings.pretrained is None else Path(settings.pretrained).stem
     parts = ["detect", Path(settings.data).name, model, settings.rpe, f"seed{settings.seed}"]
+    parts.insert(-1, "no-positions" if settings.positions == "none" else None)
     return "-".join(part for part in parts if part and part != "none")
 
 

@@ -1,125 +1,130 @@
-"""All settings of a detection run as one frozen dataclass: the options of the command and the JSON of a run."""
+"""All settings of a detection run as one frozen dataclass: the options of the command, the recipes, a run's JSON."""
 
-import dataclasses
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..config_io import rpe_config_from_string
+from ..train.options import check, flag, from_dict, option
 
 DIGITS = "digits"  # the data that is built in
-MODELS = ("small", "r50")
 RPE = "rpe-2.0-product-ctx-1-k"  # the paper's for DETR
-FREE = ("device", "loader_workers", "eval_every", "save_every", "keep", "log_every", "draw", "max_steps")
+DATA, MODEL, RECIPE, MACHINE, KEEP = "Data", "Model", "Recipe", "Machine", "Checkpoints and logs"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One run. Defaults are for fine-tuning a DETR on a folder; those of the digits come from `settings_from`."""
+    """One run. The defaults fine-tune a DETR on a folder; `RECIPES` has others."""
 
-    data: str
-    train_json: str | None = None
-    val_json: str | None = None
-    train_images: str | None = None
-    val_images: str | None = None
-    train_scenes: int = 2000  # of the digits
-    val_scenes: int = 300
-    digit_classes: int = 1
+    data: str = field(metadata={"free": True})
+    recipe: str = "finetune"
+    train_json: str | None = option(None, DATA, "Annotations to train on, where they lie elsewhere.", free=True)
+    val_json: str | None = option(None, DATA, "Annotations to evaluate on.", free=True)
+    train_images: str | None = option(None, DATA, "Folder of the images to train on.", free=True)
+    val_images: str | None = option(None, DATA, "Folder of the images to evaluate on.", free=True)
+    train_scenes: int = option(2000, DATA, "Built-in scenes to train on.", low=1)
+    val_scenes: int = option(300, DATA, "Built-in scenes to evaluate on.", low=1)
+    digit_classes: int = option(
+        1, DATA, "Categories of the built-in scenes: 1 (digit) or 10 (which one).", choices=(1, 10)
+    )
+    size: int = option(800, DATA, "Shorter side of the images in pixels, 0 as they are.", low=0)
+    max_size: int = option(1333, DATA, "Longer side at most.", low=1)
+    train_size: tuple[int, ...] = option(
+        (), DATA, "Shorter side in training, drawn among those given (repeatable); --size by default.", low=1
+    )
+    crop: float = option(0.0, DATA, "Share of images of which training sees a random piece.", low=0, high=1)
+    hflip: float = option(0.5, DATA, "Share of images flipped left to right in training.", low=0, high=1)
 
-    model: str = "small"
-    pretrained: str | None = None
-    backbone: str | None = None  # weights: hub or a file
-    rpe: str | None = None  # None: as the pretrained model has it
-    d_model: int = 64
-    layers: int = 2
-    queries: int = 100
-    dropout: float = 0.1
+    model: str = option(
+        "small", MODEL, "small: from random weights in minutes. r50: DETR with a ResNet-50.", choices=("small", "r50")
+    )
+    pretrained: str | None = option(
+        None,
+        MODEL,
+        "A folder of save_pretrained, a name on the hub such as facebook/detr-resnet-50, or a checkpoint of the "
+        "release.",
+    )
+    backbone: str | None = option(None, MODEL, "Weights of the ResNet of --model r50: hub (timm's), or a file.")
+    rpe: str | None = option(
+        None,
+        MODEL,
+        f"An iRPE such as {RPE} in the encoder, or none; as --pretrained has it by default. Without DATA several, by "
+        f"default none and {RPE}.",
+    )
+    positions: str | None = option(
+        None,
+        MODEL,
+        "Absolute positions of encoder and decoder: sine or none. Default: as --pretrained has them, else sine.",
+        choices=("sine", "none"),
+    )
+    d_model: int = option(64, MODEL, "Width of --model small.", low=8)
+    layers: int = option(2, MODEL, "Of its encoder and of its decoder.", low=1)
+    queries: int = option(100, MODEL, "Of --model small.", low=1)
+    dropout: float = option(0.1, MODEL, "Of --model small.", low=0, high=0.99)
 
-    size: int = 800  # pixels of the shorter side; 0 leaves pictures as they are
-    max_size: int = 1333
-    train_size: tuple[int, ...] = ()  # shorter sides to draw from in training
-    hflip: float = 0.5
+    epochs: int = option(50, RECIPE, "Epochs of the schedule.", low=1)
+    batch_size: int = option(
+        8, RECIPE, "Images of one step, over all processes and accumulated batches together.", low=1
+    )
+    accumulate: int = option(1, RECIPE, "Batches whose gradients make one step.", low=1)
+    lr: float = option(1e-4, RECIPE, "Peak learning rate.", low=0)
+    backbone_lr: float = option(1e-5, RECIPE, "Peak learning rate of the backbone.", low=0)
+    lr_drop: int = option(
+        0, RECIPE, "Epochs after which learning rates fall to a tenth; 0 is half a cosine to zero.", low=0
+    )
+    warmup_steps: int = option(100, RECIPE, "Steps of linear warm-up.", low=0)
+    weight_decay: float = option(1e-4, RECIPE, "Of all weights but the tables of iRPE.", low=0)
+    clip_grad: float = option(0.1, RECIPE, "Largest norm of the gradient; 0 is off.", low=0)
+    seed: int = option(0, RECIPE, "All random numbers follow from it.", low=0)
+    max_steps: int = option(0, RECIPE, "Stop after this many steps of the schedule; 0 is off.", low=0, free=True)
 
-    epochs: int = 50
-    batch_size: int = 8
-    lr: float = 1e-4
-    backbone_lr: float = 1e-5
-    weight_decay: float = 1e-4
-    warmup_steps: int = 100
-    clip_grad: float = 0.1
-    seed: int = 0
-    max_steps: int = 0
+    device: str = option("auto", MACHINE, "auto, cpu, cuda, cuda:1, mps.", free=True)
+    amp: str = option("none", MACHINE, "Mixed precision; losses are float32.", choices=("none", "bf16", "fp16"))
+    loader_workers: int = option(0, MACHINE, "Processes that read images, for each training process.", low=0, free=True)
+    eval_batch_size: int = option(8, MACHINE, "Images of one batch of one process in evaluation.", low=1, free=True)
 
-    device: str = "auto"
-    loader_workers: int = 0
-    eval_batch_size: int = 8
-    eval_every: int = 1  # epochs
-    save_every: int = 0  # steps within an epoch
-    keep: int = 2
-    log_every: int = 50
-    draw: int = 8
+    eval_every: int = option(1, KEEP, "Epochs between measurements.", low=1, free=True)
+    save_every: int = option(0, KEEP, "Steps between checkpoints within an epoch; 0 is none.", low=0, free=True)
+    keep: int = option(
+        2, KEEP, "Checkpoints that are kept, the last ones; the best weights are kept besides.", low=1, free=True
+    )
+    log_every: int = option(50, KEEP, "Steps between lines of log.jsonl.", low=1, free=True)
+    draw: int = option(8, KEEP, "Images in predictions.png.", low=0, free=True)
 
     def __post_init__(self) -> None:
-        least = {
-            "train_scenes": 1, "val_scenes": 1, "d_model": 8, "layers": 1, "queries": 1, "size": 0, "max_size": 1,
-            "epochs": 1, "batch_size": 1, "lr": 0, "backbone_lr": 0, "weight_decay": 0, "warmup_steps": 0,
-            "clip_grad": 0, "seed": 0, "max_steps": 0, "loader_workers": 0, "eval_batch_size": 1, "eval_every": 1,
-            "save_every": 0, "keep": 1, "log_every": 1, "draw": 0, "hflip": 0, "dropout": 0,
-        }  # fmt: skip
-        for name, low in least.items():
-            value = getattr(self, name)
-            if not math.isfinite(value) or value < low:
-                raise ValueError(f"{flag(name)} {value}; expected at least {low}")
-        if self.hflip > 1 or self.dropout >= 1:
-            raise ValueError(
-                f"--hflip {self.hflip}, --dropout {self.dropout}; expected shares up to 1, dropout below it"
-            )
-        if self.digit_classes not in (1, 10):
-            raise ValueError(f"--digit-classes {self.digit_classes}; expected 1 or 10")
-        if self.model not in MODELS:
-            raise ValueError(f"--model {self.model}; expected one of {', '.join(MODELS)}")
+        check(self)
         if self.d_model % 8:
             raise ValueError(f"--d-model {self.d_model}; expected a multiple of 8")
         if self.rpe not in (None, "none"):
             rpe_config_from_string(self.rpe)
-        if any(one < 1 for one in self.train_size):
-            raise ValueError(f"--train-size {self.train_size}; expected numbers of pixels")
-        if self.train_size and not self.size:
-            raise ValueError("--train-size with --size 0, which leaves pictures as they are; give --size too")
+        for name in ("train_size", "crop"):
+            if getattr(self, name) and not self.size:
+                raise ValueError(f"{flag(name)} with --size 0, which leaves images as they are; give --size too")
 
 
-def flag(name: str) -> str:
-    """The option of a setting."""
-    return f"--{name.replace('_', '-')}"
+RECIPES: dict[str, dict[str, Any]] = {
+    "finetune": {},
+    # DETR from a pretrained ResNet (Carion et al., ECCV 2020), whose short schedule has 150 epochs
+    "detr": dict(
+        model="r50", train_size=tuple(range(480, 801, 32)), crop=0.5, epochs=150, lr_drop=100, batch_size=16,
+        warmup_steps=0,
+    ),
+    # of the built-in scenes; found by trying learning rates without iRPE: docs/detect.md has the figures
+    DIGITS: dict(
+        queries=6, dropout=0.0, size=0, hflip=0.0, epochs=16, batch_size=16, lr=7e-4, backbone_lr=7e-4, clip_grad=1.0,
+        eval_batch_size=20, eval_every=4,
+    ),
+}  # fmt: skip
 
 
-# found by trying learning rates without iRPE; docs/detect.md has the figures
-_DIGITS: dict[str, Any] = dict(
-    queries=6, dropout=0.0, size=0, hflip=0.0, epochs=16, batch_size=16, lr=7e-4, backbone_lr=7e-4, clip_grad=1.0,
-    eval_batch_size=20, eval_every=4,
-)  # fmt: skip
-
-
-def settings_from(options: Mapping[str, Any]) -> Settings:
-    """The settings of the data's kind (digits, or a folder) with these options in place of its own."""
-    found: dict[str, Any] = {**(_DIGITS if options["data"] == DIGITS else {}), **options}
-    return Settings(**found)
+def settings_from(options: Mapping[str, Any], recipe: str | None = None) -> Settings:
+    """The settings of a recipe, by default the one for the data, with these options in place of its own."""
+    recipe = recipe or (DIGITS if options["data"] == DIGITS else "finetune")
+    if recipe not in RECIPES:
+        raise ValueError(f"--recipe {recipe}; expected one of {', '.join(RECIPES)}")
+    return Settings(**{**RECIPES[recipe], **options, "recipe": recipe})
 
 
 def settings_from_dict(values: Mapping[str, Any]) -> Settings:
     """The settings that `dataclasses.asdict` and JSON have made into plain values."""
-    known = {one.name for one in dataclasses.fields(Settings)}
-    if strange := sorted(set(values) - known):
-        raise ValueError(f"unknown settings {', '.join(strange)}: they were written by another version")
-    found: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in values.items()}
-    return Settings(**found)
-
-
-def changed(old: Settings, new: Settings) -> list[str]:
-    """`--option was A, is B` for each setting that has to be the same when a run goes on, and is not."""
-    return [
-        f"{flag(one.name)} was {getattr(old, one.name)}, is {getattr(new, one.name)}"
-        for one in dataclasses.fields(Settings)
-        if getattr(old, one.name) != getattr(new, one.name) and one.name not in FREE
-    ]
+    return from_dict(Settings, values)

@@ -37,10 +37,10 @@ class Score:
         return asdict(self) | {"per_class": [None if one != one else one for one in self.per_class]}
 
 
-def autocast(settings: Settings, device: torch.device) -> torch.autocast:
-    """The precision that --amp asks for."""
-    kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": torch.float32}[settings.amp]
-    return torch.autocast(device.type, dtype=kind if settings.amp != "none" else None, enabled=settings.amp != "none")
+def autocast(amp: str, device: torch.device) -> torch.autocast:
+    """The precision that --amp (none, bf16 or fp16) asks for."""
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}[amp]
+    return torch.autocast(device.type, dtype=kind, enabled=kind is not None)
 
 
 def to_device(images: Tensor, settings: Settings, device: torch.device) -> Tensor:
@@ -83,7 +83,7 @@ def evaluate(
         bad += batch.bad
         # not compiled: the last batch has another size, and --compile is for the many steps of training
         eager = torch.compiler.set_stance("force_eager")
-        with eager, torch.no_grad(), autocast(settings, world.device):
+        with eager, torch.no_grad(), autocast(settings.amp, world.device):
             output = model(to_device(batch.images, settings, world.device))
         output, targets = output.float().cpu()[batch.real], batch.targets[batch.real]
         first = output.topk(min(5, num_classes), dim=1).indices

@@ -1,6 +1,7 @@
 """What one sees of a run: a progress bar, a line for each epoch, log.jsonl, and TensorBoard's files."""
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -97,10 +98,14 @@ class Log:
             return
         rate = self.rate()
         self.since, self.at_last_line = time.perf_counter(), self.done
+        # a norm may overflow in float16, where the step is left out; JSON has no word for it
+        values = {
+            name: None if isinstance(one, float) and not math.isfinite(one) else one for name, one in values.items()
+        }
         self._write({"kind": "step", **values, "images_per_second": round(rate, 1)})
         if self.board is not None:
             for name in ("loss", "lr", "grad_norm"):
-                if name in values:
+                if values.get(name) is not None:
                     self.board.add_scalar(f"train/{name}", values[name], values["step"])
 
     def epoch(self, values: dict[str, Any], is_best: bool) -> None:

@@ -249,7 +249,7 @@ class Trainer:
                 images, targets = self.mixup(images, targets)
             last = micro + 1 == settings.accumulate
             with self._without_sync(last):
-                with autocast(settings, device):
+                with autocast(settings.amp, device):
                     output = self.wrapped(images)
                 loss = self.loss(output.float(), targets)
                 self.scaler.scale(loss / settings.accumulate).backward()

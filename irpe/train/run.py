@@ -23,7 +23,8 @@ from .evaluation import Score, evaluate
 from .loader import Transform, unreadable
 from .logs import Log
 from .loop import Stopped, Trainer
-from .settings import Settings, changed, settings_from_dict
+from .options import changed
+from .settings import Settings, settings_from_dict
 from .world import World, started
 
 SETTINGS, RESULT = "settings.json", "result.json"

@@ -1,32 +1,15 @@
 """All settings of a run as one frozen dataclass: the options of the command, the recipes, and the JSON of a run."""
 
-import dataclasses
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .options import check, from_dict, option
+
 DATA, MODEL, RECIPE, AUGMENT, MACHINE, KEEP = (
     "Data", "Model", "Recipe", "Augmentation", "Machine", "Checkpoints and logs",
 )  # fmt: skip
-
-
-def _option(
-    default: Any,
-    panel: str,
-    words: str,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    choices: tuple[str, ...] = (),
-    free: bool = False,
-) -> Any:
-    """A field that is an option of the command; `free` ones may differ when a run goes on."""
-    return field(
-        default=default,
-        metadata={"panel": panel, "help": words, "low": low, "high": high, "choices": choices, "free": free},
-    )
 
 
 @dataclass(frozen=True)
@@ -39,131 +22,117 @@ class Settings:
 
     data: str = field(metadata={"free": True})
     recipe: str = "deit"
-    data_dir: str | None = _option(
+    data_dir: str | None = option(
         None, DATA, "Where data sets with a name (torch/, hfds/, wds/) lie or are kept.", free=True
     )
-    download: bool = _option(False, DATA, "Let torchvision download a data set that is not there.", free=True)
-    train_split: str | None = _option(None, DATA, "Split to train on, where the data names its splits itself.")
-    val_split: str | None = _option(None, DATA, "Split to evaluate on, where the data names its splits itself.")
-    val_share: float = _option(
+    download: bool = option(False, DATA, "Let torchvision download a data set that is not there.", free=True)
+    train_split: str | None = option(None, DATA, "Split to train on, where the data names its splits itself.")
+    val_split: str | None = option(None, DATA, "Split to evaluate on, where the data names its splits itself.")
+    val_share: float = option(
         0.0, DATA, "Hold this share of every class out for evaluation, where DATA has no val.", low=0, high=0.9
     )
-    num_classes: int = _option(0, DATA, "Number of classes, where the data cannot tell (wds/).", low=0)
-    train_samples: int = _option(0, DATA, "Images of an epoch, where the data cannot tell (wds/).", low=0)
-    bad_images: str = _option(
+    num_classes: int = option(0, DATA, "Number of classes, where the data cannot tell (wds/).", low=0)
+    train_samples: int = option(0, DATA, "Images of an epoch, where the data cannot tell (wds/).", low=0)
+    bad_images: str = option(
         "stop",
         DATA,
         "What an unreadable image does; skip goes on and counts them.",
         choices=("stop", "skip"),
         free=True,
     )
-    verify: bool = _option(
+    verify: bool = option(
         False, DATA, "Read every image once before anything else, and report all bad ones.", free=True
     )
 
-    model: str = _option("deit_small_patch16_224", MODEL, "Name of a model of timm.")
-    rpe: str = _option("none", MODEL, "An iRPE such as rpe-1.9-product-ctx-1-k, or none.")
-    pretrained: str | None = _option(
-        None, MODEL, "Weights to start from: a file, the folder of a run, or hub (timm's)."
-    )
-    img_size: str | None = _option(
+    model: str = option("deit_small_patch16_224", MODEL, "Name of a model of timm.")
+    rpe: str = option("none", MODEL, "An iRPE such as rpe-1.9-product-ctx-1-k, or none.")
+    pretrained: str | None = option(None, MODEL, "Weights to start from: a file, the folder of a run, or hub (timm's).")
+    img_size: str | None = option(
         None, MODEL, "Side in pixels, or HEIGHTxWIDTH such as 224x320; the model's own by default."
     )
-    in_chans: int = _option(3, MODEL, "Channels of the images: 3 or 1 (grey).", low=1, high=3)
-    model_arg: tuple[str, ...] = _option(
+    in_chans: int = option(3, MODEL, "Channels of the images: 3 or 1 (grey).", low=1, high=3)
+    model_arg: tuple[str, ...] = option(
         (), MODEL, "More arguments of the model, such as depth=6 or patch_size=8 (repeatable)."
     )
-    drop_path: float = _option(0.1, MODEL, "Stochastic depth.", low=0, high=0.99)
-    mean: tuple[float, ...] = _option((), MODEL, "Mean to subtract, a number for each channel; the model's by default.")
-    std: tuple[float, ...] = _option((), MODEL, "Deviation to divide by, in the same way.")
-    crop_pct: float = _option(
+    drop_path: float = option(0.1, MODEL, "Stochastic depth.", low=0, high=0.99)
+    mean: tuple[float, ...] = option((), MODEL, "Mean to subtract, a number for each channel; the model's by default.")
+    std: tuple[float, ...] = option((), MODEL, "Deviation to divide by, in the same way.")
+    crop_pct: float = option(
         0.0, MODEL, "Share of the resized image that evaluation looks at; 0 is the model's own.", low=0, high=1
     )
 
-    epochs: int = _option(300, RECIPE, "Epochs of the schedule.", low=1)
-    batch_size: int = _option(
+    epochs: int = option(300, RECIPE, "Epochs of the schedule.", low=1)
+    batch_size: int = option(
         1024, RECIPE, "Images of one step, over all processes and accumulated batches together.", low=1
     )
-    accumulate: int = _option(1, RECIPE, "Batches whose gradients make one step.", low=1)
-    lr: float = _option(0.0, RECIPE, "Peak learning rate; 0 is --base-lr x batch size / 512.", low=0)
-    base_lr: float = _option(5e-4, RECIPE, "Peak learning rate for 512 images.", low=0)
-    min_lr: float = _option(1e-5, RECIPE, "Learning rate at the end.", low=0)
-    warmup_lr: float = _option(1e-6, RECIPE, "Learning rate at the start.", low=0)
-    warmup_epochs: float = _option(5.0, RECIPE, "Epochs of linear warm-up.", low=0)
-    sched: str = _option("cosine", RECIPE, "Schedule, by timm's name: cosine, step, poly, constant, ...")
-    opt: str = _option("adamw", RECIPE, "Optimizer, by timm's name: adamw, lamb, sgd, muon, ...")
-    weight_decay: float = _option(0.05, RECIPE, "Of matrices; none on biases, norms and positions.", low=0)
-    rpe_weight_decay: float = _option(0.0, RECIPE, "Of the tables of iRPE.", low=0)
-    rpe_lr_scale: float = _option(1.0, RECIPE, "Learning rate of the tables of iRPE, relative to the others.", low=0)
-    layer_decay: float = _option(
+    accumulate: int = option(1, RECIPE, "Batches whose gradients make one step.", low=1)
+    lr: float = option(0.0, RECIPE, "Peak learning rate; 0 is --base-lr x batch size / 512.", low=0)
+    base_lr: float = option(5e-4, RECIPE, "Peak learning rate for 512 images.", low=0)
+    min_lr: float = option(1e-5, RECIPE, "Learning rate at the end.", low=0)
+    warmup_lr: float = option(1e-6, RECIPE, "Learning rate at the start.", low=0)
+    warmup_epochs: float = option(5.0, RECIPE, "Epochs of linear warm-up.", low=0)
+    sched: str = option("cosine", RECIPE, "Schedule, by timm's name: cosine, step, poly, constant, ...")
+    opt: str = option("adamw", RECIPE, "Optimizer, by timm's name: adamw, lamb, sgd, muon, ...")
+    weight_decay: float = option(0.05, RECIPE, "Of matrices; none on biases, norms and positions.", low=0)
+    rpe_weight_decay: float = option(0.0, RECIPE, "Of the tables of iRPE.", low=0)
+    rpe_lr_scale: float = option(1.0, RECIPE, "Learning rate of the tables of iRPE, relative to the others.", low=0)
+    layer_decay: float = option(
         0.0, RECIPE, "Learning rates shrink by this factor layer by layer; 0 is off.", low=0, high=1
     )
-    clip_grad: float = _option(0.0, RECIPE, "Largest norm of the gradient; 0 is off.", low=0)
-    smoothing: float = _option(0.1, RECIPE, "Label smoothing.", low=0, high=0.99)
-    ema: float = _option(
+    clip_grad: float = option(0.0, RECIPE, "Largest norm of the gradient; 0 is off.", low=0)
+    smoothing: float = option(0.1, RECIPE, "Label smoothing.", low=0, high=0.99)
+    ema: float = option(
         0.99996, RECIPE, "Decay of the moving average of the weights; 0 is off.", low=0, high=0.999999999
     )
-    seed: int = _option(0, RECIPE, "All random numbers follow from it.", low=0)
-    max_steps: int = _option(0, RECIPE, "Stop after this many steps of the schedule; 0 is off.", low=0, free=True)
+    seed: int = option(0, RECIPE, "All random numbers follow from it.", low=0)
+    max_steps: int = option(0, RECIPE, "Stop after this many steps of the schedule; 0 is off.", low=0, free=True)
 
-    mixup: float = _option(0.8, AUGMENT, "Alpha of mixup; 0 is off.", low=0)
-    cutmix: float = _option(1.0, AUGMENT, "Alpha of cutmix; 0 is off.", low=0)
-    mixup_prob: float = _option(1.0, AUGMENT, "Share of batches that are mixed.", low=0, high=1)
-    mixup_switch: float = _option(0.5, AUGMENT, "Share of cutmix where both are on.", low=0, high=1)
-    auto_augment: str = _option("rand-m9-mstd0.5-inc1", AUGMENT, "timm's string for RandAugment and others, or none.")
-    color_jitter: float = _option(0.4, AUGMENT, "Where --auto-augment is none.", low=0)
-    erase: float = _option(0.25, AUGMENT, "Share of images with random erasing.", low=0, high=1)
-    repeats: int = _option(
+    mixup: float = option(0.8, AUGMENT, "Alpha of mixup; 0 is off.", low=0)
+    cutmix: float = option(1.0, AUGMENT, "Alpha of cutmix; 0 is off.", low=0)
+    mixup_prob: float = option(1.0, AUGMENT, "Share of batches that are mixed.", low=0, high=1)
+    mixup_switch: float = option(0.5, AUGMENT, "Share of cutmix where both are on.", low=0, high=1)
+    auto_augment: str = option("rand-m9-mstd0.5-inc1", AUGMENT, "timm's string for RandAugment and others, or none.")
+    color_jitter: float = option(0.4, AUGMENT, "Where --auto-augment is none.", low=0)
+    erase: float = option(0.25, AUGMENT, "Share of images with random erasing.", low=0, high=1)
+    repeats: int = option(
         3, AUGMENT, "Repeated augmentation: copies of each image in an epoch of as many steps.", low=1
     )
-    crop_scale: float = _option(
+    crop_scale: float = option(
         0.08, AUGMENT, "Smallest share of the area that a training crop keeps; 1 keeps all.", low=0.01, high=1
     )
-    hflip: float = _option(0.5, AUGMENT, "Share of images flipped left to right.", low=0, high=1)
-    vflip: float = _option(0.0, AUGMENT, "Share of images flipped upside down.", low=0, high=1)
-    interpolation: str = _option(
+    hflip: float = option(0.5, AUGMENT, "Share of images flipped left to right.", low=0, high=1)
+    vflip: float = option(0.0, AUGMENT, "Share of images flipped upside down.", low=0, high=1)
+    interpolation: str = option(
         "bicubic", AUGMENT, "Of the resizing.", choices=("bicubic", "bilinear", "nearest", "random")
     )
 
-    device: str = _option("auto", MACHINE, "auto, cpu, cuda, cuda:1, mps.", free=True)
-    amp: str = _option("none", MACHINE, "Mixed precision.", choices=("none", "bf16", "fp16"))
-    compile: bool = _option(False, MACHINE, "torch.compile, in training.")
-    channels_last: bool = _option(False, MACHINE, "Memory order of images and convolutions.")
-    grad_checkpointing: bool = _option(False, MACHINE, "Compute activations twice and keep fewer of them.")
-    parallel: str = _option("ddp", MACHINE, "How processes of torchrun share the model.", choices=("ddp", "fsdp"))
-    loader_workers: int = _option(
+    device: str = option("auto", MACHINE, "auto, cpu, cuda, cuda:1, mps.", free=True)
+    amp: str = option("none", MACHINE, "Mixed precision.", choices=("none", "bf16", "fp16"))
+    compile: bool = option(False, MACHINE, "torch.compile, in training.")
+    channels_last: bool = option(False, MACHINE, "Memory order of images and convolutions.")
+    grad_checkpointing: bool = option(False, MACHINE, "Compute activations twice and keep fewer of them.")
+    parallel: str = option("ddp", MACHINE, "How processes of torchrun share the model.", choices=("ddp", "fsdp"))
+    loader_workers: int = option(
         -1,
         MACHINE,
         "Processes that read images, for each training process; 0 is none, -1 as many as there are cores, at most 8.",
         low=-1,
         free=True,
     )
-    eval_batch_size: int = _option(
+    eval_batch_size: int = option(
         0, MACHINE, "Images of one batch of one process in evaluation; 0 is that of training.", low=0, free=True
     )
 
-    save_every: int = _option(0, KEEP, "Steps between checkpoints within an epoch; 0 is none.", low=0, free=True)
-    keep: int = _option(
+    save_every: int = option(0, KEEP, "Steps between checkpoints within an epoch; 0 is none.", low=0, free=True)
+    keep: int = option(
         2, KEEP, "Checkpoints that are kept, the last ones; the best weights are kept besides.", low=1, free=True
     )
-    log_every: int = _option(50, KEEP, "Steps between lines of log.jsonl.", low=1)
-    plots: bool = _option(True, KEEP, "Draw curves and learned encodings at the end.", free=True)
-    tensorboard: bool = _option(True, KEEP, "Log for TensorBoard too, where its package is installed.", free=True)
+    log_every: int = option(50, KEEP, "Steps between lines of log.jsonl.", low=1)
+    plots: bool = option(True, KEEP, "Draw curves and learned encodings at the end.", free=True)
+    tensorboard: bool = option(True, KEEP, "Log for TensorBoard too, where its package is installed.", free=True)
 
     def __post_init__(self) -> None:
-        for one in dataclasses.fields(self):
-            value, rules = getattr(self, one.name), one.metadata
-            name = "--" + one.name.replace("_", "-")
-            if "low" not in rules or value is None:
-                continue
-            if rules["choices"] and value not in rules["choices"]:
-                raise ValueError(f"{name} {value}; expected one of {', '.join(rules['choices'])}")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{name} {value}; expected a finite number")
-            if rules["low"] is not None and value < rules["low"]:
-                raise ValueError(f"{name} {value}; expected at least {rules['low']:g}")
-            if rules["high"] is not None and value > rules["high"]:
-                raise ValueError(f"{name} {value}; expected at most {rules['high']:g}")
+        check(self)
         if self.parallel == "fsdp" and self.amp == "fp16":
             raise ValueError("--parallel fsdp with --amp fp16 cannot tell overflows in one process; use --amp bf16")
         if self.in_chans == 2:
@@ -237,17 +206,4 @@ def settings_from(recipe: str, options: Mapping[str, Any]) -> Settings:
 
 def settings_from_dict(values: Mapping[str, Any]) -> Settings:
     """The settings that `dataclasses.asdict` and JSON have made into plain values."""
-    known = {one.name for one in dataclasses.fields(Settings)}
-    if strange := sorted(set(values) - known):
-        raise ValueError(f"unknown settings {', '.join(strange)}: they were written by another version")
-    plain: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in values.items()}
-    return Settings(**plain)
-
-
-def changed(old: Settings, new: Settings) -> list[str]:
-    """`--option was A, is B` for each setting that has to be the same when a run goes on, and is not."""
-    return [
-        f"--{one.name.replace('_', '-')} was {getattr(old, one.name)}, is {getattr(new, one.name)}"
-        for one in dataclasses.fields(Settings)
-        if getattr(old, one.name) != getattr(new, one.name) and not one.metadata.get("free", False)
-    ]
+    return from_dict(Settings, values)

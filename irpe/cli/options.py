@@ -1,0 +1,119 @@
+"""Commands whose options are the fields of a settings class, and the sentences they end with."""
+
+import dataclasses
+import inspect
+import os
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+from rich.console import Console
+
+from .common import console
+
+FOLDER = "Folder and resuming"
+Out = Annotated[Path, typer.Option(help="Folder of all results.", rich_help_panel=FOLDER)]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Write into a folder that exists.", rich_help_panel=FOLDER)
+]
+Resume = Annotated[
+    str | None,
+    typer.Option(
+        help="auto: go on from the last checkpoint in --out/--name, or begin if there is none. Or a checkpoint, or the "
+        "folder of a run.",
+        rich_help_panel=FOLDER,
+    ),
+]
+
+
+def recipe_option(recipes: Collection[str]) -> Any:
+    """--recipe of a command that has these."""
+    words = f"Where options that are not given come from: {', '.join(recipes)}."
+    return typer.Option(help=words, rich_help_panel="Recipe")
+
+
+def with_settings(
+    function: Callable[..., None],
+    settings: type[Any],
+    recipes: Mapping[str, Mapping[str, Any]],
+    without: Collection[str] = (),
+) -> Callable[..., None]:
+    """The function as typer sees it: its **settings become an option for each field of the class.
+
+    Options that are not given are None. The help of each ends with its defaults.
+    """
+    signature = inspect.signature(function)
+    own = [one for one in signature.parameters.values() if one.kind != inspect.Parameter.VAR_KEYWORD]
+    more = []
+    for one in dataclasses.fields(settings):
+        if "help" not in one.metadata or one.name in without or one.name in signature.parameters:
+            continue
+        kind: Any = one.type
+        inner = [arg for arg in get_args(kind) if arg not in (type(None), Ellipsis)]
+        several = getattr(kind, "__origin__", None) is tuple
+        basic = list[inner[0]] if several else inner[0] if inner else kind  # type: ignore[valid-type]
+        option = typer.Option(help=_words(one, recipes), show_default=False, rich_help_panel=one.metadata["panel"])
+        more.append(
+            inspect.Parameter(
+                one.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[basic | None, option]
+            )
+        )
+    keyword = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own[1:]]
+    parameters = [own[0], *keyword, *more]
+
+    def command(*args: Any, **options: Any) -> None:
+        function(*args, **options)
+
+    command.__name__, command.__doc__ = function.__name__.removeprefix("_"), function.__doc__
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {one.name: one.annotation for one in parameters}
+    return command
+
+
+def _words(one: "dataclasses.Field[Any]", recipes: Mapping[str, Mapping[str, Any]]) -> str:
+    """The help of an option with its default, and the values of recipes that have another."""
+    text: str = one.metadata["help"]
+    if isinstance(one.default, bool):
+        return text
+    usual = _shown(one.default)
+    others = {recipe: _shown(values.get(one.name, one.default)) for recipe, values in recipes.items()}
+    shown = ", ".join(f"{value} ({recipe})" for recipe, value in others.items() if value != usual)
+    return f"{text} Default: {'; '.join(filter(None, (usual, shown)))}." if usual or shown else text
+
+
+def _shown(value: Any) -> str:
+    if value is None or value == "":
+        return ""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that were given, as settings hold them."""
+    found = {name: value for name, value in options.items() if value is not None and value != []}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+
+
+@contextmanager
+def sentences() -> Iterator[Console]:
+    """Gives the console of this process, and makes errors and signals what the first process prints, and a status."""
+    from ..train.checkpoint import WriteError
+    from ..train.loader import RunError
+    from ..train.loop import Stopped
+
+    first = os.environ.get("RANK", "0") == "0"
+    printer = console if first else Console(quiet=True)
+    try:
+        yield printer
+    except Stopped as stopped:
+        printer.print(str(stopped), soft_wrap=True)
+        raise typer.Exit(128 + stopped.signal) from None
+    except (ValueError, TypeError, WriteError) as error:
+        if not first:
+            time.sleep(3)  # an error of all processes is the first one's to tell: torchrun ends the others meanwhile
+        if isinstance(error, (WriteError, RunError)):
+            typer.echo(f"irpe: {error}", err=True)
+            raise typer.Exit(1) from None
+        raise typer.BadParameter(str(error)) from None

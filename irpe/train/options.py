@@ -1,0 +1,69 @@
+"""Settings of a run as a frozen dataclass whose fields are the options of a command, checked, and kept as JSON."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+S = TypeVar("S")
+
+
+def option(
+    default: Any,
+    panel: str,
+    words: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[Any, ...] = (),
+    free: bool = False,
+) -> Any:
+    """A field that is an option: its panel and words in --help, its bounds; `free` ones may differ in a resumed run."""
+    return dataclasses.field(
+        default=default,
+        metadata={"panel": panel, "help": words, "low": low, "high": high, "choices": choices, "free": free},
+    )
+
+
+def flag(name: str) -> str:
+    """The option of a field: `--batch-size` of `batch_size`."""
+    return f"--{name.replace('_', '-')}"
+
+
+def check(settings: Any) -> None:
+    """Refuses values out of the bounds of their fields.
+
+    Raises:
+        ValueError: with the option, its value and what was expected.
+    """
+    for one in dataclasses.fields(settings):
+        value, rules = getattr(settings, one.name), one.metadata
+        if "help" not in rules or value is None:
+            continue
+        said = f"{flag(one.name)} {value}; expected"
+        if rules["choices"] and value not in rules["choices"]:
+            raise ValueError(f"{said} one of {', '.join(map(str, rules['choices']))}")
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{said} a finite number")
+            if rules["low"] is not None and number < rules["low"]:
+                raise ValueError(f"{said} at least {rules['low']:g}")
+            if rules["high"] is not None and number > rules["high"]:
+                raise ValueError(f"{said} at most {rules['high']:g}")
+
+
+def from_dict(cls: type[S], values: Mapping[str, Any]) -> S:
+    """The settings that `dataclasses.asdict` and JSON have made into plain values."""
+    known = {one.name for one in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if strange := sorted(set(values) - known):
+        raise ValueError(f"unknown settings {', '.join(strange)}: they were written by another version")
+    return cls(**{name: tuple(one) if isinstance(one, list) else one for name, one in values.items()})
+
+
+def changed(old: S, new: S) -> list[str]:
+    """`--option was A, is B` for each setting that has to be the same when a run goes on, and is not."""
+    return [
+        f"{flag(one.name)} was {getattr(old, one.name)}, is {getattr(new, one.name)}"
+        for one in dataclasses.fields(old)  # type: ignore[arg-type]
+        if getattr(old, one.name) != getattr(new, one.name) and not one.metadata.get("free", False)
+    ]
