@@ -34,7 +34,7 @@ def of_irpe(line):
 
 
 def test_the_page_has_commands_of_every_kind():
-    assert len(TRAINING) == 8 and len(LINES) == 11
+    assert len(TRAINING) == 8 and len(LINES) == 14
     assert sum(line.startswith("torchrun --nproc-per-node 8 -m irpe") for line in LINES) == 2
 
 
@@ -70,6 +70,23 @@ def test_commands_of_evaluation(tmp_path, monkeypatch):
         words[1] = "runs/run"
         result = runner.invoke(app, [*words, "--device", "cpu"], catch_exceptions=False)
         assert result.exit_code == 0 and "on 64 images" in result.output
+
+
+@pytest.mark.slow
+def test_commands_of_export(tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)
+    pictures(tmp_path / "pictures", per_class=16)
+    runner = CliRunner()
+    assert runner.invoke(app, ["train", "pictures", "--recipe", "small", *MODEL, *ONE_STEP]).exit_code == 0
+    (tmp_path / "runs" / "run").rename(tmp_path / "runs" / "NAME")
+    (tmp_path / "weights.safetensors").write_bytes((tmp_path / "runs/NAME/best.safetensors").read_bytes())
+    for words in (of_irpe(line) for line in LINES if " export " in line):
+        if "--model" in words:
+            words = [*words, *TINY, "--num-classes", "4"]
+        result = runner.invoke(app, words, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        assert (tmp_path / words[words.index("--out") + 1]).stat().st_size > 1000
 
 
 def test_the_folder_that_evaluate_names_is_the_one_that_train_makes():

@@ -145,7 +145,6 @@ def _evaluate(
     irpe evaluate runs/RUN, or irpe evaluate --model NAME --pretrained FILE --data DATA.
     """
     from ..train import run as job
-    from ..train.model import find_weights
 
     options = given(settings | {"data": data, "val_split": split, "rpe": rpe})
     with sentences() as printer:
@@ -165,8 +164,7 @@ def _evaluate(
             if split is not None:
                 options["val_share"] = 0.0
             chosen = settings_from_dict({**dataclasses.asdict(old), **options})
-            named = {"best": "best.safetensors", "last": "model.safetensors", "ema": "ema.safetensors"}
-            path = find_weights(run / named[weights] if weights in named else Path(weights))
+            path = job.weights_of(run, weights)
         score, bad = job.measure(chosen, path, classes, printer)
         for name in bad[:5]:
             printer.print(f"unreadable: {name}", soft_wrap=True)

@@ -211,4 +211,14 @@ def settings_of(folder: Path) -> tuple[Settings, list[str]]:
     return dataclasses.replace(settings_from_dict(values["settings"]), pretrained=None), values["classes"]
 
 
-__all__ = ["Stopped", "default_name", "measure", "read_record", "settings_of", "train"]
+def weights_of(folder: Path, which: str) -> Path:
+    """The file of a run's weights: "best", "last" (at the end), "ema" (their average), or a file as it is.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    named = {"best": "best.safetensors", "last": models.WEIGHTS, "ema": "ema.safetensors"}
+    return models.find_weights(folder / named[which] if which in named else Path(which))
+
+
+__all__ = ["Stopped", "default_name", "measure", "read_record", "settings_of", "train", "weights_of"]
