@@ -10,6 +10,7 @@ pytest.importorskip("timm")
 pytest.importorskip("sklearn")
 
 from conftest import ROOT
+from safetensors.torch import load_file
 from train_tiny import MODEL, pictures
 from typer.testing import CliRunner
 
@@ -74,6 +75,10 @@ def test_training_for_one_step(command, imagenet, tmp_path):
     assert "epoch 1: train" in result.output
     rpe = rpe_of(command)
     assert rpe == "none" or rpe in (tmp_path / "run" / "README.md").read_text()
+    weights = load_file(tmp_path / "run" / "model.safetensors")
+    assert ("pos_embed" in weights) == ("pos_embed=none" not in command)
+    tables = {key.split(".")[3] for key in weights if "lookup_table" in key}
+    assert tables == set() if rpe == "none" else {f"rpe_{one}" for one in rpe.split("-")[5]}
 
 
 @pytest.mark.slow

@@ -130,7 +130,7 @@ def test_settings_are_whole_and_go_through_json():
     assert Settings("x", img_size="24").size() == (24, 24) and Settings("x", img_size="24x40").size() == (24, 40)
     assert Settings("x").peak_lr() == pytest.approx(1e-3)  # DeiT's for its batches of 1024
     assert Settings("x", model_arg=("a=1", "b=0.5", "c=true", "d=none", "e=avg")).model_kwargs() == {
-        "a": 1, "b": 0.5, "c": True, "d": None, "e": "avg"
+        "a": 1, "b": 0.5, "c": True, "d": "none", "e": "avg"
     }  # fmt: skip
     with pytest.raises(ValueError, match="unknown settings more: they were written by another version"):
         settings_from_dict({"data": "x", "more": 1})

@@ -157,13 +157,16 @@ class Settings:
         return int(match[1]), int(match[2] or match[1])
 
     def model_kwargs(self) -> dict[str, Any]:
-        """--model-arg as arguments: numbers, booleans and none as such, everything else as text."""
+        """--model-arg as arguments: numbers and booleans as such, everything else as text.
+
+        There is no None: `timm.create_model` drops it, and `pos_embed=none` means the text.
+        """
         found: dict[str, Any] = {}
         for text in self.model_arg:
             name, equals, value = text.partition("=")
             if not equals or not name.isidentifier():
                 raise ValueError(f"--model-arg {text!r}; expected name=value such as depth=6")
-            words = {"true": True, "false": False, "none": None}
+            words = {"true": True, "false": False}
             found[name] = words[value.lower()] if value.lower() in words else _number(value)
         return found
 
