@@ -41,8 +41,9 @@ def equip(
         The same object.
 
     Raises:
-        TypeError, ValueError: the model is not supported, with the reason and the list of what is; the configuration
-            has a `skip` that is not the model's; `blocks` names none. Nothing has been changed then.
+        TypeError, ValueError: the model is not supported, with the reason and the list of what is; it is in
+            DistributedDataParallel or sharded by FSDP, which come after `equip`; the configuration has a `skip` that is
+            not the model's; `blocks` names none. Nothing has been changed then.
     """
     if isinstance(config, str):
         config = rpe_config_from_string(config)
@@ -50,6 +51,7 @@ def equip(
         raise TypeError(
             f"config is {config!r}; expected what get_rpe_config returns, or 'rpe-1.9-product-ctx-1-k' and the like"
         )
+    _check_alone(model)
     if grid is not None and not (len(grid) == 2 and all(isinstance(n, int) and n >= 1 for n in grid)):
         raise ValueError(f"grid={grid!r}; expected (height, width) in tokens, both at least 1")
     found = _find(model)
@@ -75,8 +77,9 @@ def unequip(model: Model) -> Model:
     """Takes out everything that `equip` has added, in place: the model has its classes, keys and hooks of before.
 
     Raises:
-        TypeError, ValueError: the model is not supported, or no part of it is equipped.
+        TypeError, ValueError: the model is not supported, or shared between processes, or no part of it is equipped.
     """
+    _check_alone(model)
     equipped = [(adapter, part) for adapter, part in _find(model, everything=True) if adapter.is_equipped(part)]
     if not equipped:
         raise ValueError(f"{type(model).__name__} has no iRPE: it was never equipped, or unequipped before")
@@ -163,6 +166,19 @@ def _find(model: nn.Module, everything: bool = False) -> list[tuple[Adapter, Any
     if not found:
         raise TypeError(f"{type(model).__name__} is not a model that iRPE can be added to. {_SUPPORTED}")
     return found
+
+
+def _check_alone(model: nn.Module) -> None:
+    """Processes that share a model have agreed on its parameters when it was wrapped."""
+    if not isinstance(model, nn.Module):
+        return  # `_find` has the words for it
+    for module in model.modules():
+        names = {cls.__name__ for cls in type(module).__mro__ if cls.__module__.startswith("torch.")}
+        if shared := names & {"DistributedDataParallel", "FSDPModule", "FullyShardedDataParallel"}:
+            raise ValueError(
+                f"{type(module).__name__} is shared between processes ({shared.pop()}), which would not share the "
+                "tables: call equip or unequip first, and DistributedDataParallel or fully_shard after it"
+            )
 
 
 def _choose(blocks: Blocks | None, names: list[str]) -> list[bool]:

@@ -6,7 +6,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from irpe.equip import rpe_parameters
+from irpe.equip import equip, rpe_parameters, unequip
 
 pytest.importorskip("timm")
 
@@ -116,3 +116,21 @@ def test_two_processes_train_as_one(case, results):
         assert all((got - table).abs().max() <= 1e-12 for got, table in zip(one[case][1], tables, strict=True))
     before = rpe_parameters(build(family))["params"]
     assert all((one - other).abs().max() > 1e-9 for one, other in zip(tables, before, strict=True))
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_models_that_are_shared_already_are_refused(name, tmp_path, monkeypatch):
+    """A table that is added later would be in no process's bucket of gradients."""
+    monkeypatch.setitem(globals(), "WORLD", 1)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        for equipped in (False, True):
+            model = build("registers dynamic")
+            shared = WRAPPERS[name](model if equipped else unequip(model))
+            before = [key for key, _ in shared.named_parameters()]
+            for change in (unequip, lambda one: equip(one, "rpe-1.9-product-ctx-1-k")):
+                with pytest.raises(ValueError, match="shared between processes .* call equip or unequip first"):
+                    change(shared)
+            assert [key for key, _ in shared.named_parameters()] == before
+    finally:
+        dist.destroy_process_group()
