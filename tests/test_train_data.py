@@ -81,7 +81,8 @@ def test_a_share_of_every_class_is_held_out_once(folder):
     assert not {parts.train.name(k) for k in range(16)} & {parts.val.name(k) for k in range(8)}
     again = data.open_data(settings(folder / "train", val_share=0.3))
     assert parts.val.indices == again.val.indices
-    assert parts.val.indices != data.open_data(settings(folder / "train", val_share=0.3, seed=1)).val.indices
+    assert parts.val.indices == data.open_data(settings(folder / "train", val_share=0.3, seed=1)).val.indices
+    assert parts.val.indices != data.open_data(settings(folder / "train", val_share=0.3, split_seed=1)).val.indices
 
 
 def broken(folder):

@@ -145,22 +145,27 @@ def _evaluate(
     irpe evaluate runs/RUN, or irpe evaluate --model NAME --pretrained FILE --data DATA.
     """
     from ..train import run as job
+    from ..train.data import refuse_two_digits, same_data
 
     options = given(settings | {"data": data, "val_split": split, "rpe": rpe})
     with sentences() as printer:
+        if data is not None:
+            refuse_two_digits(data)
         if run is None:
             if data is None or "model" not in options or "pretrained" not in options:
                 raise ValueError("name the folder of a run; or give --data, --model and --pretrained")
             chosen, classes, path = settings_from("deit", options), None, None
         else:
             old, classes = job.settings_of(run)
-            fixed = {
-                one: options[one] for one in ("model", "rpe", "pretrained", "in_chans", "num_classes") if one in options
-            }
-            if fixed:
-                raise ValueError(f"{', '.join(map(flag, fixed))}: the run has its own; leave it out")
-            if data is not None and data != old.data:
-                options = {"val_share": 0.0, "val_split": None, **options}
+            fixed = ["model", "rpe", "pretrained", "in_chans", "num_classes"]
+            other = data is not None and not same_data(data, old.data)
+            if not other:
+                fixed += ["val_share", "split_seed"]  # others would hold pictures out that the run was trained on
+                options["data"] = old.data
+            if taken := [flag(one) for one in fixed if one in options]:
+                raise ValueError(f"{', '.join(taken)}: the run has its own; leave it out")
+            if other:
+                options = {"val_share": 0.0, "val_split": None, "train_split": None, **options}
             if split is not None:
                 options["val_share"] = 0.0
             chosen = settings_from_dict({**dataclasses.asdict(old), **options})

@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from transformers.image_transforms import get_size_with_aspect_ratio
 
-from ..train.loader import mixed
+from ..train.loader import Careful, Loader, mixed
 from .data import Coco
 from .settings import Settings
 
@@ -93,7 +92,7 @@ def transform_of(settings: Settings, processor: Any, *, training: bool) -> Trans
     return Transform(sizes, settings.max_size, hflip, tuple(processor.image_mean), tuple(processor.image_std), crop)
 
 
-class Samples(Dataset[tuple[Tensor, dict[str, Tensor], int]]):
+class Samples(Careful[tuple[Tensor, dict[str, Tensor], int]]):
     """Pictures after their transform; a key is (number, what its random numbers follow from)."""
 
     def __init__(self, data: Coco, transform: Transform) -> None:
@@ -143,8 +142,8 @@ def eval_batches(data: Coco, transform: Transform, settings: Settings, rank: int
     return iter(_loader(Samples(data, transform), [mine[at : at + step] for at in range(0, len(mine), step)], settings))
 
 
-def _loader(samples: Samples, keys: list[list[tuple[int, int]]], settings: Settings) -> DataLoader[Any]:
-    return DataLoader(
-        samples, batch_sampler=keys, collate_fn=collate, num_workers=settings.loader_workers,
+def _loader(samples: Samples, keys: list[list[tuple[int, int]]], settings: Settings) -> Loader:
+    return Loader(
+        samples, collate, batch_sampler=keys, num_workers=settings.loader_workers,
         pin_memory=torch.cuda.is_available(),
     )  # fmt: skip

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..train.loader import RunError
+from ..train.pictures import converted
 from . import scenes
 from .settings import DIGITS, Settings
 
@@ -120,8 +121,8 @@ class Coco:
         """
         picture = self.pictures[number]
         try:
-            image = self._read(picture.name).convert("RGB")
-        except (OSError, SyntaxError) as error:
+            image = converted(self._read(picture.name), "RGB")
+        except (OSError, SyntaxError, ValueError) as error:
             raise RunError(f"{picture.name} of {self.name} cannot be read: {error}") from None
         if image.size != (picture.width, picture.height):
             raise RunError(

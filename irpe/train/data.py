@@ -1,9 +1,10 @@
 """Where images come from: folders, tar archives, digits, and the data sets that timm reads by name."""
 
+import dataclasses
+import functools
 import os
-import tarfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,8 +12,10 @@ import torch
 from PIL import Image
 from torch.utils.data import IterableDataset
 
+from .pictures import ReaderSource, converted, pictures, read_picture
 from .settings import Settings
 
+DIGITS = "digits"  # the built-in ones
 TRAIN, VAL = ("train", "training"), ("val", "valid", "validation", "eval", "test")
 NAMED = ("torch/", "hfds/", "wds/", "hfids/", "tfds/")  # of timm.data.create_dataset
 STREAMS = ("wds/", "hfids/", "tfds/")  # read in their own order only
@@ -40,42 +43,15 @@ Stream = IterableDataset[tuple[Image.Image, int]]
 
 @dataclass
 class Data:
-    """What a run trains on and what it is measured on, each a Source or a stream; `classes` are their names."""
+    """What a run trains on and what it is measured on, each a Source or a stream; `classes` are their names.
+
+    `notes` are sentences about what was found, for whoever started the run.
+    """
 
     train: Any
     val: Any
     classes: list[str]
-
-
-class ReaderSource:
-    """A reader of timm with random access (folder, tar, Hugging Face)."""
-
-    def __init__(self, reader: Any, class_to_idx: dict[str, int], mode: str) -> None:
-        self.reader, self.mode = reader, mode
-        self.classes = sorted(class_to_idx, key=lambda name: class_to_idx[name])
-
-    def __len__(self) -> int:
-        return len(self.reader)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        file, target = self.reader[index]
-        with file:
-            return Image.open(file).convert(self.mode), int(target)
-
-    def name(self, index: int) -> str:
-        return str(self.reader.filename(index, absolute=True))
-
-    def reopen(self) -> None:
-        """Forgets open archives: a process that was forked shares their place in the file with its parent."""
-        states = getattr(self.reader, "tar_state", {})
-        for state in states.values() if isinstance(states, dict) else [states]:
-            for one in (state, *state.children.values()):
-                one.tf = None
-
-    def labels(self) -> list[int] | None:
-        if hasattr(self.reader, "targets"):
-            return [int(one) for one in self.reader.targets]
-        return [int(target) for _, target in self.reader.samples] if hasattr(self.reader, "samples") else None
+    notes: list[str] = field(default_factory=list)
 
 
 class TorchvisionSource:
@@ -83,6 +59,8 @@ class TorchvisionSource:
 
     def __init__(self, dataset: Any, mode: str) -> None:
         self.dataset, self.mode = dataset, mode
+        if getattr(getattr(dataset, "loader", None), "__name__", "") == "default_loader":
+            dataset.loader = functools.partial(read_picture, mode=mode)  # torchvision's spoils 16-bit pictures
         targets = getattr(dataset, "targets", None)
         self._labels = None if targets is None else [int(one) for one in targets]
         names = getattr(dataset, "classes", None)
@@ -94,7 +72,7 @@ class TorchvisionSource:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         image, target = self.dataset[index]
-        return image.convert(self.mode), int(target)
+        return converted(image, self.mode), int(target)
 
     def name(self, index: int) -> str:
         return f"{type(self.dataset).__name__}[{index}]"
@@ -181,10 +159,19 @@ def open_data(settings: Settings, *, train: bool = True) -> Data:
 
     Raises:
         ValueError: nothing is there; a class without images; classes that differ between train and val; a data set
-            that has to be downloaded.
+            that has to be downloaded; --val-share where there is a part to evaluate on.
     """
     mode = "RGB" if settings.in_chans == 3 else "L"
-    if settings.data == "digits":
+    if settings.val_share and settings.val_split:
+        raise ValueError(
+            f"--val-share {settings.val_share:g} and --val-split {settings.val_split} both say what to evaluate on; "
+            "leave one out"
+        )
+    if settings.data == DIGITS:
+        if train:
+            refuse_two_digits(settings.data)
+        if settings.val_share and not settings.train_split:
+            raise ValueError("--val-share: digits has a part to evaluate on; leave it out, or add --train-split train")
         return _data(
             DigitsSource(settings.train_split or "fit", mode),
             DigitsSource(settings.val_split or "valid", mode),
@@ -195,15 +182,46 @@ def open_data(settings: Settings, *, train: bool = True) -> Data:
     return _on_disk(settings, mode, train)
 
 
-def _data(train: Any, val: Any, settings: Settings) -> Data:
+def located(settings: Settings, start: Path) -> Settings:
+    """The settings with paths of data that are relative to the folder `start` made absolute, where they are there."""
+
+    def there(text: str) -> str:
+        kind = next((one for one in NAMED if text.startswith(one)), "")
+        path = start / text.removeprefix(kind)
+        return kind + str(path.resolve()) if text != kind and path.exists() else text
+
+    # the names of torchvision's sets and of the built-in digits are no paths
+    data = settings.data if settings.data == DIGITS or settings.data.startswith("torch/") else there(settings.data)
+    return dataclasses.replace(settings, data=data, data_dir=settings.data_dir and there(settings.data_dir))
+
+
+def same_data(a: str, b: str) -> bool:
+    """Whether both name the same data: pictures, ./pictures/ and /home/me/pictures do."""
+    return a == b or (DIGITS not in (a, b) and Path(a).exists() and Path(b).exists() and os.path.samefile(a, b))
+
+
+def refuse_two_digits(data: str) -> None:
+    """Refuses `digits` where a folder has that name, too.
+
+    Raises:
+        ValueError: there is such a folder here.
+    """
+    if data == DIGITS and Path(DIGITS).is_dir():
+        raise ValueError(
+            "digits: there is a folder of this name here; write ./digits for the folder, and for the built-in digits "
+            "run irpe in another one"
+        )
+
+
+def _data(train: Any, val: Any, settings: Settings, notes: Sequence[str] = ()) -> Data:
     if train is not None and settings.val_share:
-        train, val = divided(train, settings.val_share, settings.seed)
+        train, val = divided(train, settings.val_share, settings.split_seed)
     classes = list((train if train is not None else val).classes)
     if train is not None and list(val.classes) != classes:
         raise ValueError(difference(classes, list(val.classes)))
     if len(classes) < 2:
         raise ValueError(f"{settings.data} has {len(classes)} class; expected at least 2")
-    return Data(train, val, classes)
+    return Data(train, val, classes, list(notes))
 
 
 def difference(train: Sequence[str], val: Sequence[str]) -> str:
@@ -222,32 +240,41 @@ def difference(train: Sequence[str], val: Sequence[str]) -> str:
 
 
 def _on_disk(settings: Settings, mode: str, train: bool) -> Data:
-    root = Path(settings.data)
+    root, share = Path(settings.data), settings.val_share
     if not root.exists():
+        elsewhere = "" if train else "; --data says where it lies now"
         raise ValueError(
             f"{root} does not exist; expected a folder of class folders, a .tar, digits, or a name that begins with "
-            f"{', '.join(NAMED)}"
+            f"{', '.join(NAMED)}{elsewhere}"
         )
-    one_part = not _part(root, TRAIN, settings.train_split) and not _part(root, VAL, settings.val_split)
-    if one_part:
-        whole = _pictures(root, mode)
-        if train and not settings.val_share:
+    first, second = _part(root, TRAIN, settings.train_split), _part(root, VAL, settings.val_split)
+    named = settings.train_split if train or share else None
+    if share and (own := _part(root, VAL[:-1], None)):  # a part named test may well be kept for the end
+        raise ValueError(
+            f"--val-share {share:g}, but {own} is there to evaluate on: leave --val-share out, or name "
+            f"{first or root / TRAIN[0]} as DATA"
+        )
+    if not (first or second or named or settings.val_split):  # one part
+        if train and not share:
             raise ValueError(
                 f"{root} has no part to evaluate on; expected {root / 'train'} and {root / 'val'} (folders or .tar "
                 "files), or --val-share 0.1 to hold some of it out"
             )
-        if settings.val_share:
-            return _data(whole, None, settings)
-        return _data(None, whole, settings)
-    found = {
-        "train": _part(root, TRAIN, settings.train_split), "val": _part(root, VAL, settings.val_split),
-    }  # fmt: skip
-    for part, path in found.items():
-        if path is None and (train if part == "train" else not settings.val_share):
-            raise ValueError(f"{root} has no {part}: expected {root / part} or {root / part}.tar")
-    first = _pictures(found["train"], mode) if found["train"] and (train or settings.val_share) else None
-    second = _pictures(found["val"], mode) if found["val"] and not settings.val_share else None
-    return _data(first, second, settings)
+        whole, notes = pictures(root, mode)
+        return _data(whole, None, settings, notes) if share else _data(None, whole, settings, notes)
+    parts: list[Any] = []
+    notes = []
+    for path, names, wanted, needed in (
+        (first, TRAIN, settings.train_split, train or share), (second, VAL, settings.val_split, not share),
+    ):  # fmt: skip
+        if needed and path is None:
+            others = "" if wanted else f" (or {', '.join(names[1:])})"
+            part = wanted or names[0]
+            raise ValueError(f"{root} has no {part}: expected {root / part} or {root / part}.tar{others}")
+        found, words = pictures(path, mode) if path is not None and needed else (None, [])
+        parts.append(found)
+        notes += words
+    return _data(parts[0], parts[1], settings, notes)
 
 
 def _part(root: Path, names: Sequence[str], wanted: str | None) -> Path | None:
@@ -256,64 +283,6 @@ def _part(root: Path, names: Sequence[str], wanted: str | None) -> Path | None:
             if path.exists():
                 return path
     return None
-
-
-def _pictures(root: Path, mode: str) -> ReaderSource:
-    from timm.data.readers.reader_image_folder import ReaderImageFolder
-    from timm.data.readers.reader_image_in_tar import ReaderImageInTar
-
-    if root.is_file() or (any(root.glob("*.tar")) and not any(one.is_dir() for one in root.iterdir())):
-        _check_tars([root] if root.is_file() else sorted(root.glob("*.tar")))
-        try:
-            # timm writes an index beside archives of 10 GB and more
-            place = root.parent if root.is_file() else root
-            reader = ReaderImageInTar(str(root), cache_tarinfo=None if os.access(place, os.W_OK) else False)
-        except (tarfile.TarError, OSError, ValueError) as error:
-            raise ValueError(f"{root} cannot be read as a tar archive with pictures: {error}") from None
-        return ReaderSource(reader, reader.class_name_to_idx, mode)
-    _check_folders(root)
-    folders = ReaderImageFolder(str(root))
-    return ReaderSource(folders, folders.class_to_idx, mode)
-
-
-def _check_tars(paths: Sequence[Path]) -> None:
-    for path in paths:
-        if path.suffix.lower() != ".tar":
-            raise ValueError(f"{path} is a file; expected a folder, or an archive that ends in .tar (not compressed)")
-        if not tarfile.is_tarfile(path):
-            raise ValueError(f"{path} is not a tar archive")
-
-
-def _check_folders(root: Path) -> None:
-    """Refuses what timm's reader would pass over: classes without pictures, pictures without a class, equal names."""
-    from timm.data import get_img_extensions
-
-    kinds = set(get_img_extensions())
-    where: dict[str, str] = {}
-    empty = []
-    for folder, below, files in os.walk(root, followlinks=True):
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        pictures = any(os.path.splitext(name)[1].lower() in kinds for name in files)
-        if not pictures:
-            if not below:
-                empty.append(folder)
-            continue
-        if Path(folder) == root:
-            raise ValueError(
-                f"{root} holds pictures itself; expected a folder for each class, with its pictures inside"
-            )
-        name = os.path.basename(folder)
-        if name in where:
-            raise ValueError(f"two folders of the name {name!r} would be one class: {where[name]} and {folder}")
-        where[name] = folder
-    if empty and where:
-        more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
-        raise ValueError(
-            f"classes without a picture ({', '.join(sorted(kinds)[:6])}, ...): {', '.join(sorted(empty)[:5])}{more}; "
-            "remove the folders or fill them"
-        )
-    if not where:
-        raise ValueError(f"{root} has no pictures; expected a folder for each class, with its pictures inside")
 
 
 def _named(settings: Settings, mode: str, train: bool) -> Data:
@@ -343,7 +312,9 @@ def _create(settings: Settings, mode: str, split: str, training: bool) -> Any:
         # timm takes the folder of the shards as root, and the split as a pattern such as train-{000..009}.tar
         name, options = "wds/", dict(root=settings.data.removeprefix("wds/") or root, split=split)
     if settings.data.startswith(STREAMS):
-        options |= dict(is_training=training, seed=settings.seed, input_img_mode=mode, batch_size=1)
+        # tfds decodes into the mode itself; what the others have decoded is converted by StreamSamples
+        own = mode if name.startswith("tfds/") else ""
+        options |= dict(is_training=training, seed=settings.seed, input_img_mode=own, batch_size=1)
         if training and settings.train_samples:
             options["num_samples"] = settings.train_samples
     try:
@@ -359,6 +330,7 @@ def _create(settings: Settings, mode: str, split: str, training: bool) -> Any:
             dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1
         return dataset
     if name.startswith("torch/"):
+        _check_split(settings, dataset, split)
         return TorchvisionSource(dataset, mode)
     reader = dataset.reader
     if not reader.class_to_idx:
@@ -367,3 +339,13 @@ def _create(settings: Settings, mode: str, split: str, training: bool) -> Any:
             raise ValueError(f"{settings.data} does not tell its classes; say how many with --num-classes")
         return ReaderSource(reader, {str(one): one for one in labels}, mode)
     return ReaderSource(reader, reader.class_to_idx, mode)
+
+
+def _check_split(settings: Settings, dataset: Any, split: str) -> None:
+    """Refuses splits for which timm gives another one: that of the test, or the whole folder."""
+    name, known = settings.data, (*TRAIN, *VAL, "evaluation")
+    kind, asked = name.split("/", 2)[-1].lower(), split in (settings.train_split, settings.val_split)
+    if kind in ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist") and split not in known:
+        raise ValueError(f"{name} has no split {split!r}; expected train or test")
+    if kind in ("image_folder", "folder") and dataset.root == settings.data_dir and (asked or not settings.val_share):
+        raise ValueError(f"{name}: {dataset.root} has no {split}: expected {Path(dataset.root) / split}")

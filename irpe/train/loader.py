@@ -5,12 +5,15 @@ a step draws on (seed, step, process, batch), so that a run that goes on draws w
 number of loader workers.
 """
 
+import functools
 import hashlib
 import os
 import random
-from collections.abc import Iterator, Sequence
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,8 +21,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from .data import Source
+from .pictures import converted
 from .settings import Settings
 
+S = TypeVar("S")
 TRIES = 20  # pictures in a row that may be unreadable before a run gives up
 
 
@@ -94,7 +99,37 @@ class Share:
         return [mine[k * self.local : (k + 1) * self.local] for k in range(self.accumulate)]
 
 
-class Samples(Dataset[Sample]):
+class Careful(Dataset[S]):
+    """A dataset whose RunError takes the place of a batch; see `Loader`."""
+
+    def __getitems__(self, keys: Sequence[Any]) -> list[S] | RunError:
+        try:
+            return [self[key] for key in keys]
+        except RunError as error:
+            return error
+
+
+class Loader(DataLoader[Any]):
+    """A DataLoader of a `Careful` dataset that raises its RunError as it is.
+
+    An error that a worker raises would come with torch's words around it, and a traceback.
+    """
+
+    def __init__(self, dataset: Dataset[Any], collate: Callable[[Sequence[Any]], Any], **options: Any) -> None:
+        super().__init__(dataset, collate_fn=functools.partial(_unless_error, collate), **options)
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        for batch in super().__iter__():
+            if isinstance(batch, RunError):
+                raise batch
+            yield batch
+
+
+def _unless_error(collate: Callable[[Sequence[Any]], Any], samples: Sequence[Any] | RunError) -> Any:
+    return samples if isinstance(samples, RunError) else collate(samples)
+
+
+class Samples(Careful[Sample]):
     """A source and a transform; a key is (index, what its random numbers follow from); index -1 stands for none."""
 
     def __init__(self, source: Source, transform: Any, replace: bool | None) -> None:
@@ -139,8 +174,14 @@ class StreamSamples(IterableDataset[Sample]):
 
     def __iter__(self) -> Iterator[Sample]:
         seed_all(get_worker_info().seed)  # type: ignore[union-attr]
+        mode = "RGB" if getattr(self.transform, "channels", 3) == 3 else "L"
         for image, target in self.stream:
-            yield Sample(self.transform(image), int(target), True, ())
+            try:
+                picture = converted(image, mode)
+            except Exception as error:  # as the readers of streams do with those that they cannot decode
+                warnings.warn(f"unreadable image of a stream, left out: {error}", stacklevel=1)
+                continue
+            yield Sample(self.transform(picture), int(target), True, ())
 
 
 class Transform:
@@ -160,14 +201,36 @@ class Transform:
             self.apply = create_transform(**common, crop_pct=shape.crop_pct)
             return
         augment = None if settings.auto_augment == "none" else settings.auto_augment
-        self.apply = create_transform(
-            **common, is_training=True, scale=(settings.crop_scale, 1.0), hflip=settings.hflip, vflip=settings.vflip,
-            color_jitter=settings.color_jitter, auto_augment=augment, re_prob=settings.erase, re_mode="pixel",
-            ratio=(1.0, 1.0) if settings.crop_scale == 1 else None,
-        )  # fmt: skip
+        check_augment(augment)
+        # crops are stretched by 3/4 to 4/3 when they become images, whatever the shape of those is
+        form = shape.size[1] / shape.size[0]
+        ratio = (form, form) if settings.crop_scale == 1 else (3 / 4 * form, 4 / 3 * form)
+        try:
+            self.apply = create_transform(
+                **common, is_training=True, scale=(settings.crop_scale, 1.0), ratio=ratio, hflip=settings.hflip,
+                vflip=settings.vflip, color_jitter=settings.color_jitter, auto_augment=augment, re_prob=settings.erase,
+                re_mode="pixel",
+            )  # fmt: skip
+        except (AssertionError, ValueError) as error:
+            raise ValueError(f"--auto-augment {augment}: {str(error) or 'timm does not know it'}") from None
 
     def __call__(self, image: Any) -> Tensor:
         return self.apply(image)
+
+
+def check_augment(words: str | None) -> None:
+    """Refuses parts of --auto-augment that timm passes over without a word.
+
+    Raises:
+        ValueError: a part is neither a letter or word with a number, nor (in RandAugment) a known set of operations.
+    """
+    name, *parts = (words or "").split("-")
+    sets = ("tweights", "t3a", "t3aw") if name == "rand" else ()
+    if strange := [one for one in parts if not re.fullmatch(r"[a-z]+\d+(\.\d*)?", one) and one not in sets]:
+        raise ValueError(
+            f"--auto-augment {words}: {', '.join(map(repr, strange))}; expected parts such as m9 or mstd0.5, as in "
+            "rand-m9-mstd0.5-inc1"
+        )
 
 
 @dataclass(frozen=True)
@@ -237,9 +300,9 @@ def _stream(stream: Any, transform: Any, settings: Settings, seed: int, batch_si
     return _loader(samples, settings, batch_size=batch_size, drop_last=drop_last, generator=generator)
 
 
-def _loader(samples: Any, settings: Settings, **options: Any) -> DataLoader[Any]:
-    return DataLoader(
-        samples, collate_fn=collate, num_workers=loader_workers(settings, stream=isinstance(samples, StreamSamples)),
+def _loader(samples: Any, settings: Settings, **options: Any) -> Loader:
+    return Loader(
+        samples, collate, num_workers=loader_workers(settings, stream=isinstance(samples, StreamSamples)),
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_start_worker, **options,
     )  # fmt: skip

@@ -55,6 +55,8 @@ def build(
         raise ValueError(f"timm cannot build {settings.model} with {given or 'its own arguments'}: {error}") from None
     except OSError as error:
         raise ValueError(f"--pretrained hub: {error}") from None
+    _check_blocks(settings, model)
+    _check_patches(settings, model)
     if settings.rpe != "none":
         equip(model, settings.rpe)
     if weights is not None:
@@ -67,6 +69,37 @@ def build(
     if settings.grad_checkpointing:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
     return model
+
+
+def _check_blocks(settings: Settings, model: nn.Module) -> None:
+    """Refuses --model-arg depth=0, which timm builds."""
+    blocks = getattr(model, "blocks", None)
+    if isinstance(blocks, (nn.Sequential, nn.ModuleList)) and not len(blocks):
+        words = ", ".join(settings.model_arg) or "these settings"
+        raise ValueError(f"{settings.model} has no blocks with {words}; expected a depth of at least 1")
+
+
+def _check_patches(settings: Settings, model: nn.Module) -> None:
+    """Refuses sizes of which the last rows or columns would be in no patch, which timm drops without a word.
+
+    The size that a model of timm was trained with is its own matter: some drop pixels there by design.
+    """
+    from timm.layers import PatchEmbed
+
+    embed = getattr(model, "patch_embed", None)
+    if not isinstance(embed, PatchEmbed) or embed.dynamic_img_pad or embed.proj.stride != embed.patch_size:
+        return
+    own = tuple((getattr(model, "pretrained_cfg", None) or {}).get("input_size", ()))[1:]
+    size, patch = shape_of(settings, model).size, embed.patch_size
+    if size == own and "patch_size" not in settings.model_kwargs():
+        return
+    if any(side % part for side, part in zip(size, patch, strict=True)):
+        near = "x".join(str(max(1, round(side / part)) * part) for side, part in zip(size, patch, strict=True))
+        raise ValueError(
+            f"images of {size[0]}x{size[1]} pixels cannot be cut into patches of {patch[0]}x{patch[1]}: "
+            f"{size[0] % patch[0]} rows and {size[1] % patch[1]} columns would be in none; expected --img-size {near} "
+            "or another multiple"
+        )
 
 
 def shape_of(settings: Settings, model: nn.Module) -> Shape:
@@ -101,8 +134,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
     try:
         return load_state_dict(str(path), use_ema=False, weights_only=True)
-    except Exception as error:  # each format has its own errors; what matters is which file it was
-        raise ValueError(f"{path} cannot be read as weights: {error}") from None
+    except Exception as error:  # each format has its own errors, and torch's has advice that is impossible here
+        if "Unsupported global" in str(error) or "Unsupported class" in str(error):
+            raise ValueError(
+                f"{path} holds Python objects besides weights, which are not loaded; save model.state_dict() alone"
+            ) from None
+        raise ValueError(
+            f"{path} is no file of weights; expected safetensors, or what torch.save made of a state dict"
+        ) from None
 
 
 def size_of_run(weights: Path) -> tuple[int, int] | None:
@@ -150,6 +189,8 @@ def load_weights(model: nn.Module, path: Path, say: Callable[[str], None], *, st
     ]
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        if all("lookup_table" in words.split()[0] for words in problems):
+            more += "; irpe.convert_tables makes the tables of one encoding into those of another"
         raise ValueError(f"{path} does not fit the model: {'; '.join(problems[:4])}{more}")
     model.load_state_dict(state, strict=False)
     if dropped or any(name.startswith(head) for name in missing):

@@ -1,6 +1,7 @@
 """`irpe train DATA` and `irpe evaluate` from end to end, in every process of a run."""
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
@@ -18,7 +19,7 @@ from rich.console import Console
 from .._version import __version__
 from . import checkpoint
 from . import model as models
-from .data import Data, Source, difference, open_data
+from .data import Data, Source, difference, located, open_data
 from .evaluation import Score, evaluate
 from .loader import Transform, unreadable
 from .logs import Log
@@ -70,14 +71,15 @@ def train(settings: Settings, make_folder: MakeFolder, resume: str | None, conso
         ValueError, TypeError, OSError: the input is wrong, or a file cannot be written, with the reason.
     """
     with signals() as stop, started(settings.device) as world:
-        say = console.print if world.first else (lambda words: None)
-        data = _open(settings, world)
+        say = functools.partial(console.print, soft_wrap=True) if world.first else (lambda words: None)
+        data = _open(settings, world, say)
         if settings.verify:
             _verify([data.train, data.val], settings, world, console)
         start = _start(resume) if resume not in (None, "auto") else None
         fresh = dataclasses.replace(settings, pretrained=None) if start else settings
         model = models.build(fresh, len(data.classes), say)
         trainer = Trainer(settings, data, model, world)
+        Transform(settings, trainer.shape, training=True)  # refuses what timm cannot make, before there is a folder
         folder = world.from_first(make_folder)
         if resume == "auto":
             start = world.from_first(lambda: next(reversed(checkpoint.checkpoints(folder)), None))
@@ -104,11 +106,14 @@ def train(settings: Settings, make_folder: MakeFolder, resume: str | None, conso
     return folder
 
 
-def _open(settings: Settings, world: World, *, train: bool = True) -> Data:
+def _open(settings: Settings, world: World, say: Callable[[str], None], *, train: bool = True) -> Data:
     """The data, in the first process before the others: it may download, or write an index beside large archives."""
     own: list[Data] = []
     world.from_first(lambda: own.append(open_data(settings, train=train)))
-    return own[0] if own else open_data(settings, train=train)
+    data = own[0] if own else open_data(settings, train=train)
+    for note in data.notes:
+        say(note)
+    return data
 
 
 def _start(resume: str) -> Path:
@@ -144,7 +149,8 @@ def record(trainer: Trainer) -> dict[str, Any]:
         "settings": dataclasses.asdict(settings), "classes": trainer.data.classes,
         "shape": dataclasses.asdict(trainer.shape), "parameters": sum(one.numel() for one in model.parameters()),
         "parameter_groups": groups, "steps_per_epoch": trainer.steps_per_epoch, "processes": trainer.world.size,
-        "device": str(trainer.world.device), "command": sys.argv[1:], "versions": versions(),
+        "device": str(trainer.world.device), "command": sys.argv[1:], "started_in": os.getcwd(),
+        "versions": versions(),
     }  # fmt: skip
 
 
@@ -193,12 +199,12 @@ def measure(
         classes: those that the model was trained for, which the data has to have.
     """
     with started(settings.device) as world:
-        data = _open(settings, world, train=False)
+        say = functools.partial(console.print, soft_wrap=True) if world.first else (lambda words: None)
+        data = _open(settings, world, say, train=False)
         if classes is not None and data.classes != classes:
             raise ValueError(difference(classes, data.classes))
         if weights is not None:
             settings = dataclasses.replace(settings, pretrained=str(weights))
-        say = console.print if world.first else (lambda words: None)
         model = models.build(settings, len(data.classes), say, strict=True)
         model.to(world.device)
         transform = Transform(settings, models.shape_of(settings, model), training=False)
@@ -206,9 +212,10 @@ def measure(
 
 
 def settings_of(folder: Path) -> tuple[Settings, list[str]]:
-    """(settings, classes) of a run, without the weights that it started from."""
+    """(settings, classes) of a run, without the weights that it started from; its data is found from everywhere."""
     values = read_record(folder)
-    return dataclasses.replace(settings_from_dict(values["settings"]), pretrained=None), values["classes"]
+    settings = dataclasses.replace(settings_from_dict(values["settings"]), pretrained=None)
+    return located(settings, Path(values.get("started_in", "."))), values["classes"]
 
 
 def weights_of(folder: Path, which: str) -> Path:

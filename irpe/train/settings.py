@@ -11,6 +11,11 @@ DATA, MODEL, RECIPE, AUGMENT, MACHINE, KEEP = (
     "Data", "Model", "Recipe", "Augmentation", "Machine", "Checkpoints and logs",
 )  # fmt: skip
 
+_OWN_OPTIONS = {
+    "img_size": "--img-size", "in_chans": "--in-chans", "num_classes": "--num-classes",
+    "drop_path_rate": "--drop-path", "pretrained": "--pretrained",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -31,6 +36,7 @@ class Settings:
     val_share: float = option(
         0.0, DATA, "Hold this share of every class out for evaluation, where DATA has no val.", low=0, high=0.9
     )
+    split_seed: int = option(0, DATA, "What --val-share holds out follows from it alone, not from --seed.", low=0)
     num_classes: int = option(0, DATA, "Number of classes, where the data cannot tell (wds/).", low=0)
     train_samples: int = option(0, DATA, "Images of an epoch, where the data cannot tell (wds/).", low=0)
     bad_images: str = option(
@@ -98,7 +104,12 @@ class Settings:
         3, AUGMENT, "Repeated augmentation: copies of each image in an epoch of as many steps.", low=1
     )
     crop_scale: float = option(
-        0.08, AUGMENT, "Smallest share of the area that a training crop keeps; 1 keeps all.", low=0.01, high=1
+        0.08,
+        AUGMENT,
+        "Smallest share of the area that a training crop keeps; 1 keeps all of a picture that has the shape of the "
+        "images, and of another one the largest piece of that shape, in its middle.",
+        low=0.01,
+        high=1,
     )
     hflip: float = option(0.5, AUGMENT, "Share of images flipped left to right.", low=0, high=1)
     vflip: float = option(0.0, AUGMENT, "Share of images flipped upside down.", low=0, high=1)
@@ -166,6 +177,8 @@ class Settings:
             name, equals, value = text.partition("=")
             if not equals or not name.isidentifier():
                 raise ValueError(f"--model-arg {text!r}; expected name=value such as depth=6")
+            if name in _OWN_OPTIONS:
+                raise ValueError(f"--model-arg {text}: write {_OWN_OPTIONS[name]} {value} in its place")
             words = {"true": True, "false": False}
             found[name] = words[value.lower()] if value.lower() in words else _number(value)
         return found
@@ -209,4 +222,6 @@ def settings_from(recipe: str, options: Mapping[str, Any]) -> Settings:
 
 def settings_from_dict(values: Mapping[str, Any]) -> Settings:
     """The settings that `dataclasses.asdict` and JSON have made into plain values."""
+    if "split_seed" not in values and values.get("val_share"):
+        values = {**values, "split_seed": values["seed"]}  # runs of before it existed
     return from_dict(Settings, values)

@@ -1,0 +1,186 @@
+"""irpe/train/pictures.py: which files are read, how a file becomes an image, what is said about the others."""
+
+import io
+import tarfile
+import warnings
+
+import numpy as np
+import pytest
+
+pytest.importorskip("timm")
+pytest.importorskip("sklearn")
+
+from PIL import Image
+from train_tiny import SMALL, pictures
+from typer.testing import CliRunner
+
+from irpe.__main__ import app
+from irpe.train import data
+from irpe.train import pictures as reading
+from irpe.train.settings import settings_from
+
+
+def settings(where, **more):
+    return settings_from("small", {"data": str(where), "in_chans": 1, **more})
+
+
+def irpe(*arguments):
+    result = CliRunner().invoke(app, [str(one) for one in arguments], catch_exceptions=False)
+    return result, " ".join("".join(" " if one in "│╭╮╰╯─\n" else one for one in result.output).split())
+
+
+def ramp():
+    """Grey levels 0, 257, 2 x 257, ... of 16 bits, on 4 x 6 pixels, and what they are in 8 bits."""
+    levels = np.linspace(0, 255, 24).round().astype(np.uint16).reshape(4, 6)
+    return levels * 257, levels.astype(np.uint8)
+
+
+def sixteen(folder):
+    """A folder of two classes with one 16-bit picture in each."""
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True)
+        Image.fromarray(ramp()[0]).save(folder / name / "one.png")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_16_bits_keep_their_grey_levels(kind, mode):
+    wide, narrow = ramp()
+    file = io.BytesIO()
+    Image.fromarray(wide).save(file, kind)
+    found = np.asarray(reading.converted(Image.open(file), mode))
+    assert np.array_equal(found, narrow if mode == "L" else np.stack([narrow] * 3, -1))
+
+
+def test_16_bits_between_two_levels_go_to_the_nearer_one():
+    found = reading.converted(Image.fromarray(np.array([[128, 129, 65535 - 128, 65535 - 129]], np.uint16)), "L")
+    assert np.asarray(found).tolist() == [[0, 1, 255, 254]]
+
+
+def test_16_bits_in_every_source(tmp_path, monkeypatch):
+    folder = sixteen(tmp_path / "all" / "train")
+    sixteen(tmp_path / "all" / "val")
+    with tarfile.open(tmp_path / "all.tar", "w") as archive:
+        archive.add(folder, ".")
+    narrow = ramp()[1]
+    sources = [
+        reading.pictures(folder, "L")[0],
+        reading.pictures(tmp_path / "all.tar", "L")[0],
+        data.open_data(settings("torch/image_folder", data_dir=str(tmp_path / "all"))).train,
+    ]
+    with monkeypatch.context() as patch:
+        patch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+        if pytest.importorskip("datasets"):
+            sources.append(data.open_data(settings(f"hfds/{tmp_path / 'all'}")).train)
+    for source in sources:
+        assert [np.array_equal(np.asarray(source[k][0]), narrow) for k in range(2)] == [True, True], source
+        assert [source[k][1] for k in range(2)] == [0, 1]
+
+
+def test_16_bits_in_a_stream(tmp_path):
+    pytest.importorskip("webdataset")
+    from irpe.train import loader
+
+    with tarfile.open(tmp_path / "train-0.tar", "w") as archive:
+        file = io.BytesIO()
+        Image.fromarray(ramp()[0]).save(file, "PNG")
+        for name, content in (("0.png", file.getvalue()), ("0.cls", b"1")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    more = {"train_split": "train-0.tar", "val_split": "train-0.tar", "num_classes": 2, "train_samples": 1}
+    options = settings(f"wds/{tmp_path}", loader_workers=0, crop_pct=1.0, **more)
+    transform = loader.Transform(options, loader.Shape((4, 6), (0.0,), (1.0,), 1.0), training=False)
+    (batch,) = loader.eval_loader(data.open_data(options).val, transform, options, 0, 1, 1)
+    assert np.array_equal((batch.images[0, 0] * 255).round().numpy(), ramp()[1])
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_32_bits_are_refused_as_unreadable(mode, tmp_path):
+    folder = pictures(tmp_path / "pictures")
+    Image.new(mode, (12, 8)).save(folder / "train" / "digit1" / "deep.tif")
+    result, words = irpe("train", folder, *SMALL, "--batch-size", 25, "--out", tmp_path)
+    assert result.exit_code == 1
+    assert "deep.tif: its pixels are 32-bit numbers" in words and "save it with 8 or 16 bits" in words
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "YCbCr"])
+def test_modes_of_8_bits_become_grey_or_colour_without_a_warning(mode):
+    image = Image.new("RGB", (6, 4), (255, 255, 255)).convert(mode)
+    if mode == "P":
+        image.info["transparency"] = bytes(range(256))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for wanted in ("RGB", "L"):
+            found = reading.converted(image, wanted)
+            assert found.mode == wanted and np.asarray(found).min() == 255
+
+
+def test_exif_orientation_is_left_alone(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    Image.new("L", (6, 4)).save(tmp_path / "one.jpg", exif=exif)
+    assert reading.read_picture(tmp_path / "one.jpg", "L").size == (6, 4)
+
+
+FORMATS = ("png", "jpg", "JPEG", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "jp2", "tga")
+
+
+def formats(folder):
+    """One picture of every format in each of two classes, with other files and what systems leave behind."""
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True)
+        for one in FORMATS:
+            Image.new("L", (12, 8), 200).save(folder / name / f"picture.{one}")
+        for other in ("x.txt", "y.txt", "z.mp4", "LICENSE", ".DS_Store", "Thumbs.db", "._picture.jpg"):
+            (folder / name / other).write_bytes(b"no picture")
+    (folder / ".cache").mkdir()
+    Image.new("L", (12, 8)).save(folder / ".cache" / "c.png")
+    (folder / "list.csv").write_text("x")
+    return folder
+
+
+def test_every_format_is_read_and_other_files_are_named(tmp_path):
+    folder = formats(tmp_path / "pictures")
+    with tarfile.open(tmp_path / "pictures.tar", "w") as archive:
+        archive.add(folder, ".")
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    for name in ("a", "b"):
+        with tarfile.open(parts / f"{name}.tar", "w") as archive:
+            archive.add(folder / name, ".")
+    for place, others in ((folder, 9), (tmp_path / "pictures.tar", 9), (parts, 8)):
+        source, notes = reading.pictures(place, "L")
+        assert source.classes == ["a", "b"] and len(source) == 2 * len(FORMATS), place
+        assert source.labels().count(0) == len(FORMATS)
+        for k in range(len(source)):
+            assert abs(int(np.asarray(source[k][0]).mean()) - 200) < 3, source.name(k)
+        words = ".txt (4), .mp4 (2), no extension (2)" + ", .csv (1)" * (others == 9)
+        assert [set(one.rpartition(": ")[2].split(", ")) for one in notes] == [set(words.split(", "))]
+        assert notes[0].startswith(f"{place}: {others} files were left out that are no pictures: .txt (4), ")
+    from timm.data import get_img_extensions
+
+    assert get_img_extensions() == (".png", ".jpg", ".jpeg")  # timm's own list is as it was
+
+
+def test_left_out_files_are_told_once_at_the_start(tmp_path):
+    folder = pictures(tmp_path / "pictures")
+    (folder / "train" / "digit1" / "notes.txt").write_text("x")
+    result, words = irpe("train", folder, *SMALL, "--batch-size", 24, "--epochs", 1, "--out", tmp_path, "--name", "run")
+    assert result.exit_code == 0, result.output
+    assert words.count(f"{folder}/train: 1 file was left out that is no picture: .txt (1)") == 1
+    result, words = irpe("evaluate", tmp_path / "run", "--data", folder / "train")
+    assert result.exit_code == 0 and "1 file was left out" in words
+
+
+def test_an_index_of_large_archives_that_was_there_is_told(tmp_path):
+    folder = sixteen(tmp_path / "some")
+    with tarfile.open(tmp_path / "some.tar", "w") as archive:
+        archive.add(folder, ".")
+    with open(tmp_path / "some.tar", "r+b") as file:
+        file.truncate(10 * 1024**3 + 1024)  # a hole: it takes no place on the disk
+    _, notes = reading.pictures(tmp_path / "some.tar", "L")
+    assert notes == [] and (tmp_path / "_some_tarinfos.pickle").exists()
+    source, notes = reading.pictures(tmp_path / "some.tar", "L")
+    assert len(source) == 2 and "its files were taken from" in notes[0] and "_some_tarinfos.pickle" in notes[0]
