@@ -27,6 +27,7 @@ from irpe.detect.evaluation import average_precision, predict
 from irpe.detect.loop import Totals, Trainer, whole_loss
 from irpe.detect.settings import DIGITS, RPE, settings_from, settings_from_dict
 from irpe.train import checkpoint
+from irpe.train.loader import RunError
 from irpe.train.world import World
 
 WORLD = World(0, 1, torch.device("cpu"))
@@ -219,6 +220,12 @@ def test_a_folder_without_its_files(tmp_path):
     image.write_bytes(image.read_bytes()[:60])
     with pytest.raises(ValueError, match="000001.png of .*train.json cannot be read"):
         data.image(1)
+    words = []
+    for workers in (0, 1):  # which would come with torch's traceback
+        with pytest.raises(RunError) as caught:
+            list(train_batches(data, PLAIN, tiny(batch_size=3, loader_workers=workers), 0, 1, epoch=0, first=0))
+        words.append(str(caught.value))
+    assert words[0] == words[1] and words[0].startswith("000001.png of ") and "Traceback" not in words[0]
     image.unlink()
     with pytest.raises(ValueError, match="1 of 3 images that .*train.json names are not in .*train: 000001.png"):
         open_part(settings, "train")
@@ -229,6 +236,18 @@ def test_a_folder_without_its_files(tmp_path):
     with pytest.raises(ValueError, match=r"no folder of images for val: looked for .*--val-images"):
         open_part(settings, "val")
     assert len(open_part(dataclasses.replace(settings, val_images=str(folder / "elsewhere")), "val")) == 2
+
+
+def test_images_of_16_bits_keep_their_levels_and_of_32_are_refused(tmp_path):
+    folder = scenes.write(tmp_path / "digits", 0, {"train": 1, "val": 1})
+    data, image = open_part(tiny(data=str(folder)), "train"), folder / "train" / "000000.png"
+    width, height = Image.open(image).size
+    levels = np.arange(width * height).reshape(height, width) % 256
+    Image.fromarray((levels * 257).astype(np.uint16)).save(image)
+    assert np.array_equal(np.asarray(data.image(0)), np.stack([levels] * 3, -1))
+    Image.new("F", (width, height)).save(image, "TIFF")
+    with pytest.raises(RunError, match="cannot be read: its pixels are 32-bit numbers"):
+        data.image(0)
 
 
 # ---- batches

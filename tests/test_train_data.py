@@ -249,6 +249,18 @@ def test_unreadable_images_stop_or_are_counted_and_named(folder, tmp_path):
     assert "on 21 images, 3 unreadable" in words and "digit2" in words
 
 
+def test_an_unreadable_image_is_the_same_sentence_from_a_loader_worker(folder, tmp_path):
+    spoil(folder)
+    options = ["train", folder, *SMALL, "--batch-size", "24", "--out", tmp_path]
+    sentences = []
+    for workers in (0, 1):
+        result, words = irpe(*options, "--loader-workers", workers)
+        assert result.exit_code == 1
+        assert "Traceback" not in words and words.endswith("--bad-images skip goes on without it, --verify lists all")
+        sentences.append(words)
+    assert sentences[0] == sentences[1]
+
+
 def test_a_source_of_nothing_but_bad_images_gives_up():
     class Bad:
         classes = ("a", "b")
@@ -328,3 +340,56 @@ def test_non_square_grey_and_normalised():
         image = transform(Image.new("L", (30, 50), 255))
         assert image.shape == (1, 8, 12)
         assert torch.allclose(image, torch.tensor(1.5))
+
+
+def stretch(size, scale, picture):
+    """How much wider than before training makes things on a picture (width, height): (mean, least, most)."""
+    import math
+    import random
+
+    options = settings_from("small", {"data": "digits", "crop_scale": scale})
+    shape = loader.Shape(size, (0.0,) * 3, (1.0,) * 3, 1.0)
+    crop = loader.Transform(options, shape, training=True).apply.transforms[0]
+    random.seed(0)
+    boxes = [crop.get_params(Image.new("L", picture), crop.scale, crop.ratio) for _ in range(500)]
+    found = [(size[1] / width) / (size[0] / height) for _, _, height, width in boxes]
+    return math.exp(sum(map(math.log, found)) / len(found)), min(found), max(found)
+
+
+@pytest.mark.parametrize("size", [(224, 224), (224, 320), (320, 224), (96, 288)])
+def test_training_stretches_pictures_by_3_to_4_either_way_whatever_the_shape(size):
+    mean, least, most = stretch(size, 0.08, (640, 600))
+    assert mean == pytest.approx(1, abs=0.05)
+    assert 0.73 < least < 0.8 and 1.25 < most < 1.37
+
+
+def test_crop_scale_1_keeps_all_of_a_picture_of_the_same_shape_and_else_the_middle():
+    for size in ((224, 320), (320, 224), (64, 64)):
+        for picture in ((size[1], size[0]), (2 * size[1], 2 * size[0]), (640, 480), (480, 640)):
+            assert stretch(size, 1.0, picture) == pytest.approx((1, 1, 1), abs=0.01)
+        options = settings_from("small", {"data": "digits", "crop_scale": 1.0})
+        shape = loader.Shape(size, (0.0,) * 3, (1.0,) * 3, 1.0)
+        crop = loader.Transform(options, shape, training=True).apply.transforms[0]
+        image = Image.new("L", (2 * size[1], 2 * size[0]))
+        assert crop.get_params(image, crop.scale, crop.ratio) == (0, 0, 2 * size[0], 2 * size[1])
+        wide = Image.new("L", (3 * size[1], size[0]))
+        assert crop.get_params(wide, crop.scale, crop.ratio) == (0, size[1], *size)
+
+
+def test_square_images_are_trained_on_as_timm_does():
+    from timm.data import create_transform
+
+    noise = Image.fromarray(torch.randint(256, (50, 70, 3), dtype=torch.uint8).numpy())
+    for scale, ratio in ((0.08, None), (0.6, None), (1.0, (1.0, 1.0))):
+        options = settings_from("deit", {"data": "digits", "crop_scale": scale})
+        shape = loader.Shape((32, 32), (0.5,) * 3, (0.5,) * 3, 1.0)
+        ours = loader.Transform(options, shape, training=True)
+        theirs = create_transform(
+            (3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", is_training=True, ratio=ratio,
+            scale=(scale, 1.0), hflip=0.5, auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.25, re_mode="pixel",
+        )  # fmt: skip
+        for seed in range(8):
+            loader.seed_all(seed)
+            one = ours(noise)
+            loader.seed_all(seed)
+            assert torch.equal(one, theirs(noise))

@@ -161,8 +161,46 @@ def test_fine_tuning_takes_weights_without_tables_and_with_another_head(whole, f
     assert "a new one was made" in result.output and "they start at zero" in result.output
     result = irpe("train", plain, *bare, "--pretrained", run, "--out", tmp_path, "--name", "bad")
     assert result.exit_code == 2
-    assert "blocks.0.attn.rpe_k.lookup_table_weight is left over" in words(result)
+    assert "blocks.0.attn.rpe_k.lookup_table_weight is left over; irpe.convert_tables makes" in words(result)
+    other = [one if one != RPE else "rpe-2.9-product-ctx-1-k" for one in SMALL]
+    result = irpe("train", folder, *other, "--pretrained", run, "--out", tmp_path, "--name", "bad")
+    assert "(1, 8, 50) in the file, (1, 8, 122) in the model; irpe.convert_tables makes the tables" in words(result)
     assert not (tmp_path / "bad").exists()
+
+
+class Strange:
+    """Something that a file of weights should not hold."""
+
+
+def test_files_that_are_no_weights_are_one_short_sentence(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "page.pth").write_text("<html>not found</html>")
+    (tmp_path / "short.safetensors").write_bytes(b"12345678")
+    torch.save({"epoch": Strange()}, tmp_path / "object.pth")
+    for name, sentence in (
+        ("page.pth", "page.pth is no file of weights; expected safetensors, or what torch.save made of a state dict"),
+        ("short.safetensors", "short.safetensors is no file of weights; expected"),
+        (
+            "object.pth",
+            "object.pth holds Python objects besides weights, which are not loaded; save model.state_dict()",
+        ),
+    ):
+        result = irpe("train", folder, *SMALL, "--pretrained", name)
+        assert result.exit_code == 2 and sentence in words(result)
+        assert "weights_only" not in words(result)
+
+
+def test_a_size_that_timm_trained_with_is_its_own_matter():
+    """SigLIP's 384 pixels in patches of 14 leave 6 out by design."""
+    from irpe.train import model as models
+    from irpe.train.settings import settings_from
+
+    more = {"data": "", "model": "vit_so400m_patch14_siglip_384", "drop_path": 0.0}
+    small = ("depth=1", "embed_dim=16", "num_heads=2")
+    for size in (None, "384"):
+        models.build(settings_from("small", {**more, "img_size": size, "model_arg": small}), 4)
+    with pytest.raises(ValueError, match="385x385 pixels cannot be cut .*--img-size 392x392 or another"):
+        models.build(settings_from("small", {**more, "img_size": "385", "model_arg": small}), 4)
 
 
 @pytest.mark.parametrize("more", [
@@ -208,6 +246,18 @@ def test_compile(folder, tmp_path):
     (["digits", *SMALL, "--pretrained", "nowhere.pt"], "nowhere.pt does not exist"),
     (["digits", *SMALL, "--model-arg", "deepth=3"], "timm cannot build vit_tiny_patch16_224 with"),
     (["digits", "--warmup-epochs", "9", "--epochs", "3"], "expected fewer than --epochs 3"),
+    (["digits", *SMALL, "--auto-augment", "nonsense"], "--auto-augment nonsense: Unknown AA policy nonsense"),
+    (["digits", *SMALL, "--auto-augment", "random"], "--auto-augment random: timm does not know it"),
+    (["digits", *SMALL, "--auto-augment", "rand-x9"], "--auto-augment rand-x9: Unknown RandAugment config section"),
+    (["digits", *SMALL, "--auto-augment", "rand-magic"], "'magic'; expected parts such as m9 or mstd0.5"),
+    (["digits", *SMALL, "--img-size", "9x12"], "9x12 pixels cannot be cut into patches of 2x2: 1 rows and 0 columns"),
+    (["digits", *SMALL, "--model-arg", "patch_size=5"], "expected --img-size 10x10 or another multiple"),
+    (["digits", *SMALL, "--model-arg", "img_size=64"], "write --img-size 64 in its place"),
+    (["digits", *SMALL, "--model-arg", "in_chans=3"], "write --in-chans 3 in its place"),
+    (["digits", *SMALL, "--model-arg", "num_classes=3"], "write --num-classes 3 in its place"),
+    (["digits", *SMALL, "--model-arg", "drop_path_rate=0.3"], "write --drop-path 0.3 in its place"),
+    (["digits", *SMALL, "--model-arg", "depth=0"], "has no blocks with"),
+    (["digits", "--model", "vit_tiny_patch16_224", "--model-arg", "depth=0"], "expected a depth of at least 1"),
 ])  # fmt: skip
 def test_wrong_input_is_a_sentence_and_leaves_no_folder(arguments, sentence, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -58,7 +58,10 @@ def _detect(
     _ask_for_packages()
     with sentences() as printer:
         from ..detect import run as job
+        from ..train.data import refuse_two_digits
 
+        if data is not None:
+            refuse_two_digits(data)
         options = given(settings)
         several = data is None and not evaluate_only and write_digits is None
         if rpe and len(rpe) > 1 and not several:
