@@ -58,7 +58,8 @@ def test_16_bits_between_two_levels_go_to_the_nearer_one():
     assert np.asarray(found).tolist() == [[0, 1, 255, 254]]
 
 
-def test_16_bits_in_every_source(tmp_path, monkeypatch):
+def test_16_bits_in_every_source(tmp_path):
+    pytest.importorskip("datasets")
     folder = sixteen(tmp_path / "all" / "train")
     sixteen(tmp_path / "all" / "val")
     with tarfile.open(tmp_path / "all.tar", "w") as archive:
@@ -68,11 +69,8 @@ def test_16_bits_in_every_source(tmp_path, monkeypatch):
         reading.pictures(folder, "L")[0],
         reading.pictures(tmp_path / "all.tar", "L")[0],
         data.open_data(settings("torch/image_folder", data_dir=str(tmp_path / "all"))).train,
+        data.open_data(settings(f"hfds/{tmp_path / 'all'}")).train,
     ]
-    with monkeypatch.context() as patch:
-        patch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-        if pytest.importorskip("datasets"):
-            sources.append(data.open_data(settings(f"hfds/{tmp_path / 'all'}")).train)
     for source in sources:
         assert [np.array_equal(np.asarray(source[k][0]), narrow) for k in range(2)] == [True, True], source
         assert [source[k][1] for k in range(2)] == [0, 1]
