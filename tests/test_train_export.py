@@ -151,5 +151,5 @@ def test_refused_without_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(job.importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else found(name))
     result = irpe("export", tmp_path, "--model", "x", "--out", tmp_path / "a.onnx")
     assert result.exit_code == 2
-    with pytest.raises(ValueError, match=r'onnxruntime is not installed, .* pip install "irpe\[export\]"'):
+    with pytest.raises(ValueError, match=r'onnxruntime is not installed, .* pip install "\.\[export\]"'):
         job.check_path(tmp_path / "a.onnx")

@@ -21,7 +21,7 @@ from ..train.loader import seed_all
 from .data import NONE
 from .settings import Settings
 
-FOLDER = "model"  # of the weights, in the folder of a run
+FOLDER, BEST = "model", "best"  # of the weights at the end, and of those with the highest AP, in the folder of a run
 COCO_CLASSES = 91  # of the releases of DETR: classes are numbered by the ids of COCO's categories
 Say = Callable[[str], None]
 
@@ -184,6 +184,10 @@ def _config(name: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
+        if (Path(name) / FOLDER / "config.json").exists():
+            raise ValueError(
+                f"--pretrained {name} is the folder of a run; name {name}/{FOLDER} or {name}/{BEST}"
+            ) from None
         raise ValueError(
             f"--pretrained {name} cannot be read: {str(error).splitlines()[0]}; expected a folder of save_pretrained, "
             "a name on the hub such as facebook/detr-resnet-50, or a checkpoint of the release"

@@ -28,6 +28,10 @@ from .settings import Settings, settings_from_dict
 from .world import World, started
 
 SETTINGS, RESULT = "settings.json", "result.json"
+FILES = (
+    *(SETTINGS, RESULT, "log.jsonl", "README.md", "curves.png", "encodings.png"),
+    *("best.safetensors", models.WEIGHTS, "ema.safetensors", "model.pt2", "model.pt2.json"),
+)
 MakeFolder = Callable[[], Path]
 
 
@@ -70,7 +74,7 @@ def train(settings: Settings, make_folder: MakeFolder, resume: str | None, conso
         ValueError, TypeError, OSError: the input is wrong, or a file cannot be written, with the reason.
     """
     with signals() as stop, started(settings.device) as world:
-        say = console.print if world.first else (lambda words: None)
+        say = say_to(console, world)
         data = _open(settings, world)
         if settings.verify:
             _verify([data.train, data.val], settings, world, console)
@@ -86,7 +90,11 @@ def train(settings: Settings, make_folder: MakeFolder, resume: str | None, conso
             say(f"goes on after step {trainer.progress.step} of {trainer.total_steps}, from {start}")
         if world.first:
             checkpoint.clean(folder)
+            if start is None:
+                checkpoint.empty(folder, FILES)
             checkpoint.write_json(folder / SETTINGS, record(trainer))
+        images, weights = settings.batch_size, sum(one.numel() for one in model.parameters())
+        say(f"{folder}: {trainer.total_steps:,} steps of {images:,} images, {weights:,} weights, on {world.device}")
         log = Log(
             folder if world.first else None, console, step=trainer.progress.step, measured=trainer.progress.measured,
             total_images=(trainer.total_steps - trainer.progress.step) * settings.batch_size,
@@ -102,6 +110,11 @@ def train(settings: Settings, make_folder: MakeFolder, resume: str | None, conso
 
             write_report(folder, trainer.model if settings.parallel == "ddp" else None, data.val, console)
     return folder
+
+
+def say_to(console: Console, world: World) -> Callable[[str], None]:
+    """Prints lines as they are, in the first process."""
+    return lambda words: console.print(words, soft_wrap=True) if world.first else None
 
 
 def _open(settings: Settings, world: World, *, train: bool = True) -> Data:
@@ -198,7 +211,7 @@ def measure(
             raise ValueError(difference(classes, data.classes))
         if weights is not None:
             settings = dataclasses.replace(settings, pretrained=str(weights))
-        say = console.print if world.first else (lambda words: None)
+        say = say_to(console, world)
         model = models.build(settings, len(data.classes), say, strict=True)
         model.to(world.device)
         transform = Transform(settings, models.shape_of(settings, model), training=False)
