@@ -11,10 +11,8 @@ pytest.importorskip("timm")
 pytest.importorskip("sklearn")
 
 from safetensors.torch import load_file
-from train_tiny import MODEL, RPE, SMALL, STILL, log, pictures
-from typer.testing import CliRunner
+from train_tiny import MODEL, RPE, SMALL, STILL, irpe, log, pictures, words
 
-from irpe.__main__ import app
 from irpe.train import checkpoint
 from irpe.train.logs import Log, epochs_of
 from irpe.train.settings import RECIPES, settings_from
@@ -24,14 +22,6 @@ ALL_ON = [
     "3", "--lr", "1e-2", "--ema", "0.9", "--clip-grad", "1", "--drop-path", "0.3", "--mixup-prob", "0.7",
     "--log-every", "1", "--loader-workers", "0",
 ]  # fmt: skip
-
-
-def irpe(*arguments):
-    return CliRunner().invoke(app, [str(one) for one in arguments], catch_exceptions=False)
-
-
-def words(result):
-    return " ".join("".join(" " if one in "│╭╮╰╯─\n" else one for one in result.output).split())
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("timm")
 pytest.importorskip("sklearn")
 
-from train_tiny import MODEL, pictures
+from train_tiny import MODEL, irpe, pictures, words
 from typer.testing import CliRunner
 
 from irpe import rpe_config_from_string
@@ -28,14 +28,6 @@ def test_rows_are_those_of_the_paper():
             assert 77 < row.paper < 82
     assert {row.title: row.paper for row in TABLES[4]}["no positions, none"] == 77.6
     assert {row.title: row.paper for row in TABLES[1]}["cross, contextual"] == 80.8
-
-
-def words(result):
-    return " ".join("".join(" " if one in "│╭╮╰╯─\n" else one for one in result.output).split())
-
-
-def irpe(*arguments):
-    return CliRunner().invoke(app, [str(one) for one in arguments], catch_exceptions=False)
 
 
 def test_a_sweep_runs_what_has_not_ended_and_shows_all(tmp_path, monkeypatch):
