@@ -1,5 +1,5 @@
-// Part of rpe_attention_tile.h: products of bfloat16, added up in float32. What they read is rounded once, scores and their
-// gradients as flash attention does; all else in a tile stays float32.
+// Part of rpe_attention_tile.h: products of bfloat16, added up in float32. Weights, gradients of scores and bucket sums are
+// rounded for the products that read them, as flash attention does; all else in a tile stays float32.
 
 typedef uint16_t brain __attribute__((may_alias));
 
@@ -29,7 +29,7 @@ struct Brain {
     return {numbers, rows ? arena.array<uint32_t>(R * items(C)) : nullptr,
             pairs ? arena.array<uint32_t>(items(R) * C) : nullptr};
   }
-  static Matrix input(Arena<float>& arena, int64_t R, int64_t C, bool, bool pairs) {
+  static Matrix input(Arena<float>& arena, int64_t R, int64_t C, bool pairs) {
     return over(arena, nullptr, R, C, true, pairs);
   }
 

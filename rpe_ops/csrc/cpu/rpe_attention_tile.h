@@ -1,6 +1,6 @@
 // The tile kernels of rpe_attention. No include guard: rpe_attention.cpp includes this file once for each instruction set,
-// with RPE_ISA (a namespace), RPE_BYTES (of a vector) and, for AVX-512, RPE_AVX512 set; RPE_BRAIN where products of bfloat16
-// have an instruction.
+// with RPE_ISA (a namespace), RPE_BYTES (of a vector) and, for AVX-512, RPE_AVX512 set, and RPE_BRAIN where bfloat16 has
+// products of its own.
 
 namespace rpe_ops::RPE_ISA {
 
@@ -195,8 +195,8 @@ struct Arena {
   }
 };
 
-// A matrix (R, C) of numbers, and the forms in which products read it: `rows` where they add along its rows, `pairs` where
-// they add along its columns.
+// A matrix (R, C) of numbers, and the forms in which products read it: `rows` where they add along its rows, `pairs`
+// where they add along its columns.
 template <class T, class Item>
 struct Operand {
   T* numbers = nullptr;
@@ -219,8 +219,8 @@ struct Exact {
   static RPE_INLINE vec<T> multiply_add(vec<T> sum, vec<T> x, vec<T> y) { return sum + x * y; }
 
   static Matrix over(Arena<T>&, T* numbers, int64_t, int64_t, bool, bool) { return {numbers, numbers, numbers}; }
-  static Matrix input(Arena<T>& arena, int64_t R, int64_t C, bool rows, bool pairs) {
-    return over(arena, arena.take(R * C), R, C, rows, pairs);
+  static Matrix input(Arena<T>& arena, int64_t R, int64_t C, bool pairs) {
+    return over(arena, arena.take(R * C), R, C, true, pairs);
   }
   static void load_row(const Matrix& to, int64_t at, const View& view, int64_t from, int64_t n, T factor) {
     RPE_ISA::load_row<T>(to.rows + at, view, from, n, factor);
@@ -246,7 +246,7 @@ constexpr int kRows = 4;
 #endif
 constexpr int kVectors = 3;  // kRows * kVectors sums stay in registers
 
-// TA: A is given as (K, M); K counts items, and X says of what. A factor is for products that round: others have it in A.
+// TA: A is given as (K, M). K counts items. The factor is for products that round: others have it in A.
 template <class X, int NV, bool TA>
 void block_product(int64_t K, const typename X::Item* a, int64_t lda, const typename X::Item* b, int64_t ldb,
                    typename X::Number* c, int64_t ldc, bool add, typename X::Number factor) {
@@ -618,13 +618,14 @@ void dropout_row(T* __restrict keep, double p, uint32_t key, int64_t n) {
 
 // ---- the tile
 
-// What a thread keeps of a term with a weight. On queries an exact W comes with the scale.
+// What a thread keeps of a term, all but `table` where it has a weight. On queries an exact W comes with the scale.
 template <class X>
 struct Weight {
   typename X::Matrix down;  // (D, width): W, on values its transpose
   typename X::Matrix up;    // (width, Dp): the transpose of W, on values W
-  typename X::Matrix tile;  // (tile, width): rows of the table of a tile's queries, then those of its gradient; on values
-                            // first those of the bucket sums' gradient, then the sums; on queries (L8, width), the gradient
+  typename X::Matrix tile;  // (tile, width): rows of the table of a tile's queries, then those of its gradient; on
+                            // values first those of the bucket sums' gradient, then the sums
+  typename X::Matrix table;  // (L8, width): on queries the gradient of the table of all keys
   typename X::Number* gradient = nullptr;  // of W, laid out as W is
 };
 
@@ -642,19 +643,19 @@ struct Worker {
   Arena<T> arena;
   Matrix keys, values, query, grad, scores, weights_grad;
   typename X::Item *keys_t, *values_t;
-  T *result, *mask_row, *keep, *row_table, *segment, *grad_k = nullptr, *grad_v = nullptr, *tables_q, *grads_q = nullptr;
+  T *result, *mask_row, *keep, *row_table, *segment, *grad_k = nullptr, *grad_v = nullptr, *tables_q;
   Weight<X> *weights_q, *weights_k, *weights_v;
   int64_t head = -1, b = 0, h = 0;
   bool mask_ready = false;
 
   Worker(const Problem& problem, char* scratch) : p(problem), arena{scratch} {
     const int64_t M = p.tile;
-    keys = X::input(arena, L16, Dp, true, backward);
+    keys = X::input(arena, L16, Dp, backward);
     keys_t = arena.template array<typename X::Item>(Lp * X::items(p.D));
-    values = X::input(arena, L16, Dp, true, !backward);
+    values = X::input(arena, L16, Dp, !backward);
     values_t = backward ? arena.template array<typename X::Item>(Lp * X::items(p.D)) : nullptr;
-    query = X::input(arena, M, Dp, true, backward);
-    if (backward) grad = X::input(arena, M, Dp, true, true);
+    query = X::input(arena, M, Dp, backward);
+    if (backward) grad = X::input(arena, M, Dp, true);
     scores = X::over(arena, arena.take(M * L16), M, L16, !backward, backward);
     if (backward) weights_grad = X::over(arena, arena.take(M * L16), M, L16, true, true);
     result = arena.take(M * Dp);
@@ -670,27 +671,23 @@ struct Worker {
     if (backward) {
       grad_k = arena.take(L16 * Dp);
       grad_v = arena.take(L16 * Dp);
-      grads_q = arena.take(total * L8);
     }
-    weights_q = weights(p.on_q, p.num_q, true, backward, false);
-    weights_k = weights(p.on_k, p.num_k, true, backward, true);
-    weights_v = weights(p.on_v, p.num_v, backward, !backward, true);
-    T* at = grads_q;
-    for (int64_t t = 0; backward && t < p.num_q; at += p.on_q[t++].width * L8) {
-      const Matrix gradient = X::over(arena, at, L8, p.on_q[t].width, true, true);
-      if (arena.base != nullptr) weights_q[t].tile = gradient;
-    }
+    weights_q = weights(p.on_q, p.num_q, true, backward, 0, backward ? L8 : 0);
+    weights_k = weights(p.on_k, p.num_k, true, backward, M, 0);
+    weights_v = weights(p.on_v, p.num_v, backward, !backward, M, 0);
   }
 
-  Weight<X>* weights(const Term* terms, int64_t count, bool down, bool up, bool tile) {
+  Weight<X>* weights(const Term* terms, int64_t count, bool down, bool up, int64_t tile, int64_t table) {
     Weight<X>* all = arena.template array<Weight<X>>(count);
     for (int64_t t = 0; t < count; ++t) {
       Weight<X> one;
-      if (terms[t].weight) {
-        const int64_t width = terms[t].width;
+      const int64_t width = terms[t].width;
+      const bool weight = terms[t].weight;
+      if (table > 0) one.table = X::over(arena, arena.take(table * width), table, width, weight, weight);
+      if (weight) {
         if (down) one.down = X::over(arena, arena.take(p.D * width), p.D, width, false, true);
         if (up) one.up = X::over(arena, arena.take(width * Dp), width, Dp, false, true);
-        if (tile) one.tile = X::over(arena, arena.take(p.tile * width), p.tile, width, true, true);
+        if (tile > 0) one.tile = X::over(arena, arena.take(tile * width), tile, width, true, true);
         if (backward) one.gradient = arena.take(Dp * width);
       }
       if (all != nullptr) all[t] = one;
@@ -784,9 +781,9 @@ struct Worker {
           load_table(at + j * term.width, term, term.table, row_of(term.table, b, h, j));
         }
       }
+      if (backward) clear(weights_q[t].table.numbers, L8 * term.width);
       at += L8 * term.width;
     }
-    if (backward) clear(grads_q, at - tables_q);
     for (int64_t t = 0; t < p.num_k; ++t) {
       if (!p.on_k[t].weight) continue;
       load_weight(weights_k[t], p.on_k[t], T(1));
@@ -897,8 +894,8 @@ struct Worker {
       const int64_t width = p.on_v[t].width;
       if (!p.on_v[t].weight) continue;
       X::make_rows(weights_v[t].tile, 0, rows, width);
-      product<X, false>(round_up(rows, 8), Dp / W, width, weights_v[t].tile.rows, width, weights_v[t].up.pairs, Dp, false,
-                        result, Dp, true);
+      product<X, false>(round_up(rows, 8), Dp / W, width, weights_v[t].tile.rows, width, weights_v[t].up.pairs, Dp,
+                        false, result, Dp, true);
     }
     for (int64_t r = 0; r < rows; ++r) {
       store_row<T>(p.out, row_of(p.out, b, h, first + r), result + r * Dp, p.D, factor[r]);
@@ -962,10 +959,8 @@ struct Worker {
     X::make_pairs(scores, rows, L16);
     X::make_pairs(weights_grad, rows, L16);
     X::make_rows(weights_grad, 0, rows, L16);
-    T* at = grads_q;
     for (int64_t t = 0; t < p.num_q; ++t) {
-      bucket_sums_transposed(at, weights_grad.numbers, L16, p.on_q[t], first, rows, p.Lk);
-      at += p.on_q[t].width * L8;
+      bucket_sums_transposed(weights_q[t].table.numbers, weights_grad.numbers, L16, p.on_q[t], first, rows, p.Lk);
     }
     product<X, true>(keys8, Dp / W, rows, scores.pairs, L16, grad.pairs, Dp, false, grad_v, Dp, true);
     product<X, true>(keys8, Dp / W, rows, weights_grad.pairs, L16, query.pairs, Dp, false, grad_k, Dp, true);
@@ -993,24 +988,22 @@ struct Worker {
   }
 
   void leave() {
-    T* at = grads_q;
     for (int64_t t = 0; t < p.num_q; ++t) {
       const Term& term = p.on_q[t];
+      const Weight<X>& weight = weights_q[t];
       const int64_t width = term.width;
       if (term.weight) {
-        const Weight<X>& weight = weights_q[t];
-        X::make_rows(weight.tile, 0, L8, width);
-        X::make_pairs(weight.tile, p.Lk, width);
-        product<X, false>(L8, Dp / W, width, weight.tile.rows, width, weight.up.pairs, Dp, false, grad_k, Dp, true);
-        product<X, true>(Dp, width / W, p.Lk, keys.pairs, Dp, weight.tile.pairs, width, false, weight.gradient, width,
+        X::make_rows(weight.table, 0, L8, width);
+        X::make_pairs(weight.table, p.Lk, width);
+        product<X, false>(L8, Dp / W, width, weight.table.rows, width, weight.up.pairs, Dp, false, grad_k, Dp, true);
+        product<X, true>(Dp, width / W, p.Lk, keys.pairs, Dp, weight.table.pairs, width, false, weight.gradient, width,
                          false);
         store_weight(term, weight.gradient, T(p.scale));
       } else {
         for (int64_t j = 0; j < p.Lk; ++j) {
-          store_table(term, term.result, row_of(term.result, b, h, j), at + j * width, T(1));
+          store_table(term, term.result, row_of(term.result, b, h, j), weight.table.numbers + j * width, T(1));
         }
       }
-      at += width * L8;
     }
     for (int64_t t = 0; t < p.num_k; ++t) {
       if (p.on_k[t].weight) store_weight(p.on_k[t], weights_k[t].gradient, late);
