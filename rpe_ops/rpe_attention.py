@@ -125,8 +125,8 @@ def _with_tables(
 def choose(q: Tensor, k: Tensor, attn_mask: Tensor | None = None) -> str:
     """The backend that None means for such a call: "cpu" or "triton", by q's device, where it runs, elsewhere "eager".
 
-    Where the processor cannot multiply bfloat16, "cpu" does it in float32: if short sequences are trained in bfloat16 there,
-    the formula is faster, and takes little.
+    Where the processor has no products of bfloat16, "cpu" takes those of float32, so short sequences in bfloat16 are
+    trained by the formula there: it is faster, and takes little.
     """
     if q.device.type != "cpu":
         return "eager" if why_not("triton", q, attn_mask) else "triton"
