@@ -118,6 +118,7 @@ def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any
 
 def load(folder: str | os.PathLike[str], **options: Any) -> Any:
     """The DETR of a folder or of a name on the hub, with the tables that were saved with it."""
+    _config(str(folder))  # refuses other models
     cls = DetrForObjectDetection
     config, options = DetrConfig.from_pretrained(folder, return_unused_kwargs=True, **options)
     without = config.position_embedding_type == "none"
