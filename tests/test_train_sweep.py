@@ -63,7 +63,8 @@ def test_a_sweep_runs_what_has_not_ended_and_shows_all(tmp_path, monkeypatch):
     )
     given[2] = "nope"
     refused = irpe(*given, "--out", out)
-    assert refused.exit_code == 2 and f"DATA was {data}, is nope. Use another --out" in words(refused)
+    # long paths are broken anywhere
+    assert refused.exit_code == 2 and f"DATAwas{data},isnope.Useanother--out" in words(refused).replace(" ", "")
     assert len(started) == 8
     # a run that was ended early goes on
     given[2] = data
