@@ -5,7 +5,7 @@ import platform
 from pathlib import Path
 from typing import Annotated
 
-REMEDY = 'install what the command `irpe` needs with: pip install "irpe[train]"'
+REMEDY = 'install what the command `irpe` needs, in the folder of irpe: pip install ".[train]"'
 try:
     import typer
     from rich.table import Table
@@ -14,6 +14,8 @@ try:
     from .cli.common import checked, console, new_folder
 except ImportError as error:
     raise SystemExit(f"irpe: {error}; {REMEDY}") from None
+except KeyboardInterrupt:  # imports take seconds
+    raise SystemExit(130) from None
 
 __all__ = ["app", "main", "new_folder"]
 

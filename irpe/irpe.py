@@ -708,7 +708,7 @@ def rpe_attention(
         raise ValueError(f'backend="{backend}" takes one map for all samples; use "eager" for positions (B, L, 2)')
     if in_rpe_ops and _attention is None:
         raise ValueError(f'backend="{backend}" needs rpe_ops, which is absent ({RPE_OPS_MISSING})')
-    records = torch.compiler.is_exporting() or torch.jit.is_tracing()  # what others run without rpe_ops
+    records = torch.compiler.is_exporting() or torch.jit.is_tracing()  # what others run without rpe_ops or gradients
     if _attention is not None and backend in (None, "eager") and one_map and not records:
         # dropped weights depend on the seed alone where rpe_ops draws them
         in_rpe_ops = dropout_p > 0 or (backend is None and _attention.choose(q, k, attn_mask) != "eager")
@@ -736,7 +736,7 @@ def rpe_attention(
         empty = (attn_mask == -math.inf).all(-1, keepdim=True)
         attn_mask = attn_mask.masked_fill(empty, 0.0).to(q.dtype)  # such rows stay finite, and are cleared below
         bias = attn_mask if bias is None else bias + attn_mask
-    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias))
+    trains = not records and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias))
     if backend == "sdpa" or (backend is None and rpe_v is None and not trains):
         bias = None if bias is None else bias.to(q.dtype)
         out = F.scaled_dot_product_attention(q, k, v, bias, dropout_p, scale=scale)

@@ -125,12 +125,13 @@ def _with_tables(
 def choose(q: Tensor, k: Tensor, attn_mask: Tensor | None = None) -> str:
     """The backend that None means for such a call: "cpu" or "triton", by q's device, where it runs, elsewhere "eager".
 
-    "cpu" computes in float32, so where short sequences are trained in bfloat16 the formula is faster, and takes little.
+    Where the processor has no products of bfloat16, "cpu" takes those of float32, so short sequences in bfloat16 are
+    trained by the formula there: it is faster, and takes little.
     """
     if q.device.type != "cpu":
         return "eager" if why_not("triton", q, attn_mask) else "triton"
     short = q.dtype == torch.bfloat16 and k.shape[2] < 512
-    if short and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+    if short and not rpe_attention_cpu.IN_BFLOAT16 and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
         return "eager"
     return "eager" if why_not("cpu", q, attn_mask) else "cpu"
 

@@ -18,6 +18,16 @@ FORMULA: list[Callable[..., Any]] = []  # called as `attention`: who knows the f
 OnValues = Sequence[tuple[Tensor, int]] | Sequence[tuple[Tensor, Tensor]]
 
 
+def _in_bfloat16() -> bool:
+    if "cpu" not in _native.LOADED:
+        return False
+    with _disable_current_modes():  # whatever mode imports this
+        return torch.ops.rpe_ops.rpe_attention_in_bfloat16(torch.empty(0, dtype=torch.bfloat16, device="cpu"))
+
+
+IN_BFLOAT16 = _in_bfloat16()  # bfloat16 is multiplied as such, by instructions that this machine has; else as float32
+
+
 def why_not(q: Tensor, attn_mask: Tensor | None = None) -> str | None:
     """Why this backend cannot take such a call, as the end of a sentence; None where it can."""
     if "cpu" not in _native.LOADED:

@@ -749,7 +749,8 @@ def test_a_missing_package_is_a_sentence(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pycocotools" else found(name))
     done = RUNNER.invoke(app, ["detect"])
     assert str(done.exception) == (
-        'irpe: no module named pycocotools; install what irpe detect needs with: pip install "irpe[detect]"'
+        "irpe: no module named pycocotools; install what irpe detect needs, in the folder of irpe: "
+        'pip install ".[detect]"'
     )
 
 
@@ -859,6 +860,8 @@ def test_the_command_from_end_to_end(tmp_path):
     )  # fmt: skip
     assert "AP" in said
     assert json.loads((tmp_path / "again" / "result.json").read_text())["score"] == score
+    done = RUNNER.invoke(app, ["detect", str(folder), "--pretrained", str(run), "--evaluate-only"])
+    assert done.exit_code == 2 and "is the folder of a run" in " ".join(done.output.replace("│", " ").split())
     said = command(*SMALL, "--max-steps", 1, "--seeds", 2, "--out", tmp_path, "--name", "both", "--draw", 0)
     assert "without iRPE" in said and RPE in said
     rows = json.loads((tmp_path / "both" / "results.json").read_text())["rows"]

@@ -145,7 +145,7 @@ main()
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120
     )
     assert done.returncode == 1, done.stderr
-    assert 'pip install "irpe[train]"' in done.stderr
+    assert 'pip install ".[train]"' in done.stderr
     assert package in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())

@@ -5,7 +5,7 @@ import weakref
 import pytest
 import torch
 from attention_cases import assert_rule_9, make_mask, problem, run, strided
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
 
@@ -47,16 +47,66 @@ def test_cpu_is_as_exact_as_the_formula(
 
 
 @needs_build
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "plain"])
+@pytest.mark.parametrize("isa", ["avx512_bf16", "avx512", "avx2", "plain"])
 @pytest.mark.parametrize("method", ["euc", "quant", "product", "cross_rows", "cross_cols"])
 @pytest.mark.parametrize(("height", "width"), [(6, 9), (13, 17)])
 def test_maps_of_images_on_every_instruction_set(isa, method, height, width, monkeypatch):
     monkeypatch.setenv("RPE_OPS_CPU_ISA", isa)
     ids, buckets = get_bucket_ids_2d(method, height, width, 1, 1.9, 3.8, 15.2)
     tokens = 1 + height * width
-    for dtype in (torch.float32, torch.float64):
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
         arguments = problem((1, 2, tokens, tokens, 24), buckets, (1, 1, 1), dtype, "timm", ids)
         assert_rule_9(arguments, dtype, seed=torch.tensor([5]), dropout_p=0.2)
+
+
+@needs_build
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    isa=st.sampled_from(["avx512_bf16", "avx512_bf16", "avx512"]),
+    queries=st.integers(1, 70),
+    keys=st.integers(1, 90),
+    dim=st.sampled_from([1, 7, 16, 24, 33, 64, 80]),
+    buckets=st.sampled_from([1, 7, 17, 50, 300]),
+    mask=st.sampled_from([None, "padding", "bool", "float"]),
+    dropout_p=st.sampled_from([0.0, 0.3]),
+    layout=st.sampled_from(["contiguous", "timm", "gaps"]),
+    weights=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_bfloat16_is_as_exact_as_the_formula(
+    monkeypatch, isa, queries, keys, dim, buckets, mask, dropout_p, layout, weights, seed
+):
+    monkeypatch.setenv("RPE_OPS_CPU_ISA", isa)
+    torch.manual_seed(seed)
+    shape = (1, 2, queries, keys, dim)
+    arguments = problem(shape, buckets, (1, 1, 1), torch.bfloat16, layout, weights=weights)
+    options = dict(attn_mask=make_mask(mask, shape[:4]), dropout_p=dropout_p, seed=torch.tensor([9]))
+    assert_rule_9(arguments, torch.bfloat16, **options)
+
+
+@needs_build
+def test_bfloat16_is_multiplied_as_such_where_the_machine_can(monkeypatch):
+    q = torch.empty(0, dtype=torch.bfloat16)
+    in_bfloat16 = torch.ops.rpe_ops.rpe_attention_in_bfloat16
+    assert in_bfloat16(q) == cpu.IN_BFLOAT16 and not in_bfloat16(q.float())
+    arguments = problem((1, 2, 40, 37, 24), 9, (1, 1, 1), torch.bfloat16, weights=True)
+    grads = [torch.randn(1, 2, 40, 24, dtype=torch.bfloat16)]
+    own = run(rpe_attention, arguments, grads, torch.bfloat16, backend="cpu")
+    monkeypatch.setenv("RPE_OPS_CPU_ISA", "avx512")
+    assert not in_bfloat16(q)
+    widened = run(rpe_attention, arguments, grads, torch.bfloat16, backend="cpu")
+    for one, other in zip([*own[0], *own[1]], [*widened[0], *widened[1]], strict=True):
+        assert torch.equal(one, other) != cpu.IN_BFLOAT16
+        torch.testing.assert_close(one, other, rtol=0.03, atol=0.03 * other.abs().max().item())
+
+
+@needs_build
+def test_a_scale_of_bfloat16_that_is_no_power_of_two_is_not_rounded():
+    # scores of about 100: a scale rounded to 8 bits would be wrong by 0.2
+    q, k, v = (torch.randn(1, 1, 30, 24).mul(4).bfloat16() for _ in range(3))
+    out, _ = rpe_attention(q, k, v, scale=24**0.5 / 3, backend="cpu")
+    exact, _ = rpe_attention(*(x.double() for x in (q, k, v)), scale=24**0.5 / 3, backend="reference")
+    assert (out - exact).abs().max() < 2**-7 * exact.abs().max()
 
 
 @needs_build
@@ -69,13 +119,15 @@ def test_a_map_of_an_image_is_sorted_by_segments_and_a_random_one_is_not():
 
 @needs_build
 def test_more_keys_than_a_tile_of_32_queries_has_room_for():
-    assert_rule_9(problem((1, 1, 40, 2500, 16), 40, (1, 1, 1), torch.float32), torch.float32)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_rule_9(problem((1, 1, 40, 2501, 16), 40, (1, 1, 1), dtype, weights=True), dtype)
 
 
 @needs_build
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(2, 2, 0, 5, 8), (2, 2, 5, 0, 8), (0, 2, 5, 5, 8), (1, 0, 3, 3, 8)])
-def test_empty(shape):
-    assert_rule_9(problem(shape, 4, (1, 1, 1), torch.float32), torch.float32)
+def test_empty(shape, dtype):
+    assert_rule_9(problem(shape, 4, (1, 1, 1), dtype), dtype)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -118,15 +170,16 @@ def test_dropped_weights_are_independent_of_position():
 
 
 @needs_build
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(2, 3, 50, 61, 16), (1, 1, 197, 197, 32)])
-def test_bitwise_equal_for_every_number_of_threads(shape):
-    arguments = problem(shape, 20, (1, 1, 1), torch.float32)
-    grads = [torch.randn(*shape[:3], n) for n in (shape[4], 20)]
+def test_bitwise_equal_for_every_number_of_threads(shape, dtype):
+    arguments = problem(shape, 20, (1, 1, 1), dtype)
+    grads = [torch.randn(*shape[:3], n, dtype=dtype) for n in (shape[4], 20)]
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3, 5):
             torch.set_num_threads(count)
-            outputs, gradients = run(rpe_attention, arguments, grads, torch.float32, backend="cpu")
+            outputs, gradients = run(rpe_attention, arguments, grads, dtype, backend="cpu")
             results.append([*outputs, *gradients])
     finally:
         torch.set_num_threads(threads)
@@ -300,6 +353,23 @@ def test_ids_outside_the_table_are_named():
         rpe_attention(q, k, v, on_k=on_k, backend="cpu")
 
 
+@needs_build
+def test_under_autocast_a_weight_of_float32_is_rounded_and_its_gradient_is_not():
+    q, k, v, on_q, on_k, on_v = problem((1, 2, 13, 11, 24), 5, (1, 1, 1), torch.bfloat16, weights=True)
+    q, k, v = (x.float() for x in (q, k, v))
+    tables = [x.float().requires_grad_() for x in (on_q[0][0], on_k[0][0], on_v[0][1])]
+    arguments = [(tables[0], on_q[0][1])], [(tables[1], on_k[0][1])], [(on_v[0][0], tables[2])]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, _ = rpe_attention(q, k, v, *arguments, backend="cpu")
+    grads = torch.autograd.grad(out.sum(), tables)
+    wide = [x.detach().double().requires_grad_() for x in tables]
+    arguments = [(wide[0], on_q[0][1])], [(wide[1], on_k[0][1])], [(on_v[0][0], wide[2])]
+    exact, _ = rpe_attention(*(x.double() for x in (q, k, v)), *arguments, backend="reference")
+    for one, truth in zip([out, *grads], [exact, *torch.autograd.grad(exact.sum(), wide)], strict=True):
+        assert (one - truth).abs().max() < 2**-6 * truth.abs().max()
+    assert all(g.dtype == torch.float32 and not torch.equal(g, g.bfloat16().float()) for g in grads)
+
+
 @pytest.mark.parametrize("backend", BACKENDS[:2])
 def test_autocast(backend):
     q, k, v, on_q, on_k, on_v = problem((2, 2, 9, 9, 8), 3, (1, 1, 1), torch.float32)
@@ -355,9 +425,11 @@ def test_bad_input_gets_a_sentence(change, error, match):
 
 
 @needs_build
-def test_short_sequences_are_trained_in_bfloat16_by_the_formula():
+@pytest.mark.parametrize("in_bfloat16", [True, False])
+def test_short_sequences_are_trained_by_the_formula_where_bfloat16_is_widened(in_bfloat16, monkeypatch):
+    monkeypatch.setattr(cpu, "IN_BFLOAT16", in_bfloat16)
     for dtype, tokens, train, expected in (
-        (torch.bfloat16, 40, True, "eager"),
+        (torch.bfloat16, 40, True, "cpu" if in_bfloat16 else "eager"),
         (torch.bfloat16, 40, False, "cpu"),
         (torch.bfloat16, 600, True, "cpu"),
         (torch.float32, 40, True, "cpu"),

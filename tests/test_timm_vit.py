@@ -516,6 +516,16 @@ def test_export_with_dynamic_height_and_width():
         assert (program.module()(images(*size)) - model(images(*size))).abs().max() <= 1e-12
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("config", ["rpe-1.9-product-ctx-1-k", QKV], ids=["k", "qkv"])
+def test_jit_trace(config):
+    """Its own check records a second graph, without gradients, and wants the same one."""
+    model = make("deit distilled", config)
+    traced = torch.jit.trace(model, images(8, 12, batch=2))
+    for n in (2, 5):
+        assert (traced(images(8, 12, batch=n)) - model(images(8, 12, batch=n))).abs().max() <= 1e-12
+
+
 def test_hooks_of_others_stay():
     model = make(tables=False)
     calls = []

@@ -22,7 +22,7 @@ def irpe(*arguments):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    folder = pictures(tmp_path_factory.mktemp("pictures"), per_class=10)
+    folder = pictures(tmp_path_factory.mktemp("pictures", numbered=False), per_class=10)
     out = tmp_path_factory.mktemp("runs")
     bare = [one for one in SMALL if one not in ("--rpe", RPE)]
     for name, rpe, seed in (("none-0", "none", 0), ("none-1", "none", 1), ("k-0", RPE, 0), ("k-1", RPE, 1)):
@@ -41,11 +41,27 @@ def test_the_command_of_the_page(runs, tmp_path, monkeypatch):
     assert (none["title"], k["title"]) == ("no iRPE", RPE)
     assert none["seeds"] == k["seeds"] == [0, 1]
     assert k["parameters"] > none["parameters"]
+    assert "±" in words
     finals = [log(runs / name, "epoch")[-1]["val"]["top1"] for name in ("k-0", "k-1")]
     assert k["last"]["mean"] == pytest.approx(sum(finals) / 2)
     assert k["last"]["std"] == pytest.approx(abs(finals[0] - finals[1]) / 2**0.5)
     assert none["average"] is None
     assert "2/2" in words and "no iRPE" in words
+
+
+def test_a_run_that_ended_within_an_epoch_and_went_on(runs, tmp_path):
+    """Its first epoch was measured twice; the other seed's once."""
+    for seed, steps in ((0, (1, 0)), (1, (0,))):
+        for more in steps:
+            given = ["train", runs.parent / "pictures", *SMALL, "--batch-size", 20, "--seed", seed, "--max-steps", more]
+            result, _ = irpe(*given, "--out", tmp_path, "--name", seed, "--resume", "auto")
+            assert result.exit_code == 0, result.output
+    assert len(log(tmp_path / "0", "epoch")) == 3 and len(log(tmp_path / "1", "epoch")) == 2
+    result, words = irpe("compare", tmp_path / "0", tmp_path / "1", "--out", tmp_path / "a.png")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "a.png").exists() and "2/2" in words
+    _, words = irpe("compare", tmp_path / "0", "--out", tmp_path / "a.png")
+    assert "±" not in words.replace("mean ± deviation", "")
 
 
 def test_rows_are_named_by_what_differs(runs):

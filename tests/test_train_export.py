@@ -13,10 +13,8 @@ pytest.importorskip("timm")
 pytest.importorskip("sklearn")
 
 from safetensors.torch import load_file, save_file
-from train_tiny import RPE, SMALL, pictures
-from typer.testing import CliRunner
+from train_tiny import RPE, SMALL, irpe, pictures, words
 
-from irpe.__main__ import app
 from irpe.train import export as job
 from irpe.train import model as models
 from irpe.train.run import settings_of
@@ -32,14 +30,6 @@ images = torch.load('images.pt')
 torch.save([run(images[:count]) for count in (1, 2, 5)], 'logits.pt')
 print(sorted({'irpe', 'timm', 'rpe_ops'} & set(sys.modules)))
 """
-
-
-def irpe(*arguments):
-    return CliRunner().invoke(app, [str(one) for one in arguments], catch_exceptions=False)
-
-
-def words(result):
-    return " ".join("".join(" " if one in "│╭╮╰╯─\n" else one for one in result.output).split())
 
 
 @pytest.fixture(scope="module")
@@ -151,5 +141,5 @@ def test_refused_without_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(job.importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else found(name))
     result = irpe("export", tmp_path, "--model", "x", "--out", tmp_path / "a.onnx")
     assert result.exit_code == 2
-    with pytest.raises(ValueError, match=r'onnxruntime is not installed, .* pip install "irpe\[export\]"'):
+    with pytest.raises(ValueError, match=r'onnxruntime is not installed, .* pip install "\.\[export\]"'):
         job.check_path(tmp_path / "a.onnx")

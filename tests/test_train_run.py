@@ -1,6 +1,7 @@
 """irpe train DATA and irpe evaluate from end to end, in this process."""
 
 import json
+import shutil
 from contextlib import contextmanager
 
 import pytest
@@ -10,26 +11,17 @@ pytest.importorskip("timm")
 pytest.importorskip("sklearn")
 
 from safetensors.torch import load_file
-from train_tiny import MODEL, RPE, SMALL, STILL, log, pictures
-from typer.testing import CliRunner
+from train_tiny import MODEL, RPE, SMALL, STILL, irpe, log, pictures, words
 
-from irpe.__main__ import app
 from irpe.train import checkpoint
-from irpe.train.logs import Log
+from irpe.train.logs import Log, epochs_of
+from irpe.train.settings import RECIPES, settings_from
 
 ALL_ON = [
     *MODEL, "--recipe", "deit", "--epochs", "2", "--warmup-epochs", "1", "--batch-size", "30", "--accumulate",
     "3", "--lr", "1e-2", "--ema", "0.9", "--clip-grad", "1", "--drop-path", "0.3", "--mixup-prob", "0.7",
     "--log-every", "1", "--loader-workers", "0",
 ]  # fmt: skip
-
-
-def irpe(*arguments):
-    return CliRunner().invoke(app, [str(one) for one in arguments], catch_exceptions=False)
-
-
-def words(result):
-    return " ".join("".join(" " if one in "│╭╮╰╯─\n" else one for one in result.output).split())
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +104,56 @@ def test_resume_goes_on_bit_for_bit_within_an_epoch_with_every_stochastic_part_o
     for name in ("model.safetensors", "ema.safetensors"):
         states_equal(load_file(run / name), load_file(tmp_path / "run" / name))
     assert log(run, "step") == log(tmp_path / "run", "step")
-    assert log(run, "epoch")[-1]["val"] == log(tmp_path / "run", "epoch")[-1]["val"]
+    assert log(run, "epoch") == epochs_of(log(tmp_path / "run", "epoch"))
+
+
+def test_a_run_that_is_overwritten_leaves_nothing(whole, folder, tmp_path):
+    """Its checkpoints have more steps than the new run has, and would be taken for the last ones."""
+    run = tmp_path / "run"
+    shutil.copytree(whole[0], run)
+    (run / "notes.txt").write_text("the user's own")
+    options = [one for one in SMALL if one != "--no-plots"]
+    result = irpe("train", folder, *options, "--max-steps", 1, "--out", tmp_path, "--name", "run", "--overwrite")
+    assert result.exit_code == 0, result.output
+    assert [one.name for one in checkpoint.checkpoints(run)] == ["step-000000001.pt"]
+    assert not (run / "ema.safetensors").exists() and (run / "notes.txt").exists()
+    assert [line["step"] for line in log(run, "epoch")] == [1]
+    result = irpe("train", folder, *options, "--out", tmp_path, "--name", "run", "--resume", "auto")
+    assert "goes on after step 1 of 4" in result.output and len(log(run, "epoch")) == 3
+
+
+def test_the_end_by_a_signal_names_the_folder(whole, folder, tmp_path, monkeypatch):
+    """Its own, also where the name was taken."""
+
+    @contextmanager
+    def signals():
+        yield lambda: 2
+
+    (tmp_path / "run").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr("irpe.train.run.signals", signals)
+        result = irpe("train", folder, *SMALL, "--out", tmp_path, "--name", "run")
+    assert result.exit_code == 130
+    assert f"{tmp_path / 'run-2'}: 4 steps of 30 images" in result.output
+    assert f"stopped after step 1; --resume {tmp_path / 'run-2'} goes on" in result.output
+    result = irpe("train", folder, *SMALL, "--out", tmp_path, "--resume", tmp_path / "run-2")
+    assert result.exit_code == 0 and "goes on after step 1 of 4" in result.output
+
+
+def test_short_runs_warm_up_for_a_quarter_of_them():
+    for recipe in RECIPES:
+        assert settings_from(recipe, {"data": "x", "epochs": 2}).warmup_epochs == 0.5
+        assert settings_from(recipe, {"data": "x", "epochs": 100}).warmup_epochs >= 2
+    with pytest.raises(ValueError, match="--warmup-epochs 5; expected fewer than --epochs 5"):
+        settings_from("small", {"data": "x", "epochs": 5, "warmup_epochs": 5.0})
+
+
+def test_a_place_for_json_is_looked_at_first(whole, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = irpe("evaluate", whole[0], "--json", tmp_path / "file" / "a.json")
+    assert result.exit_code == 2 and "is in its way" in words(result) and "top-1" not in words(result)
+    result = irpe("evaluate", whole[0], "--json", tmp_path / "new" / "a.json")
+    assert result.exit_code == 0 and json.loads((tmp_path / "new" / "a.json").read_text())["images"] == 60
 
 
 def test_a_signal_while_images_are_measured_saves_and_measures_again(whole, folder, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from PIL import Image
+from typer.testing import CliRunner
 
 from irpe import digits
 
@@ -53,6 +54,18 @@ def command(*arguments, processes=1):
     return [*run, "-m", "irpe", *words]
 
 
+def irpe(*arguments):
+    """Runs `irpe` in this process."""
+    from irpe.__main__ import app
+
+    return CliRunner().invoke(app, [str(one) for one in arguments], catch_exceptions=False)
+
+
+def words(result):
+    """What was printed, in one line and without frames."""
+    return " ".join("".join(" " if one in "│╭╮╰╯─\n" else one for one in result.output).split())
+
+
 def process(*arguments, processes=1, **options):
     """Runs `irpe` in processes of its own."""
     return subprocess.run(
@@ -72,4 +85,17 @@ def log(folder, kind):
     return [{name: one for name, one in line.items() if name not in timed} for line in lines if line["kind"] == kind]
 
 
-__all__ = ["MODEL", "ROOT", "RPE", "SMALL", "STILL", "command", "environment", "log", "pictures", "process"]
+__all__ = [
+    "MODEL",
+    "ROOT",
+    "RPE",
+    "SMALL",
+    "STILL",
+    "command",
+    "environment",
+    "irpe",
+    "log",
+    "pictures",
+    "process",
+    "words",
+]

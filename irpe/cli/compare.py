@@ -1,6 +1,5 @@
 """`irpe compare`: a table and a plot over runs."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,7 +7,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from .common import checked, console
+from .common import check_place, checked, console, write_json
 
 
 def compare(
@@ -21,6 +20,7 @@ def compare(
 
     if out.suffix.lower() != ".png":
         raise typer.BadParameter(f"--out {out}; expected a file name that ends in .png")
+    check_place(out, json_file)
     groups = checked(job.grouped, [checked(job.load, folder) for folder in dict.fromkeys(runs)])
     table = Table(
         title="Right answers in percent (top-1), mean ± deviation over seeds",
@@ -49,17 +49,19 @@ def compare(
         }
         run = group.runs[0]
         done = f"{run.epochs[-1]['epoch']}/{run.settings.epochs}"
-        words = [_words(figures[name], 3 if name == "loss" else 2) for name in shown]
+        words = [_words(figures[name], 3 if name == "loss" else 2, len(group.runs)) for name in shown]
         table.add_row(group.title, str(len(group.runs)), done, *words)
         rows.append(_plain(group, figures))
     console.print(table)
     console.print(str(job.draw(out, groups)), soft_wrap=True)
     if json_file is not None:
-        json_file.write_text(json.dumps(rows, indent=1) + "\n")
+        write_json(json_file, rows)
 
 
-def _words(pair: tuple[float, float] | None, digits: int) -> str:
-    return "" if pair is None else f"{pair[0]:.{digits}f}±{pair[1]:.{digits}f}"
+def _words(pair: tuple[float, float] | None, digits: int, count: int) -> str:
+    if pair is None:
+        return ""
+    return f"{pair[0]:.{digits}f}" + (f"±{pair[1]:.{digits}f}" if count > 1 else "")
 
 
 def _plain(group: Any, figures: dict[str, Any]) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def _ask_for_packages() -> None:
     """Ends with one sentence where a package is missing, before anything is read: some would be missed late."""
     packages = ("transformers", "torchvision", "torchmetrics", "pycocotools", "scipy", "sklearn", "matplotlib", "timm")
     if missing := [one for one in packages if importlib.util.find_spec(one) is None]:
-        remedy = 'install what irpe detect needs with: pip install "irpe[detect]"'
+        remedy = 'install what irpe detect needs, in the folder of irpe: pip install ".[detect]"'
         raise SystemExit(f"irpe: no module named {', '.join(missing)}; {remedy}")
 
 

@@ -1,17 +1,17 @@
 """`irpe train` and `irpe evaluate`: their options, which are those of `irpe.train.settings`, and what they print."""
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
 
 from ..train.options import flag
 from ..train.settings import RECIPES, Settings, settings_from, settings_from_dict
 from . import demo
-from .common import new_folder
+from .common import check_place, new_folder, write_json
 from .options import FOLDER, Out, Overwrite, Resume, given, recipe_option, sentences, with_settings
 
 DEMO = "Demo on handwritten digits (without DATA)"
@@ -101,13 +101,36 @@ def _train(
     from ..train import run as job
 
     with sentences() as printer:
-        options = given(settings | {"epochs": epochs, "lr": lr, "rpe": rpe[0] if rpe else None, "data": data})
-        chosen = settings_from(recipe or "deit", options)
-        if chosen.rpe != "none":
-            from ..config_io import rpe_config_from_string
-
-            rpe_config_from_string(chosen.rpe)
+        chosen = _chosen(data, recipe, {**settings, "epochs": epochs, "lr": lr}, rpe)
         job.train(chosen, lambda: _folder(out, name or job.default_name(chosen), overwrite, resume), resume, printer)
+
+
+def _chosen(data: str, recipe: str | None, options: dict[str, Any], rpe: list[str] | None) -> Settings:
+    """The settings that these options ask for."""
+    chosen = settings_from(recipe or "deit", given({**options, "rpe": rpe[0] if rpe else None, "data": data}))
+    if chosen.rpe != "none":
+        from ..config_io import rpe_config_from_string
+
+        rpe_config_from_string(chosen.rpe)
+    return chosen
+
+
+def settings_of(words: list[str]) -> Settings:
+    """The settings that `irpe train` would have with this command line: DATA and options.
+
+    Raises:
+        ValueError: something in it is wrong.
+    """
+    app = typer.Typer()
+    app.command()(train)
+    command = typer.main.get_command(app)
+    try:
+        values = command.make_context("irpe train", list(words)).params
+    except click.ClickException as error:
+        raise ValueError(error.format_message()) from None
+    own = ("data", "recipe", "rpe", "out", "name", "overwrite", "resume", "seeds", "workers", "quick", "tune")
+    options = {name: value for name, value in values.items() if name not in own}
+    return _chosen(values["data"], values["recipe"], options, values["rpe"])
 
 
 def _folder(out: Path, name: str, overwrite: bool, resume: str | None) -> Path:
@@ -170,6 +193,7 @@ def _evaluate(
                 options["val_share"] = 0.0
             chosen = settings_from_dict({**dataclasses.asdict(old), **options})
             path = job.weights_of(run, weights)
+        check_place(json_file)
         score, bad = job.measure(chosen, path, classes, printer)
         for name in bad[:5]:
             printer.print(f"unreadable: {name}", soft_wrap=True)
@@ -181,7 +205,7 @@ def _evaluate(
                 "data": chosen.data,
                 "split": chosen.val_split,
             }
-            json_file.write_text(json.dumps(values, indent=1) + "\n")
+            write_json(json_file, values)
 
 
 # what evaluation has no use for

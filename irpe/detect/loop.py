@@ -221,7 +221,7 @@ class Trainer:
         if (self.score["AP"] or 0.0) > self.best:
             self.best, self.best_step = self.score["AP"] or 0.0, self.step
             if self.world.first:
-                models.save(self.model, self.processor, folder / "best")
+                models.save(self.model, self.processor, folder / models.BEST)
         self.save(folder)
 
     def save(self, folder: Path) -> None:
@@ -231,7 +231,7 @@ class Trainer:
 
     def _leave(self, folder: Path, signal: int) -> None:
         self.save(folder)
-        raise Stopped(signal, self.step, checkpoint.checkpoints(folder)[-1] if self.world.first else folder)
+        raise Stopped(signal, self.step, folder)
 
 
 _PROGRESS = ("step", "measured", "best", "best_step", "seconds", "score")

@@ -21,7 +21,7 @@ from ..train.loader import seed_all
 from .data import NONE
 from .settings import Settings
 
-FOLDER = "model"  # of the weights, in the folder of a run
+FOLDER, BEST = "model", "best"  # of the weights at the end, and of those with the highest AP, in the folder of a run
 COCO_CLASSES = 91  # of the releases of DETR: classes are numbered by the ids of COCO's categories
 Say = Callable[[str], None]
 
@@ -118,6 +118,7 @@ def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any
 
 def load(folder: str | os.PathLike[str], **options: Any) -> Any:
     """The DETR of a folder or of a name on the hub, with the tables that were saved with it."""
+    _config(str(folder))  # refuses other models
     cls = DetrForObjectDetection
     config, options = DetrConfig.from_pretrained(folder, return_unused_kwargs=True, **options)
     without = config.position_embedding_type == "none"
@@ -184,6 +185,10 @@ def _config(name: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
+        if (Path(name) / FOLDER / "config.json").exists():
+            raise ValueError(
+                f"--pretrained {name} is the folder of a run; name {name}/{FOLDER} or {name}/{BEST}"
+            ) from None
         raise ValueError(
             f"--pretrained {name} cannot be read: {str(error).splitlines()[0]}; expected a folder of save_pretrained, "
             "a name on the hub such as facebook/detr-resnet-50, or a checkpoint of the release"

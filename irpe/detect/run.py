@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import shutil
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from ..train import checkpoint
 from ..train.options import changed
-from ..train.run import signals, versions
+from ..train.run import say_to, signals, versions
 from ..train.world import World, started
 from . import model as models
 from .batches import transform_of
@@ -50,7 +51,7 @@ def train(settings: Settings, make_folder: MakeFolder, resume: str | None, conso
         ValueError, TypeError, OSError: the input is wrong, or a file cannot be written, with the reason.
     """
     with signals() as stop, started(settings.device) as world:
-        say = console.print if world.first else (lambda words: None)
+        say = say_to(console, world)
         data, val = _data(settings, say)
         start = _checkpoint(resume) if resume not in (None, "auto") else None
         model, processor = models.build(settings, data.classes, say), models.processor_of(settings)
@@ -66,9 +67,13 @@ def train(settings: Settings, make_folder: MakeFolder, resume: str | None, conso
             say(f"goes on after step {trainer.step} of {trainer.total_steps}, from {start}")
         if world.first:
             checkpoint.clean(folder)
-            for old in checkpoint.checkpoints(folder) if start is None else ():
-                old.unlink()  # of a run that is overwritten
+            if start is None:
+                checkpoint.empty(folder, ("log.jsonl", RESULT, PICTURES))
+                for name in (models.FOLDER, models.BEST):
+                    shutil.rmtree(folder / name, ignore_errors=True)
             checkpoint.write_json(folder / "settings.json", dataclasses.asdict(settings))
+        images, weights = settings.batch_size, sum(one.numel() for one in model.parameters())
+        say(f"{folder}: {trainer.total_steps:,} steps of {images:,} images, {weights:,} weights, on {world.device}")
         log = DetectionLog(
             folder if world.first else None, console, step=trainer.step, measured=trainer.measured,
             total_images=(trainer.total_steps - trainer.step) * settings.batch_size,
@@ -94,7 +99,7 @@ def train(settings: Settings, make_folder: MakeFolder, resume: str | None, conso
 def measure(settings: Settings, make_folder: MakeFolder, console: Console) -> dict[str, Any]:
     """AP of the pretrained model on the part "val", without training; result.json and predictions.png in the folder."""
     with started(settings.device) as world:
-        say = console.print if world.first else (lambda words: None)
+        say = say_to(console, world)
         if settings.pretrained is None:
             raise ValueError("--evaluate-only measures a trained model; name it with --pretrained")
         ids = open_part(settings, "val").ids

@@ -86,6 +86,14 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(one for one in place.iterdir() if _NAME.fullmatch(one.name)) if place.is_dir() else []
 
 
+def empty(folder: Path, files: tuple[str, ...]) -> None:
+    """Removes the checkpoints and these files of a run that is overwritten; what else is there stays."""
+    for one in (*checkpoints(folder), *(folder / name for name in files)):
+        one.unlink(missing_ok=True)
+    for one in (folder / "tensorboard").glob("events.*"):
+        one.unlink(missing_ok=True)
+
+
 def clean(folder: Path) -> None:
     """Removes what a killed process has left unfinished."""
     for place in (folder, folder / FOLDER):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from .logs import read_log
+from .logs import epochs_of, read_log
 from .run import read_record
 from .settings import Settings, settings_from_dict
 
@@ -112,9 +112,10 @@ def draw(path: Path, groups: Sequence[Group]) -> Path:
     left, right = figure.subplots(1, 2)
     for number, group in enumerate(groups):
         color = COLORS[number % len(COLORS)]
-        x = [line["epoch"] for line in group.runs[0].epochs]
-        top1 = np.array([[line["val"]["top1"] for line in run.epochs[: len(x)]] for run in group.runs])
-        loss = np.array([[line["train_loss"] for line in run.epochs[: len(x)]] for run in group.runs])
+        epochs = [epochs_of(run.epochs) for run in group.runs]
+        x = [line["epoch"] for line in epochs[0]]
+        top1 = np.array([[line["val"]["top1"] for line in lines] for lines in epochs])
+        loss = np.array([[line["train_loss"] for line in lines] for lines in epochs])
         for ax, values in ((left, top1), (right, loss)):
             ax.plot(x, values.mean(0), color=color, lw=1.8, label=group.title)
             ax.fill_between(x, values.min(0), values.max(0), color=color, alpha=0.18, lw=0)

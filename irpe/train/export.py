@@ -35,7 +35,9 @@ def check_path(path: Path) -> None:
     if path.suffix == ".onnx":
         for name in ("onnx", "onnxscript", "onnxruntime"):
             if importlib.util.find_spec(name) is None:
-                raise ValueError(f'{name} is not installed, which ONNX needs: pip install "irpe[export]"')
+                raise ValueError(
+                    f'{name} is not installed, which ONNX needs; in the folder of irpe: pip install ".[export]"'
+                )
 
 
 def export(

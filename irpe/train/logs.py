@@ -4,6 +4,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,11 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
             if number < len(lines):
                 raise ValueError(f"line {number} of {path} is not JSON") from None
     return found
+
+
+def epochs_of(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last line of each epoch: one that a run has ended in, and gone on with later, was measured twice."""
+    return list({line["epoch"]: line for line in lines if line["kind"] == "epoch"}.values())
 
 
 class Log:

@@ -27,9 +27,9 @@ Stop = Callable[[], int]  # the number of the signal that asked for an end, or 0
 class Stopped(Exception):  # noqa: N818 - nothing went wrong
     """The run was asked to end, and has saved where it is."""
 
-    def __init__(self, signal: int, step: int, path: Path) -> None:
-        super().__init__(f"stopped after step {step}; --resume auto goes on from {path.name}")
-        self.signal, self.step, self.path = signal, step, path
+    def __init__(self, signal: int, step: int, folder: Path) -> None:
+        super().__init__(f"stopped after step {step}; --resume {folder} goes on")
+        self.signal, self.step, self.folder = signal, step, folder
 
 
 @dataclass
@@ -308,7 +308,8 @@ class Trainer:
         }  # fmt: skip
         if average is not None:
             values["ema"] = average.plain()
-        progress.sums = Sums()
+        if progress.step % self.steps_per_epoch == 0:  # a run that ends within an epoch may go on with it
+            progress.sums = Sums()
         progress.measured = progress.step
         weights = None
         if score.top1 > progress.best:
@@ -330,7 +331,7 @@ class Trainer:
 
     def _leave(self, folder: Path, signal: int) -> None:
         self.save(folder)
-        raise Stopped(signal, self.progress.step, checkpoint.checkpoints(folder)[-1] if self.world.first else folder)
+        raise Stopped(signal, self.progress.step, folder)
 
     def export(self, folder: Path) -> None:
         """Writes the weights at the end of the run, and their moving average."""

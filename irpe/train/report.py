@@ -17,7 +17,7 @@ from .. import viz
 from ..irpe import get_offset_ids_2d
 from .checkpoint import write_json, write_whole
 from .loader import Shape, Transform
-from .logs import read_log
+from .logs import epochs_of, read_log
 from .settings import Settings, settings_from_dict
 
 CURVES, ENCODINGS, CARD = "curves.png", "encodings.png", "README.md"
@@ -29,7 +29,7 @@ def write_report(folder: Path, model: nn.Module | None, val: Any, console: Conso
     lines = read_log(folder)
     epochs = [line for line in lines if line["kind"] == "epoch"]
     result = {
-        "epochs": len(epochs), "step": epochs[-1]["step"], "last": _scores(epochs[-1]),
+        "epochs": epochs[-1]["epoch"], "step": epochs[-1]["step"], "last": _scores(epochs[-1]),
         "best": _scores(max(epochs, key=lambda line: line["val"]["top1"])), "seconds": epochs[-1]["seconds"],
     }  # fmt: skip
     write_json(folder / "result.json", result)
@@ -53,7 +53,7 @@ def _scores(line: dict[str, Any]) -> dict[str, Any]:
 
 def draw_run(path: Path, lines: list[dict[str, Any]]) -> Path:
     """Loss (training and evaluation) and accuracy over epochs."""
-    epochs = [line for line in lines if line["kind"] == "epoch"]
+    epochs = epochs_of(lines)
     figure = Figure(figsize=(9, 3.8), dpi=130, layout="constrained")
     left, right = figure.subplots(1, 2)
     x = [line["epoch"] for line in epochs]

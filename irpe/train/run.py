@@ -1,7 +1,6 @@
 """`irpe train DATA` and `irpe evaluate` from end to end, in every process of a run."""
 
 import dataclasses
-import functools
 import importlib.metadata
 import json
 import os
@@ -29,6 +28,10 @@ from .settings import Settings, settings_from_dict
 from .world import World, started
 
 SETTINGS, RESULT = "settings.json", "result.json"
+FILES = (
+    *(SETTINGS, RESULT, "log.jsonl", "README.md", "curves.png", "encodings.png"),
+    *("best.safetensors", models.WEIGHTS, "ema.safetensors", "model.pt2", "model.pt2.json"),
+)
 MakeFolder = Callable[[], Path]
 
 
@@ -71,7 +74,7 @@ def train(settings: Settings, make_folder: MakeFolder, resume: str | None, conso
         ValueError, TypeError, OSError: the input is wrong, or a file cannot be written, with the reason.
     """
     with signals() as stop, started(settings.device) as world:
-        say = functools.partial(console.print, soft_wrap=True) if world.first else (lambda words: None)
+        say = say_to(console, world)
         data = _open(settings, world, say)
         if settings.verify:
             _verify([data.train, data.val], settings, world, console)
@@ -88,7 +91,11 @@ def train(settings: Settings, make_folder: MakeFolder, resume: str | None, conso
             say(f"goes on after step {trainer.progress.step} of {trainer.total_steps}, from {start}")
         if world.first:
             checkpoint.clean(folder)
+            if start is None:
+                checkpoint.empty(folder, FILES)
             checkpoint.write_json(folder / SETTINGS, record(trainer))
+        images, weights = settings.batch_size, sum(one.numel() for one in model.parameters())
+        say(f"{folder}: {trainer.total_steps:,} steps of {images:,} images, {weights:,} weights, on {world.device}")
         log = Log(
             folder if world.first else None, console, step=trainer.progress.step, measured=trainer.progress.measured,
             total_images=(trainer.total_steps - trainer.progress.step) * settings.batch_size,
@@ -104,6 +111,11 @@ def train(settings: Settings, make_folder: MakeFolder, resume: str | None, conso
 
             write_report(folder, trainer.model if settings.parallel == "ddp" else None, data.val, console)
     return folder
+
+
+def say_to(console: Console, world: World) -> Callable[[str], None]:
+    """Prints lines as they are, in the first process."""
+    return lambda words: console.print(words, soft_wrap=True) if world.first else None
 
 
 def _open(settings: Settings, world: World, say: Callable[[str], None], *, train: bool = True) -> Data:
@@ -199,7 +211,7 @@ def measure(
         classes: those that the model was trained for, which the data has to have.
     """
     with started(settings.device) as world:
-        say = functools.partial(console.print, soft_wrap=True) if world.first else (lambda words: None)
+        say = say_to(console, world)
         data = _open(settings, world, say, train=False)
         if classes is not None and data.classes != classes:
             raise ValueError(difference(classes, data.classes))

@@ -76,7 +76,9 @@ class Settings:
     base_lr: float = option(5e-4, RECIPE, "Peak learning rate for 512 images.", low=0)
     min_lr: float = option(1e-5, RECIPE, "Learning rate at the end.", low=0)
     warmup_lr: float = option(1e-6, RECIPE, "Learning rate at the start.", low=0)
-    warmup_epochs: float = option(5.0, RECIPE, "Epochs of linear warm-up.", low=0)
+    warmup_epochs: float = option(
+        5.0, RECIPE, "Epochs of linear warm-up; without this option at most a quarter of --epochs.", low=0
+    )
     sched: str = option("cosine", RECIPE, "Schedule, by timm's name: cosine, step, poly, constant, ...")
     opt: str = option("adamw", RECIPE, "Optimizer, by timm's name: adamw, lamb, sgd, muon, ...")
     weight_decay: float = option(0.05, RECIPE, "Of matrices; none on biases, norms and positions.", low=0)
@@ -138,7 +140,7 @@ class Settings:
     keep: int = option(
         2, KEEP, "Checkpoints that are kept, the last ones; the best weights are kept besides.", low=1, free=True
     )
-    log_every: int = option(50, KEEP, "Steps between lines of log.jsonl.", low=1)
+    log_every: int = option(50, KEEP, "Steps between lines of log.jsonl.", low=1, free=True)
     plots: bool = option(True, KEEP, "Draw curves and learned encodings at the end.", free=True)
     tensorboard: bool = option(True, KEEP, "Log for TensorBoard too, where its package is installed.", free=True)
 
@@ -217,6 +219,9 @@ def settings_from(recipe: str, options: Mapping[str, Any]) -> Settings:
     if recipe not in RECIPES:
         raise ValueError(f"--recipe {recipe}; expected one of {', '.join(RECIPES)}")
     values: dict[str, Any] = {**RECIPES[recipe], **options, "recipe": recipe}
+    if "warmup_epochs" not in options:
+        usual, epochs = (values.get(name, getattr(Settings, name)) for name in ("warmup_epochs", "epochs"))
+        values["warmup_epochs"] = min(usual, epochs / 4)
     return Settings(**values)
 
 

@@ -1,11 +1,14 @@
 """The rows of the paper's Tables 1 to 4: encodings to train one after the other, with the paper's figures."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import compare
-from .run import RESULT
+from .options import changed
+from .run import RESULT, SETTINGS, read_record
+from .settings import Settings, settings_from_dict
 
 
 @dataclass(frozen=True)
@@ -59,12 +62,33 @@ TABLES: dict[int, tuple[Row, ...]] = {
 }
 
 
-def unfinished(rows: tuple[Row, ...], seeds: int, out: Path) -> Iterator[tuple[Row, int]]:
-    """The runs that have not ended yet, all rows with the first seed before any with the second."""
-    for seed in range(seeds):
-        for row in rows:
-            if not (out / row.name(seed) / RESULT).exists():
-                yield row, seed
+def unfinished(wanted: Mapping[tuple[Row, int], Settings], out: Path) -> list[tuple[Row, int]]:
+    """Those of the wanted runs, by row and seed, that have not ended yet.
+
+    Raises:
+        ValueError: what lies in a run's folder is of other data or of other settings.
+    """
+    found = []
+    for (row, seed), settings in wanted.items():
+        folder = out / row.name(seed)
+        if not (folder / SETTINGS).exists():
+            found.append((row, seed))
+            continue
+        record = read_record(folder)
+        old = settings_from_dict(record["settings"])
+        differences = [f"DATA was {old.data}, is {settings.data}"] if _place(old) != _place(settings) else []
+        if differences := differences + changed(old, settings):
+            raise ValueError(f"{folder} is of a run with other settings: {'; '.join(differences)}. Use another --out")
+        steps = record["steps_per_epoch"] * settings.epochs
+        steps = min(steps, settings.max_steps or steps)
+        result = folder / RESULT
+        if not result.exists() or json.loads(result.read_text())["step"] < steps:
+            found.append((row, seed))
+    return found
+
+
+def _place(settings: Settings) -> Path:
+    return Path(settings.data).absolute()
 
 
 def measured(row: Row, seeds: int, out: Path) -> list[float]:

@@ -54,6 +54,17 @@
 #define RPE_ISA avx512
 #define RPE_BYTES 64
 #include "rpe_attention_tile.h"
+#undef RPE_ISA
+#undef RPE_BYTES
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
+#define RPE_BRAIN
+#define RPE_ISA avx512_bf16
+#define RPE_BYTES 64
+#include "rpe_attention_tile.h"
+#undef RPE_BRAIN
 #undef RPE_AVX512
 #undef RPE_ISA
 #undef RPE_BYTES
@@ -72,23 +83,41 @@ struct Kernels {
   int64_t width;  // of a vector, in elements
 };
 
-template <class T>
-Kernels kernels() {
+// The instruction sets of x86 that this machine has, as far as RPE_OPS_CPU_ISA allows them: tests try each.
+struct Supported {
+  bool avx2 = false, avx512 = false, avx512_bf16 = false;
+};
+
+Supported supported() {
+  Supported has;
 #ifdef RPE_ATTENTION_X86
-  // for tests: the other instruction sets of this machine
   const char* wish = std::getenv("RPE_OPS_CPU_ISA");
-  const std::string most = wish == nullptr ? "avx512" : wish;
-  const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (wide && most == "avx512") {
-    return {&avx512::scratch_bytes<T>, &avx512::forward<T>, &avx512::backward<T>, int64_t(64 / sizeof(T))};
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && most != "plain") {
-    return {&avx2::scratch_bytes<T>, &avx2::forward<T>, &avx2::backward<T>, int64_t(32 / sizeof(T))};
-  }
+  const std::string most = wish == nullptr ? "avx512_bf16" : wish;
+  has.avx2 = most != "plain" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  has.avx512 = (most == "avx512" || most == "avx512_bf16") && __builtin_cpu_supports("avx512f") &&
+               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+               __builtin_cpu_supports("avx512vl");
+  has.avx512_bf16 = has.avx512 && most == "avx512_bf16" && __builtin_cpu_supports("avx512bf16");
 #endif
-  return {&plain::scratch_bytes<T>, &plain::forward<T>, &plain::backward<T>, int64_t(16 / sizeof(T))};
+  return has;
 }
+
+// of the instruction set NAME, with the products X
+#define RPE_KERNELS(NAME, X, WIDTH) \
+  Kernels { &NAME::scratch_bytes<NAME::X>, &NAME::forward<NAME::X>, &NAME::backward<NAME::X>, int64_t(WIDTH) }
+
+template <class T>
+Kernels kernels(Storage storage) {
+#ifdef RPE_ATTENTION_X86
+  const Supported has = supported();
+  if (has.avx512_bf16 && storage == Storage::bf16) return RPE_KERNELS(avx512_bf16, Brain, 16);
+  if (has.avx512) return RPE_KERNELS(avx512, Exact<T>, 64 / sizeof(T));
+  if (has.avx2) return RPE_KERNELS(avx2, Exact<T>, 32 / sizeof(T));
+#endif
+  return RPE_KERNELS(plain, Exact<T>, 16 / sizeof(T));
+}
+
+#undef RPE_KERNELS
 
 struct Scratch {
   char* data;
@@ -267,7 +296,7 @@ struct Call {
     p.q = view_of(q, "q"), p.k = view_of(k, "k"), p.v = view_of(v, "v");
     check(p.q.storage != Storage::boolean, "q is bool; expected floating point");
     const bool wide = p.q.storage == Storage::f64;
-    kernel = wide ? kernels<double>() : kernels<float>();
+    kernel = wide ? kernels<double>(p.q.storage) : kernels<float>(p.q.storage);
     terms(on_q, plan_q, &tables_q, p.Lk, p.Lq, "encoding on q");
     terms(on_k, plan_k, &tables_k, p.Lq, p.Lk, "encoding on k");
     terms(on_v, plan_v, tables_v.empty() ? nullptr : &tables_v, p.Lq, p.Lk, "encoding on v");
@@ -455,6 +484,11 @@ std::tuple<Tensor, Tensor, Tensor> rpe_attention_plan(Tensor ids, int64_t num_bu
   return {compact, columns, groups};
 }
 
+// Whether products of such a q are products of bfloat16.
+bool rpe_attention_in_bfloat16(Tensor q) {
+  return q.scalar_type() == ScalarType::BFloat16 && supported().avx512_bf16;
+}
+
 }  // namespace
 }  // namespace rpe_ops
 
@@ -462,4 +496,5 @@ STABLE_TORCH_LIBRARY_IMPL(rpe_ops, CPU, m) {
   m.impl("rpe_attention", TORCH_BOX(&rpe_ops::rpe_attention));
   m.impl("rpe_attention_backward", TORCH_BOX(&rpe_ops::rpe_attention_backward));
   m.impl("rpe_attention_plan", TORCH_BOX(&rpe_ops::rpe_attention_plan));
+  m.impl("rpe_attention_in_bfloat16", TORCH_BOX(&rpe_ops::rpe_attention_in_bfloat16));
 }

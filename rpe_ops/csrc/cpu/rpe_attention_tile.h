@@ -1,5 +1,6 @@
 // The tile kernels of rpe_attention. No include guard: rpe_attention.cpp includes this file once for each instruction set,
-// with RPE_ISA (a namespace), RPE_BYTES (of a vector) and, for AVX-512, RPE_AVX512 set.
+// with RPE_ISA (a namespace), RPE_BYTES (of a vector) and, for AVX-512, RPE_AVX512 set, and RPE_BRAIN where bfloat16 has
+// products of its own.
 
 namespace rpe_ops::RPE_ISA {
 
@@ -106,9 +107,8 @@ RPE_INLINE uint16_t to_half(float x) {
 }
 RPE_INLINE float from_brain(uint16_t h) { return from_bits(uint32_t(h) << 16); }
 RPE_INLINE uint16_t to_brain(float x) {
-  const uint32_t bits = to_bits(x);
-  if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 0x40);
-  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  const uint32_t bits = to_bits(x), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return uint16_t((bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : rounded);  // no branch: loops become vectors
 }
 
 template <class T>
@@ -156,6 +156,9 @@ void store_row(const View& view, int64_t at, const T* __restrict from, int64_t n
   if (view.d == 1 && view.storage == Storage::f32) {
     float* to = reinterpret_cast<float*>(view.data) + at;
     for (int64_t c = 0; c < n; ++c) to[c] = float(from[c] * factor);
+  } else if (view.d == 1 && view.storage == Storage::bf16) {
+    uint16_t* to = reinterpret_cast<uint16_t*>(view.data) + at;
+    for (int64_t c = 0; c < n; ++c) to[c] = to_brain(float(from[c] * factor));
   } else {
     for (int64_t c = 0; c < n; ++c) put<T>(view.data, at + c * view.d, view.storage, from[c] * factor);
   }
@@ -176,7 +179,65 @@ void store_table(const Term& term, const View& view, int64_t at, const T* __rest
   }
 }
 
-// ---- matrix products: C (M, N) [+]= A (M, K) B (K, N), M a multiple of 8, N of whole vectors
+// ---- scratch of a thread, and how products read matrices
+
+// Without a base it only counts.
+template <class T>
+struct Arena {
+  char* base;
+  int64_t used = 0;
+  T* take(int64_t n) { return array<T>(n); }
+  template <class U>
+  U* array(int64_t n) {
+    U* at = base == nullptr ? nullptr : reinterpret_cast<U*>(base + used);
+    used += round_up(n * int64_t(sizeof(U)), 64) + 64;  // a line between, against 4 KiB aliases
+    return at;
+  }
+};
+
+// A matrix (R, C) of numbers, and the forms in which products read it: `rows` where they add along its rows, `pairs`
+// where they add along its columns.
+template <class T, class Item>
+struct Operand {
+  T* numbers = nullptr;
+  Item* rows = nullptr;
+  Item* pairs = nullptr;
+};
+
+// Products of the numbers themselves: one form serves all.
+template <class T>
+struct Exact {
+  using Number = T;
+  using Item = T;
+  using Matrix = Operand<T, T>;
+  using vector = vec<T>;
+  static constexpr bool rounds = false;
+  static constexpr int64_t items(int64_t n) { return n; }  // that hold n numbers of a sum
+
+  static RPE_INLINE vec<T> read(const T* from) { return load(from); }
+  static RPE_INLINE vec<T> repeat(T x) { return spread(x); }
+  static RPE_INLINE vec<T> multiply_add(vec<T> sum, vec<T> x, vec<T> y) { return sum + x * y; }
+
+  static Matrix over(Arena<T>&, T* numbers, int64_t, int64_t, bool, bool) { return {numbers, numbers, numbers}; }
+  static Matrix input(Arena<T>& arena, int64_t R, int64_t C, bool pairs) {
+    return over(arena, arena.take(R * C), R, C, true, pairs);
+  }
+  static void load_row(const Matrix& to, int64_t at, const View& view, int64_t from, int64_t n, T factor) {
+    RPE_ISA::load_row<T>(to.rows + at, view, from, n, factor);
+  }
+  static void clear_row(const Matrix& to, int64_t at, int64_t n) {
+    for (int64_t c = 0; c < n; ++c) to.rows[at + c] = T(0);
+  }
+  static void make_rows(const Matrix&, int64_t, int64_t, int64_t) {}
+  static void make_pairs(const Matrix&, int64_t, int64_t) {}
+  static void pair_rows(const Matrix&, int64_t, int64_t) {}
+};
+
+#ifdef RPE_BRAIN
+#include "rpe_attention_brain.h"
+#endif
+
+// ---- matrix products: C (M, N) [+]= factor A (M, K) B (K, N), M a multiple of 8, N of whole vectors
 
 #ifdef RPE_AVX512
 constexpr int kRows = 8;
@@ -185,9 +246,11 @@ constexpr int kRows = 4;
 #endif
 constexpr int kVectors = 3;  // kRows * kVectors sums stay in registers
 
-// TA: A is given as (K, M)
-template <class T, int NV, bool TA>
-void block_product(int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, bool add) {
+// TA: A is given as (K, M). K counts items. The factor is for products that round: others have it in A.
+template <class X, int NV, bool TA>
+void block_product(int64_t K, const typename X::Item* a, int64_t lda, const typename X::Item* b, int64_t ldb,
+                   typename X::Number* c, int64_t ldc, bool add, typename X::Number factor) {
+  using T = typename X::Number;
   constexpr int W = simd<T>::W;
   vec<T> sum[kRows][NV];
 #pragma GCC unroll 8
@@ -196,14 +259,21 @@ void block_product(int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, 
     for (int n = 0; n < NV; ++n) sum[r][n] = add ? load(c + r * ldc + n * W) : vec<T>{};
   }
   for (int64_t k = 0; k < K; ++k) {
-    vec<T> row[NV];
+    typename X::vector row[NV];
 #pragma GCC unroll 4
-    for (int n = 0; n < NV; ++n) row[n] = load(b + k * ldb + n * W);
+    for (int n = 0; n < NV; ++n) row[n] = X::read(b + k * ldb + n * W);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const vec<T> x = spread(TA ? a[k * lda + r] : a[r * lda + k]);
+      const typename X::vector x = X::repeat(TA ? a[k * lda + r] : a[r * lda + k]);
 #pragma GCC unroll 4
-      for (int n = 0; n < NV; ++n) sum[r][n] += x * row[n];
+      for (int n = 0; n < NV; ++n) sum[r][n] = X::multiply_add(sum[r][n], x, row[n]);
+    }
+  }
+  if (X::rounds && factor != T(1)) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int n = 0; n < NV; ++n) sum[r][n] *= factor;
     }
   }
 #pragma GCC unroll 8
@@ -216,28 +286,33 @@ void block_product(int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, 
 // Vectors of the next panel, of those that are left: 3, but 2 and 2 rather than 3 and 1.
 RPE_INLINE int64_t panel_of(int64_t left) { return left == 4 ? 2 : left < kVectors ? left : kVectors; }
 
-// panelled: B lies panel by panel, else row by row with stride ldb
-template <class T, bool TA>
-void product(int64_t M, int64_t vectors, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, bool panelled,
-             T* c, int64_t ldc, bool add) {
+// A is `rows` with stride lda, or (TA) `pairs`; B is `pairs` with stride ldb, or lies panel by panel
+template <class X, bool TA>
+void product(int64_t M, int64_t vectors, int64_t K, const typename X::Item* a, int64_t lda, const typename X::Item* b,
+             int64_t ldb, bool panelled, typename X::Number* c, int64_t ldc, bool add,
+             typename X::Number factor = typename X::Number(1)) {
+  using T = typename X::Number;
   constexpr int W = simd<T>::W;
   constexpr int64_t depth = 128;  // rows of B that stay in L1
+  K = X::items(K);
+  if (!TA) lda = X::items(lda);
   for (int64_t first = 0; first < vectors;) {
     const int64_t count = panel_of(vectors - first);
-    const T* panel = b + first * W * (panelled ? K : 1);
+    const typename X::Item* panel = b + first * W * (panelled ? K : 1);
     const int64_t stride = panelled ? count * W : ldb;
     for (int64_t k = 0; k == 0 || k < K; k += depth) {
       const int64_t deep = K - k < depth ? K - k : depth;
+      const T last = k + depth < K ? T(1) : factor;
       for (int64_t m = 0; m < M; m += kRows) {
-        const T* from = a + (TA ? k * lda + m : m * lda + k);
+        const typename X::Item* from = a + (TA ? k * lda + m : m * lda + k);
         T* to = c + m * ldc + first * W;
         const bool more = add || k > 0;
         if (count == 3) {
-          block_product<T, 3, TA>(deep, from, lda, panel + k * stride, stride, to, ldc, more);
+          block_product<X, 3, TA>(deep, from, lda, panel + k * stride, stride, to, ldc, more, last);
         } else if (count == 2) {
-          block_product<T, 2, TA>(deep, from, lda, panel + k * stride, stride, to, ldc, more);
+          block_product<X, 2, TA>(deep, from, lda, panel + k * stride, stride, to, ldc, more, last);
         } else {
-          block_product<T, 1, TA>(deep, from, lda, panel + k * stride, stride, to, ldc, more);
+          block_product<X, 1, TA>(deep, from, lda, panel + k * stride, stride, to, ldc, more, last);
         }
       }
     }
@@ -280,9 +355,11 @@ RPE_INLINE void transpose16(__m512 r[16]) {
 #endif
 
 // to = from^T in panels: from (rows, D) with stride ld, rows padded with zeros to whole vectors
-template <class T>
-void pack_transposed(T* to, const T* from, int64_t ld, int64_t rows, int64_t D) {
-  constexpr int W = simd<T>::W;
+template <class X>
+void pack_transposed(typename X::Item* to, const typename X::Item* from, int64_t ld, int64_t rows, int64_t D) {
+  using T = typename X::Item;
+  constexpr int W = simd<typename X::Number>::W;
+  ld = X::items(ld), D = X::items(D);
   const int64_t vectors = round_up(rows, W) / W;
   for (int64_t first = 0; first < vectors;) {
     const int64_t count = panel_of(vectors - first);
@@ -295,10 +372,12 @@ void pack_transposed(T* to, const T* from, int64_t ld, int64_t rows, int64_t D) 
         for (; d + 16 <= D; d += 16) {
           __m512 r[16];
 #pragma GCC unroll 16
-          for (int w = 0; w < 16; ++w) r[w] = _mm512_loadu_ps(block + w * ld + d);
+          for (int w = 0; w < 16; ++w) r[w] = _mm512_loadu_ps(reinterpret_cast<const float*>(block + w * ld + d));
           transpose16(r);
 #pragma GCC unroll 16
-          for (int w = 0; w < 16; ++w) _mm512_storeu_ps(panel + ((d + w) * count + n) * 16, r[w]);
+          for (int w = 0; w < 16; ++w) {
+            _mm512_storeu_ps(reinterpret_cast<float*>(panel + ((d + w) * count + n) * 16), r[w]);
+          }
         }
       }
 #endif
@@ -539,54 +618,46 @@ void dropout_row(T* __restrict keep, double p, uint32_t key, int64_t n) {
 
 // ---- the tile
 
-// Scratch of a thread. Without a base it only counts.
-template <class T>
-struct Arena {
-  char* base;
-  int64_t used = 0;
-  T* take(int64_t n) { return array<T>(n); }
-  template <class U>
-  U* array(int64_t n) {
-    U* at = base == nullptr ? nullptr : reinterpret_cast<U*>(base + used);
-    used += round_up(n * int64_t(sizeof(U)), 64) + 64;  // a line between, against 4 KiB aliases
-    return at;
-  }
-};
-
-// What a thread keeps of a term with a weight. On queries W comes with the scale.
-template <class T>
+// What a thread keeps of a term, all but `table` where it has a weight. On queries an exact W comes with the scale.
+template <class X>
 struct Weight {
-  T* down = nullptr;   // (D, width): W, on values its transpose
-  T* up = nullptr;     // (width, Dp): the transpose of W, on values W
-  T* tile = nullptr;   // (tile, width): rows of the table of a tile's queries, then those of its gradient; on values
-                       // first those of the bucket sums' gradient, then the sums
-  T* gradient = nullptr;  // of W, laid out as W is
+  typename X::Matrix down;  // (D, width): W, on values its transpose
+  typename X::Matrix up;    // (width, Dp): the transpose of W, on values W
+  typename X::Matrix tile;  // (tile, width): rows of the table of a tile's queries, then those of its gradient; on
+                            // values first those of the bucket sums' gradient, then the sums
+  typename X::Matrix table;  // (L8, width): on queries the gradient of the table of all keys
+  typename X::Number* gradient = nullptr;  // of W, laid out as W is
 };
 
-template <class T>
+template <class X>
 struct Worker {
+  using T = typename X::Number;
+  using Matrix = typename X::Matrix;
   static constexpr int W = simd<T>::W;
   const Problem& p;
   const int64_t Dp = round_up(p.D, W > 8 ? W : 8), Lp = round_up(p.Lk, W), L16 = round_up(p.Lk, 16);
   const int64_t L8 = round_up(p.Lk, 8);
   const bool backward = p.backward;
+  // rounded queries would be rounded again by the scale: they get it behind their products
+  const T early = X::rounds ? T(1) : T(p.scale), late = X::rounds ? T(p.scale) : T(1);
   Arena<T> arena;
-  T *keys, *keys_t, *values, *values_t, *query, *grad, *scores, *weights_grad, *result, *mask_row, *keep, *row_table, *segment;
-  T *grad_k = nullptr, *grad_v = nullptr, *tables_q, *grads_q = nullptr;
-  Weight<T> *weights_q, *weights_k, *weights_v;
+  Matrix keys, values, query, grad, scores, weights_grad;
+  typename X::Item *keys_t, *values_t;
+  T *result, *mask_row, *keep, *row_table, *segment, *grad_k = nullptr, *grad_v = nullptr, *tables_q;
+  Weight<X> *weights_q, *weights_k, *weights_v;
   int64_t head = -1, b = 0, h = 0;
   bool mask_ready = false;
 
   Worker(const Problem& problem, char* scratch) : p(problem), arena{scratch} {
     const int64_t M = p.tile;
-    keys = arena.take(L16 * Dp);
-    keys_t = arena.take(Lp * p.D);
-    values = arena.take(L16 * Dp);
-    values_t = backward ? arena.take(Lp * p.D) : nullptr;
-    query = arena.take(M * Dp);
-    grad = backward ? arena.take(M * Dp) : nullptr;
-    scores = arena.take(M * L16);
-    weights_grad = backward ? arena.take(M * L16) : nullptr;
+    keys = X::input(arena, L16, Dp, backward);
+    keys_t = arena.template array<typename X::Item>(Lp * X::items(p.D));
+    values = X::input(arena, L16, Dp, !backward);
+    values_t = backward ? arena.template array<typename X::Item>(Lp * X::items(p.D)) : nullptr;
+    query = X::input(arena, M, Dp, backward);
+    if (backward) grad = X::input(arena, M, Dp, true);
+    scores = X::over(arena, arena.take(M * L16), M, L16, !backward, backward);
+    if (backward) weights_grad = X::over(arena, arena.take(M * L16), M, L16, true, true);
     result = arena.take(M * Dp);
     mask_row = p.mask.data != nullptr ? arena.take(L16) : nullptr;
     keep = p.dropout_p > 0 ? arena.take(L16) : nullptr;
@@ -600,22 +671,23 @@ struct Worker {
     if (backward) {
       grad_k = arena.take(L16 * Dp);
       grad_v = arena.take(L16 * Dp);
-      grads_q = arena.take(total * L8);
     }
-    weights_q = weights(p.on_q, p.num_q, true, backward, false);
-    weights_k = weights(p.on_k, p.num_k, true, backward, true);
-    weights_v = weights(p.on_v, p.num_v, backward, !backward, true);
+    weights_q = weights(p.on_q, p.num_q, true, backward, 0, backward ? L8 : 0);
+    weights_k = weights(p.on_k, p.num_k, true, backward, M, 0);
+    weights_v = weights(p.on_v, p.num_v, backward, !backward, M, 0);
   }
 
-  Weight<T>* weights(const Term* terms, int64_t count, bool down, bool up, bool tile) {
-    Weight<T>* all = arena.template array<Weight<T>>(count);
+  Weight<X>* weights(const Term* terms, int64_t count, bool down, bool up, int64_t tile, int64_t table) {
+    Weight<X>* all = arena.template array<Weight<X>>(count);
     for (int64_t t = 0; t < count; ++t) {
-      Weight<T> one;
-      if (terms[t].weight) {
-        const int64_t width = terms[t].width;
-        if (down) one.down = arena.take(p.D * width);
-        if (up) one.up = arena.take(width * Dp);
-        if (tile) one.tile = arena.take(p.tile * width);
+      Weight<X> one;
+      const int64_t width = terms[t].width;
+      const bool weight = terms[t].weight;
+      if (table > 0) one.table = X::over(arena, arena.take(table * width), table, width, weight, weight);
+      if (weight) {
+        if (down) one.down = X::over(arena, arena.take(p.D * width), p.D, width, false, true);
+        if (up) one.up = X::over(arena, arena.take(width * Dp), width, Dp, false, true);
+        if (tile > 0) one.tile = X::over(arena, arena.take(tile * width), tile, width, true, true);
         if (backward) one.gradient = arena.take(Dp * width);
       }
       if (all != nullptr) all[t] = one;
@@ -624,32 +696,39 @@ struct Worker {
   }
 
   // W of this head, in the forms that are wanted of it
-  void load_weight(const Weight<T>& to, const Term& term, T factor) {
+  void load_weight(const Weight<X>& to, const Term& term, T factor) {
     const int64_t width = term.width;
     for (int64_t d = 0; d < p.D; ++d) {
-      T* row = to.down + d * width;
+      T* row = to.down.numbers + d * width;
       load_table(row, term, term.table, row_of(term.table, 0, h, d));
       for (int64_t c = 0; c < term.used; ++c) row[c] *= factor;
       clear(row + term.used, width - term.used);
     }
-    if (to.up != nullptr) transpose(to.up, Dp, to.down, width, p.D, width);
+    X::make_pairs(to.down, p.D, width);
+    if (!backward) return;
+    transpose(to.up.numbers, Dp, to.down.numbers, width, p.D, width);
+    X::make_pairs(to.up, width, Dp);
   }
-  void load_weight_on_values(const Weight<T>& to, const Term& term) {
-    if (to.up != nullptr) {
+  void load_weight_on_values(const Weight<X>& to, const Term& term) {
+    if (!backward) {
       for (int64_t c = 0; c < term.used; ++c) {
-        T* row = to.up + c * Dp;
+        T* row = to.up.numbers + c * Dp;
         load_row<T>(row, term.table, row_of(term.table, 0, h, term.columns[c]), p.D);
         clear(row + p.D, Dp - p.D);
       }
-      clear(to.up + term.used * Dp, (term.width - term.used) * Dp);
+      clear(to.up.numbers + term.used * Dp, (term.width - term.used) * Dp);
+      X::make_pairs(to.up, term.width, Dp);
     } else {
       for (int64_t c = 0; c < term.used; ++c) {
         const int64_t at = row_of(term.table, 0, h, term.columns[c]);
         for (int64_t d = 0; d < p.D; ++d) {
-          to.down[d * term.width + c] = get<T>(term.table.data, at + d * term.table.d, term.table.storage);
+          to.down.numbers[d * term.width + c] = get<T>(term.table.data, at + d * term.table.d, term.table.storage);
         }
       }
-      for (int64_t d = 0; d < p.D; ++d) clear(to.down + d * term.width + term.used, term.width - term.used);
+      for (int64_t d = 0; d < p.D; ++d) {
+        clear(to.down.numbers + d * term.width + term.used, term.width - term.used);
+      }
+      X::make_pairs(to.down, p.D, term.width);
     }
   }
 
@@ -666,12 +745,12 @@ struct Worker {
   }
 
   // rows [first, first + rows) of view, padded with zeros to (padded, Dp)
-  void load_rows(T* to, const View& view, int64_t first, int64_t rows, int64_t padded, T factor = T(1)) {
+  void load_rows(const Matrix& to, const View& view, int64_t first, int64_t rows, int64_t padded, T factor = T(1)) {
     for (int64_t l = 0; l < rows; ++l) {
-      load_row<T>(to + l * Dp, view, row_of(view, b, h, first + l), p.D, factor);
-      for (int64_t d = p.D; d < Dp; ++d) to[l * Dp + d] = T(0);
+      X::load_row(to, l * Dp, view, row_of(view, b, h, first + l), p.D, factor);
+      X::clear_row(to, l * Dp + p.D, Dp - p.D);
     }
-    clear(to + rows * Dp, (padded - rows) * Dp);
+    X::clear_row(to, rows * Dp, (padded - rows) * Dp);
   }
 
   void enter(int64_t next) {
@@ -680,10 +759,13 @@ struct Worker {
     h = head % p.H;
     mask_ready = false;
     load_rows(keys, p.k, 0, p.Lk, L16);
-    pack_transposed(keys_t, keys, Dp, p.Lk, p.D);
+    pack_transposed<X>(keys_t, keys.rows, Dp, p.Lk, p.D);
     load_rows(values, p.v, 0, p.Lk, L16);
-    if (backward) {
-      pack_transposed(values_t, values, Dp, p.Lk, p.D);
+    if (!backward) {
+      X::pair_rows(values, p.Lk, Dp);
+    } else {
+      X::pair_rows(keys, p.Lk, Dp);
+      pack_transposed<X>(values_t, values.rows, Dp, p.Lk, p.D);
       clear(grad_k, L16 * Dp);
       clear(grad_v, L16 * Dp);
     }
@@ -691,16 +773,17 @@ struct Worker {
     for (int64_t t = 0; t < p.num_q; ++t) {
       const Term& term = p.on_q[t];
       if (term.weight) {
-        load_weight(weights_q[t], term, T(p.scale));
-        product<T, false>(L8, term.width / W, p.D, keys, Dp, weights_q[t].down, term.width, false, at, term.width, false);
+        load_weight(weights_q[t], term, early);
+        product<X, false>(L8, term.width / W, p.D, keys.rows, Dp, weights_q[t].down.pairs, term.width, false, at,
+                          term.width, false, late);
       } else {
         for (int64_t j = 0; j < p.Lk; ++j) {
           load_table(at + j * term.width, term, term.table, row_of(term.table, b, h, j));
         }
       }
+      if (backward) clear(weights_q[t].table.numbers, L8 * term.width);
       at += L8 * term.width;
     }
-    if (backward) clear(grads_q, at - tables_q);
     for (int64_t t = 0; t < p.num_k; ++t) {
       if (!p.on_k[t].weight) continue;
       load_weight(weights_k[t], p.on_k[t], T(1));
@@ -715,22 +798,22 @@ struct Worker {
 
   // scale q k^T, then the encodings on queries, whose tables belong to columns of the tile
   void score_tile(int64_t first, int64_t rows) {
-    load_rows(query, p.q, first, rows, round_up(rows, 8), T(p.scale));
+    load_rows(query, p.q, first, rows, round_up(rows, 8), early);
     for (int64_t t = 0; t < p.num_k; ++t) {
       const int64_t width = p.on_k[t].width;
       if (!p.on_k[t].weight) continue;
-      product<T, false>(round_up(rows, 8), width / W, p.D, query, Dp, weights_k[t].down, width, false,
-                        weights_k[t].tile, width, false);
+      product<X, false>(round_up(rows, 8), width / W, p.D, query.rows, Dp, weights_k[t].down.pairs, width, false,
+                        weights_k[t].tile.numbers, width, false, late);
     }
     for (int64_t n = 0; n < Lp / W;) {
       const int64_t count = panel_of(Lp / W - n), begin = n * W;
-      product<T, false>(round_up(rows, 8), count, p.D, query, Dp, keys_t + begin * p.D, 0, true, scores + begin, L16,
-                        false);
+      product<X, false>(round_up(rows, 8), count, p.D, query.rows, Dp, keys_t + begin * X::items(p.D), 0, true,
+                        scores.numbers + begin, L16, false, late);
       n += count;
       const int64_t end = n * W < p.Lk ? n * W : p.Lk;
       const T* at = tables_q;
       for (int64_t t = 0; t < p.num_q; ++t) {
-        add_gathered_transposed(scores, L16, at, p.on_q[t], first, rows, p.Lk, begin, end);
+        add_gathered_transposed(scores.numbers, L16, at, p.on_q[t], first, rows, p.Lk, begin, end);
         at += p.on_q[t].width * L8;
       }
     }
@@ -744,16 +827,16 @@ struct Worker {
   }
 
   // row r of the table of query i
-  const T* table_row(const Term& term, const Weight<T>& weight, int64_t r, int64_t i) {
-    if (term.weight) return weight.tile + r * term.width;
+  const T* table_row(const Term& term, const Weight<X>& weight, int64_t r, int64_t i) {
+    if (term.weight) return weight.tile.numbers + r * term.width;
     load_table(row_table, term, term.table, row_of(term.table, b, h, i));
     return row_table;
   }
 
   // row r of the sums of query i goes where it is wanted
-  void put_sums(const Term& term, const Weight<T>& weight, int64_t r, int64_t i, T factor) {
+  void put_sums(const Term& term, const Weight<X>& weight, int64_t r, int64_t i, T factor) {
     if (!term.weight) return store_table(term, term.result, row_of(term.result, b, h, i), row_table, factor);
-    for (int64_t c = 0; c < term.width; c += W) store(weight.tile + r * term.width + c, load(row_table + c));
+    for (int64_t c = 0; c < term.width; c += W) store(weight.tile.numbers + r * term.width + c, load(row_table + c));
   }
 
   // the encodings on keys, and the mask, of row r of the tile
@@ -774,7 +857,7 @@ struct Worker {
     T factor[64];
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t i = first + r;
-      T* row = scores + r * L16;
+      T* row = scores.numbers + r * L16;
       finish_scores(row, r, i);
       vec<T> most = spread(-T(__builtin_inf()));
       for (int64_t j = 0; j < Lp; j += W) {
@@ -804,13 +887,15 @@ struct Worker {
         bucket_sums(row_table, row, term, i, p.Lk, segment);
         put_sums(term, weights_v[t], r, i, factor[r]);
       }
+      X::make_rows(scores, r, 1, L16);
     }
-    product<T, false>(round_up(rows, 8), Dp / W, p.Lk, scores, L16, values, Dp, false, result, Dp, false);
+    product<X, false>(round_up(rows, 8), Dp / W, p.Lk, scores.rows, L16, values.pairs, Dp, false, result, Dp, false);
     for (int64_t t = 0; t < p.num_v; ++t) {
       const int64_t width = p.on_v[t].width;
       if (!p.on_v[t].weight) continue;
-      product<T, false>(round_up(rows, 8), Dp / W, width, weights_v[t].tile, width, weights_v[t].up, Dp, false, result,
-                        Dp, true);
+      X::make_rows(weights_v[t].tile, 0, rows, width);
+      product<X, false>(round_up(rows, 8), Dp / W, width, weights_v[t].tile.rows, width, weights_v[t].up.pairs, Dp,
+                        false, result, Dp, true);
     }
     for (int64_t r = 0; r < rows; ++r) {
       store_row<T>(p.out, row_of(p.out, b, h, first + r), result + r * Dp, p.D, factor[r]);
@@ -859,32 +944,43 @@ struct Worker {
     const int64_t padded = round_up(rows, 8), keys8 = round_up(p.Lk, 8);
     score_tile(first, rows);
     load_rows(grad, p.grad_out, first, rows, padded);
-    product<T, false>(padded, Lp / W, p.D, grad, Dp, values_t, 0, true, weights_grad, L16, false);
+    X::pair_rows(query, rows, Dp);
+    X::pair_rows(grad, rows, Dp);
+    product<X, false>(padded, Lp / W, p.D, grad.rows, Dp, values_t, 0, true, weights_grad.numbers, L16, false);
     for (int64_t t = 0; t < p.num_v; ++t) {
       const int64_t width = p.on_v[t].width;
       if (!p.on_v[t].weight) continue;
-      product<T, false>(padded, width / W, p.D, grad, Dp, weights_v[t].down, width, false, weights_v[t].tile, width, false);
+      product<X, false>(padded, width / W, p.D, grad.rows, Dp, weights_v[t].down.pairs, width, false,
+                        weights_v[t].tile.numbers, width, false);
     }
-    for (int64_t r = 0; r < rows; ++r) backward_row(scores + r * L16, weights_grad + r * L16, r, first + r);
-    T* at = grads_q;
+    for (int64_t r = 0; r < rows; ++r) {
+      backward_row(scores.numbers + r * L16, weights_grad.numbers + r * L16, r, first + r);
+    }
+    X::make_pairs(scores, rows, L16);
+    X::make_pairs(weights_grad, rows, L16);
+    X::make_rows(weights_grad, 0, rows, L16);
     for (int64_t t = 0; t < p.num_q; ++t) {
-      bucket_sums_transposed(at, weights_grad, L16, p.on_q[t], first, rows, p.Lk);
-      at += p.on_q[t].width * L8;
+      bucket_sums_transposed(weights_q[t].table.numbers, weights_grad.numbers, L16, p.on_q[t], first, rows, p.Lk);
     }
-    product<T, true>(keys8, Dp / W, rows, scores, L16, grad, Dp, false, grad_v, Dp, true);
-    product<T, true>(keys8, Dp / W, rows, weights_grad, L16, query, Dp, false, grad_k, Dp, true);
-    product<T, false>(padded, Dp / W, p.Lk, weights_grad, L16, keys, Dp, false, result, Dp, false);
+    product<X, true>(keys8, Dp / W, rows, scores.pairs, L16, grad.pairs, Dp, false, grad_v, Dp, true);
+    product<X, true>(keys8, Dp / W, rows, weights_grad.pairs, L16, query.pairs, Dp, false, grad_k, Dp, true);
+    product<X, false>(padded, Dp / W, p.Lk, weights_grad.rows, L16, keys.pairs, Dp, false, result, Dp, false);
     for (int64_t t = 0; t < p.num_k; ++t) {
       const int64_t width = p.on_k[t].width;
-      const Weight<T>& weight = weights_k[t];
+      const Weight<X>& weight = weights_k[t];
       if (!p.on_k[t].weight) continue;
-      product<T, true>(Dp, width / W, rows, query, Dp, weight.tile, width, false, weight.gradient, width, true);
-      product<T, false>(padded, Dp / W, width, weight.tile, width, weight.up, Dp, false, result, Dp, true);
+      X::make_rows(weight.tile, 0, rows, width);
+      X::make_pairs(weight.tile, rows, width);
+      product<X, true>(Dp, width / W, rows, query.pairs, Dp, weight.tile.pairs, width, false, weight.gradient, width,
+                       true);
+      product<X, false>(padded, Dp / W, width, weight.tile.rows, width, weight.up.pairs, Dp, false, result, Dp, true);
     }
     for (int64_t t = 0; t < p.num_v; ++t) {
       const int64_t width = p.on_v[t].width;
       if (!p.on_v[t].weight) continue;
-      product<T, true>(width, Dp / W, rows, weights_v[t].tile, width, grad, Dp, false, weights_v[t].gradient, Dp, true);
+      X::make_pairs(weights_v[t].tile, rows, width);
+      product<X, true>(width, Dp / W, rows, weights_v[t].tile.pairs, width, grad.pairs, Dp, false,
+                       weights_v[t].gradient, Dp, true);
     }
     for (int64_t r = 0; r < rows; ++r) {
       store_row<T>(p.grad_q, row_of(p.grad_q, b, h, first + r), result + r * Dp, p.D, T(p.scale));
@@ -892,24 +988,25 @@ struct Worker {
   }
 
   void leave() {
-    T* at = grads_q;
     for (int64_t t = 0; t < p.num_q; ++t) {
       const Term& term = p.on_q[t];
+      const Weight<X>& weight = weights_q[t];
       const int64_t width = term.width;
       if (term.weight) {
-        T* gradient = weights_q[t].gradient;
-        product<T, false>(L8, Dp / W, width, at, width, weights_q[t].up, Dp, false, grad_k, Dp, true);
-        product<T, true>(Dp, width / W, p.Lk, keys, Dp, at, width, false, gradient, width, false);
-        store_weight(term, gradient, T(p.scale));
+        X::make_rows(weight.table, 0, L8, width);
+        X::make_pairs(weight.table, p.Lk, width);
+        product<X, false>(L8, Dp / W, width, weight.table.rows, width, weight.up.pairs, Dp, false, grad_k, Dp, true);
+        product<X, true>(Dp, width / W, p.Lk, keys.pairs, Dp, weight.table.pairs, width, false, weight.gradient, width,
+                         false);
+        store_weight(term, weight.gradient, T(p.scale));
       } else {
         for (int64_t j = 0; j < p.Lk; ++j) {
-          store_table(term, term.result, row_of(term.result, b, h, j), at + j * width, T(1));
+          store_table(term, term.result, row_of(term.result, b, h, j), weight.table.numbers + j * width, T(1));
         }
       }
-      at += width * L8;
     }
     for (int64_t t = 0; t < p.num_k; ++t) {
-      if (p.on_k[t].weight) store_weight(p.on_k[t], weights_k[t].gradient, T(1));
+      if (p.on_k[t].weight) store_weight(p.on_k[t], weights_k[t].gradient, late);
     }
     for (int64_t t = 0; t < p.num_v; ++t) {
       const Term& term = p.on_v[t];
@@ -918,7 +1015,7 @@ struct Worker {
       }
     }
     for (int64_t j = 0; j < p.Lk; ++j) {
-      store_row<T>(p.grad_k, row_of(p.grad_k, b, h, j), grad_k + j * Dp, p.D);
+      store_row<T>(p.grad_k, row_of(p.grad_k, b, h, j), grad_k + j * Dp, p.D, late);
       store_row<T>(p.grad_v, row_of(p.grad_v, b, h, j), grad_v + j * Dp, p.D);
     }
   }
@@ -930,15 +1027,15 @@ struct Worker {
   }
 };
 
-template <class T>
+template <class X>
 int64_t scratch_bytes(const Problem& problem) {
-  return Worker<T>(problem, nullptr).arena.used;
+  return Worker<X>(problem, nullptr).arena.used;
 }
 
 // tiles [begin, end), counted over all heads
-template <class T>
+template <class X>
 void forward(const Problem& problem, char* scratch, int64_t begin, int64_t end) {
-  Worker<T> worker(problem, scratch);
+  Worker<X> worker(problem, scratch);
   for (int64_t t = begin; t < end; ++t) {
     if (t / problem.tiles != worker.head) worker.enter(t / problem.tiles);
     worker.forward_tile(t % problem.tiles);
@@ -946,9 +1043,9 @@ void forward(const Problem& problem, char* scratch, int64_t begin, int64_t end) 
 }
 
 // heads [begin, end)
-template <class T>
+template <class X>
 void backward(const Problem& problem, char* scratch, int64_t begin, int64_t end) {
-  Worker<T> worker(problem, scratch);
+  Worker<X> worker(problem, scratch);
   for (int64_t head = begin; head < end; ++head) {
     worker.enter(head);
     for (int64_t tile = 0; tile < problem.tiles; ++tile) worker.backward_tile(tile);
