@@ -103,6 +103,12 @@ def test_32_bits_are_refused_as_unreadable(mode, tmp_path):
     assert "deep.tif: its pixels are 32-bit numbers" in words and "save it with 8 or 16 bits" in words
 
 
+def test_files_that_are_no_pictures_have_words_of_their_own(tmp_path):
+    (tmp_path / "text.jpg").write_text("no picture")
+    with pytest.raises(ValueError, match="^its bytes are of no image format that Pillow knows$"):
+        reading.read_picture(tmp_path / "text.jpg", "RGB")
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "YCbCr"])
 def test_modes_of_8_bits_become_grey_or_colour_without_a_warning(mode):
     image = Image.new("RGB", (6, 4), (255, 255, 255)).convert(mode)

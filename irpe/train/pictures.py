@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 # formats that Pillow registers and cannot decode by itself, and one of measurements
 _OTHERS = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "WMF"}
@@ -45,10 +45,22 @@ def converted(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
+def _decoded(file: Any, mode: str) -> Image.Image:
+    try:
+        image = Image.open(file)
+    except UnidentifiedImageError:  # whose words are about the Python object
+        raise ValueError("its bytes are of no image format that Pillow knows") from None
+    return converted(image, mode)
+
+
 def read_picture(path: str | Path, mode: str) -> Image.Image:
-    """The picture of a file, decoded."""
+    """The picture of a file, decoded.
+
+    Raises:
+        ValueError: it is none; see also `converted`. Pillow has errors of its own for damaged ones.
+    """
     with open(path, "rb") as file:
-        return converted(Image.open(file), mode)
+        return _decoded(file, mode)
 
 
 class FolderSource:
@@ -84,7 +96,7 @@ class ReaderSource:
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         file, target = self.reader[index]
         with file:
-            return converted(Image.open(file), self.mode), int(target)
+            return _decoded(file, self.mode), int(target)
 
     def name(self, index: int) -> str:
         return str(self.reader.filename(index, absolute=True))
