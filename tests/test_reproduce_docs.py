@@ -11,7 +11,7 @@ pytest.importorskip("sklearn")
 
 from conftest import ROOT
 from safetensors.torch import load_file
-from train_tiny import MODEL, pictures
+from train_tiny import ONE_STEP, TINY, pictures
 from typer.testing import CliRunner
 
 from irpe import get_num_buckets, rpe_config_from_string
@@ -21,11 +21,6 @@ ROWS = re.findall(r"^\| (.+?) \| (.+?) \| `(.+)` \|$", (ROOT / "docs" / "reprodu
 COMMANDS = list(dict.fromkeys(command for _, _, command in ROWS))
 TRAIN = [command for command in COMMANDS if " train " in command]
 DETECT = [command for command in COMMANDS if " detect " in command]
-TINY = [one for one in MODEL if one not in ("--rpe", MODEL[-1])]
-ONE_STEP = [
-    "--batch-size", "16", "--loader-workers", "0", "--max-steps", "1", "--no-compile", "--device", "cpu",
-    "--name", "run", "--no-plots",
-]  # fmt: skip
 
 
 def of_irpe(command):

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("timm")
 pytest.importorskip("sklearn")
 
-from train_tiny import MODEL, ROOT, pictures
+from train_tiny import MODEL, ONE_STEP, ROOT, TINY, pictures
 from typer.testing import CliRunner
 
 from irpe.__main__ import app
@@ -19,13 +19,6 @@ LINES = [
     for line in block.splitlines()
 ]
 TRAINING = [line for line in LINES if " train " in line]
-# a model and batches that fit the pictures, in place of those of the command: the last word counts
-TINY = [one for one in MODEL if not one.startswith("rpe")]
-TINY.remove("--rpe")
-ONE_STEP = [
-    "--batch-size", "16", "--loader-workers", "0", "--max-steps", "1", "--no-compile", "--device", "cpu",
-    "--name", "run", "--no-plots",
-]  # fmt: skip
 
 
 def of_irpe(line):

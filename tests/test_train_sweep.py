@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("timm")
 pytest.importorskip("sklearn")
 
-from train_tiny import MODEL, irpe, pictures, words
+from train_tiny import TINY, irpe, pictures, words
 from typer.testing import CliRunner
 
 from irpe import rpe_config_from_string
@@ -15,7 +15,6 @@ from irpe.__main__ import app
 from irpe.cli import sweep
 from irpe.train.sweep import TABLES
 
-TINY = [one for one in MODEL if one not in ("--rpe", MODEL[-1])]
 ONE_STEP = ["--recipe", "small", "--epochs", "1", "--warmup-epochs", "0", "--batch-size", "16", "--loader-workers", "0"]
 
 

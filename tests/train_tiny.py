@@ -18,6 +18,12 @@ MODEL = [
     "--model", "vit_tiny_patch16_224", "--img-size", "8x12", "--in-chans", "1", "--model-arg", "patch_size=2",
     "--model-arg", "embed_dim=16", "--model-arg", "depth=1", "--model-arg", "num_heads=2", "--rpe", RPE,
 ]  # fmt: skip
+TINY = MODEL[:-2]  # without the encoding
+# behind the options of a command of the docs, of which the last word counts: a run of one step on tiny pictures
+ONE_STEP = [
+    "--batch-size", "16", "--loader-workers", "0", "--max-steps", "1", "--no-compile", "--device", "cpu",
+    "--name", "run", "--no-plots",
+]  # fmt: skip
 SMALL = [
     *MODEL, "--recipe", "small", "--epochs", "2", "--warmup-epochs", "0", "--batch-size", "30", "--loader-workers", "0",
     "--no-plots",
@@ -87,10 +93,12 @@ def log(folder, kind):
 
 __all__ = [
     "MODEL",
+    "ONE_STEP",
     "ROOT",
     "RPE",
     "SMALL",
     "STILL",
+    "TINY",
     "command",
     "environment",
     "irpe",

@@ -70,8 +70,8 @@ def piece(image: Image.Image, boxes: Tensor, draw: np.random.Generator) -> tuple
     """A random piece of the image, as DETR is trained with: (piece, boxes (m, 4) in its pixels, which (m,) they are).
 
     The image is resized to a shorter side of 400, 500 or 600 pixels; height and width of the piece are between 384 and
-    600. Boxes are cut at its edges, and left out where nothing remains. (Carion et al., ECCV 2020, section 4 and
-    appendix A.4.)
+    600. Boxes are cut at its edges, and left out where nothing remains. (Carion et al., ECCV 2020, section 4; the
+    numbers are those of DETR's published code.)
     """
     short = CROP_FROM[int(draw.integers(len(CROP_FROM)))]
     height, width = get_size_with_aspect_ratio((image.height, image.width), short)

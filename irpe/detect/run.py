@@ -31,8 +31,8 @@ MakeFolder = Callable[[], Path]
 def default_name(settings: Settings) -> str:
     """The name of a run's folder: data, model, encoding, seed."""
     model = settings.model if settings.pretrained is None else Path(settings.pretrained).stem
-    parts = ["detect", Path(settings.data).name, model, settings.rpe, f"seed{settings.seed}"]
-    parts.insert(-1, "no-positions" if settings.positions == "none" else None)
+    parts = ["detect", Path(settings.data).name, model, settings.rpe]
+    parts += ["no-positions" if settings.positions == "none" else None, f"seed{settings.seed}"]
     return "-".join(part for part in parts if part and part != "none")
 
 

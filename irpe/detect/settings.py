@@ -45,12 +45,7 @@ class Settings:
         "release.",
     )
     backbone: str | None = option(None, MODEL, "Weights of the ResNet of --model r50: hub (timm's), or a file.")
-    rpe: str | None = option(
-        None,
-        MODEL,
-        f"An iRPE such as {RPE} in the encoder, or none; as --pretrained has it by default. Without DATA several, by "
-        f"default none and {RPE}.",
-    )
+    rpe: str | None = None  # an iRPE in the encoder, or "none"; None is as the pretrained model has it
     positions: str | None = option(
         None,
         MODEL,
@@ -104,7 +99,8 @@ class Settings:
 
 RECIPES: dict[str, dict[str, Any]] = {
     "finetune": {},
-    # DETR from a pretrained ResNet (Carion et al., ECCV 2020), whose short schedule has 150 epochs
+    # DETR from a pretrained ResNet (Carion et al., ECCV 2020, and its published code, for 300 epochs), with the
+    # learning rate falling after two thirds of 150 as well
     "detr": dict(
         model="r50", train_size=tuple(range(480, 801, 32)), crop=0.5, epochs=150, lr_drop=100, batch_size=16,
         warmup_steps=0,
