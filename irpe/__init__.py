@@ -6,11 +6,13 @@ from .convert import convert_tables
 from .equip import equip, rpe_parameters, unequip
 from .irpe import (
     METHOD,
+    BucketMap,
     RPEConfig,
     SingleRPEConfig,
     build_rpe,
     get_bucket_ids,
     get_bucket_ids_2d,
+    get_bucket_map,
     get_num_buckets,
     get_offset_ids_2d,
     get_rpe_config,
@@ -19,11 +21,13 @@ from .irpe import (
     iRPE_Cross,
     piecewise_index,
     rpe_attention,
+    rpe_attention_with_weights,
 )
 from .multihead_attention import RPEMultiheadAttention
 
 __all__ = [
     "METHOD",
+    "BucketMap",
     "RPEConfig",
     "RPEMultiheadAttention",
     "SingleRPEConfig",
@@ -33,6 +37,7 @@ __all__ = [
     "equip",
     "get_bucket_ids",
     "get_bucket_ids_2d",
+    "get_bucket_map",
     "get_num_buckets",
     "get_offset_ids_2d",
     "get_rpe_config",
@@ -41,6 +46,7 @@ __all__ = [
     "iRPE_Cross",
     "piecewise_index",
     "rpe_attention",
+    "rpe_attention_with_weights",
     "rpe_config_from_dict",
     "rpe_config_from_string",
     "rpe_config_to_dict",

@@ -24,12 +24,11 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 RPE_OPS_MISSING = ""  # why the operators of `rpe_ops` are not used
 try:  # the directory copied beside this file, then the installed one
@@ -250,11 +249,11 @@ def get_offset_ids_2d(
     height, width = _as_int(height, "height", 1), _as_int(width, "width", 1)
     dr = torch.arange(1 - height, height, device=device).unsqueeze(1)  # (2h-1, 1)
     dc = torch.arange(1 - width, width, device=device).unsqueeze(0)  # (1, 2w-1)
-    return _buckets(_as_method(method), dr, dc, alpha, beta, gamma).to(dtype)
+    return sum(_parts(_as_method(method), dr, dc, alpha, beta, gamma)).to(dtype)  # type: ignore[union-attr]
 
 
-def _buckets(method: METHOD, dr: Tensor, dc: Tensor, alpha: float, beta: float, gamma: float) -> Tensor:
-    """The bucket of each offset (dr, dc); the two are broadcast."""
+def _parts(method: METHOD, dr: Tensor, dc: Tensor, alpha: float, beta: float, gamma: float) -> tuple[Tensor, ...]:
+    """The bucket of offsets (dr, dc) as a sum: of g(dr, dc), or where the mapping factors of g(dr) and g(dc)."""
     _check_piecewise(alpha, beta, gamma)
     b = int(beta)
 
@@ -262,14 +261,78 @@ def _buckets(method: METHOD, dr: Tensor, dc: Tensor, alpha: float, beta: float, 
         return piecewise_index(x, alpha, beta, gamma) + b
 
     if method == METHOD.EUCLIDEAN:
-        return g((dr * dr + dc * dc).double().sqrt().round())
+        return (g((dr * dr + dc * dc).double().sqrt().round()),)
     if method == METHOD.QUANT:
-        return g(dr * dr + dc * dc)
+        return (g(dr * dr + dc * dc),)
     if method == METHOD.PRODUCT:
-        return g(dr) * (2 * b + 1) + g(dc)
+        return g(dr) * (2 * b + 1), g(dc)
     if method == METHOD.CROSS:
         raise ValueError("cross has two maps: ask for METHOD.CROSS_ROWS and METHOD.CROSS_COLS")
-    return g(dr + 0 * dc) if method == METHOD.CROSS_ROWS else g(0 * dr + dc)
+    zero = torch.zeros_like(dr if method == METHOD.CROSS_COLS else dc, dtype=torch.long)
+    return (g(dr), zero) if method == METHOD.CROSS_ROWS else (zero, g(dc))
+
+
+class BucketMap(NamedTuple):
+    """ids[i, j] = bucket of tokens i and j of a grid, kept as what they depend on: the offset of the two.
+
+    >>> map = get_bucket_map("product", height=128, width=96, skip=1, alpha=1.9, beta=3.8, gamma=15.2)
+    >>> map.offsets.shape, map.ids(torch.uint8).shape
+    (torch.Size([446]), torch.Size([12289, 12289]))
+
+    offsets: int32. Product and cross factor: bucket(dr, dc) = rows[h-1+dr] + columns[w-1+dc], and offsets are rows and
+    columns, one after the other, (2h-1 + 2w-1,). Others: bucket(dr, dc) = offsets[h-1+dr, w-1+dc], (2h-1, 2w-1).
+    size: (h, w). skip: number of tokens in front of the grid. num_buckets: N, the skip bucket counted.
+    """
+
+    offsets: Tensor
+    size: tuple[int, ...]
+    skip: int
+    num_buckets: int
+
+    def axes(self) -> tuple[Tensor, ...]:
+        """One part of `offsets` for each axis; empty where the mapping does not factor."""
+        return self.offsets.split([2 * n - 1 for n in self.size]) if self.offsets.dim() == 1 else ()
+
+    def ids(self, dtype: torch.dtype | None = None) -> Tensor:
+        """(L, L), L = skip + h*w, of the smallest dtype unless told: for the formula, pictures and people."""
+        if dtype is None:
+            dtype = (
+                torch.uint8 if self.num_buckets <= 2**8 else torch.int16 if self.num_buckets <= 2**15 else torch.int32
+            )
+        grid = self.offsets
+        for n, axis in enumerate(self.axes()):
+            grid = axis if n == 0 else grid.unsqueeze(-1) + axis  # (2h-1, 2w-1)
+        every = tuple(range(len(self.size)))
+        windows = grid.to(dtype).flip(every)
+        for axis, n in enumerate(self.size):
+            windows = windows.unfold(axis, n, 1)  # (h, w, h, w): keys as the query at (h-1-row, w-1-column) sees them
+        tokens = math.prod(self.size)
+        ids = windows.flip(every).reshape(tokens, tokens)
+        return F.pad(ids, (self.skip, 0, self.skip, 0), value=self.num_buckets - 1) if self.skip else ids
+
+
+def get_bucket_map(
+    method: str | METHOD,
+    height: int,
+    width: int,
+    skip: int,
+    alpha: float,
+    beta: float,
+    gamma: float,
+    device: torch.device | str = "cpu",
+) -> BucketMap:
+    """The `BucketMap` of a grid, whose `ids()` are those of `get_bucket_ids_2d`; the arguments are explained there."""
+    method, skip = _as_method(method), _as_int(skip, "skip", 0)
+    height, width = _as_int(height, "height", 1), _as_int(width, "width", 1)
+    dr, dc = torch.arange(1 - height, height, device=device), torch.arange(1 - width, width, device=device)
+    if method in (METHOD.EUCLIDEAN, METHOD.QUANT):  # neither sees signs, so a quarter is computed
+        (offsets,) = _parts(method, dr[height - 1 :, None], dc[width - 1 :], alpha, beta, gamma)
+        offsets = torch.cat([offsets.flip(0)[:-1], offsets])
+        offsets = torch.cat([offsets.flip(1)[:, :-1], offsets], 1)
+    else:
+        offsets = torch.cat(_parts(method, dr, dc, alpha, beta, gamma))
+    num_buckets = get_num_buckets(method, alpha, beta, gamma) + (skip > 0)
+    return BucketMap(offsets.int(), (height, width), skip, num_buckets)
 
 
 def get_bucket_ids_2d(
@@ -297,17 +360,8 @@ def get_bucket_ids_2d(
 
     Returns ids (L, L) with L = skip + height*width, and the number of buckets with the skip bucket counted.
     """
-    skip = _as_int(skip, "skip", 0)
-    offsets = get_offset_ids_2d(method, height, width, alpha, beta, gamma, dtype, device)
-    row, col = torch.arange(height, device=device), torch.arange(width, device=device)
-    dr = row.view(-1, 1, 1, 1) - row.view(1, 1, -1, 1) + (height - 1)  # (h, 1, h, 1)
-    dc = col.view(1, -1, 1, 1) - col.view(1, 1, 1, -1) + (width - 1)  # (1, w, 1, w)
-    ids = offsets[dr, dc].reshape(height * width, height * width)
-    num_buckets = get_num_buckets(method, alpha, beta, gamma)
-    if skip:
-        ids = F.pad(ids, (skip, 0, skip, 0), value=num_buckets)
-        num_buckets += 1
-    return ids, num_buckets
+    bucket_map = get_bucket_map(method, height, width, skip, alpha, beta, gamma, device)
+    return bucket_map.ids(dtype), bucket_map.num_buckets
 
 
 def get_bucket_ids(
@@ -332,7 +386,7 @@ def get_bucket_ids(
         if one.dim() < 2 or one.shape[-1] != 2:
             raise ValueError(f"positions have shape {tuple(one.shape)}; expected (..., L, 2): row and column")
     dr, dc = (positions.double().unsqueeze(-2) - key_positions.double().unsqueeze(-3)).unbind(-1)  # (..., Lq, Lk)
-    ids = _buckets(_as_method(method), dr, dc, alpha, beta, gamma)
+    ids = sum(_parts(_as_method(method), dr, dc, alpha, beta, gamma))
     num_buckets = get_num_buckets(method, alpha, beta, gamma)
     placed = (positions[..., 0] >= 0).unsqueeze(-1) & (key_positions[..., 0] >= 0).unsqueeze(-2)
     # in a compiled graph the id of a bucket that is not there is outside the table, which every operator refuses
@@ -341,56 +395,83 @@ def get_bucket_ids(
     return ids.where(placed, num_buckets), num_buckets + (skip > 0)
 
 
-_IDS_MAX_BYTES = 256 * 2**20  # more than that is dropped
-_ids: OrderedDict[tuple, Tensor] = OrderedDict()  # least recently used first
-_ids_lock = threading.Lock()
+_MAPS = 1024  # more than that are dropped
+_maps: OrderedDict[tuple, Tensor] = OrderedDict()  # least recently used first
+_maps_lock = threading.Lock()
 
 
-def _cached_bucket_ids(mapping: str, height: int, width: int, device: torch.device) -> Tensor:
-    """(L, L) int64 ids from the cache.
+def _cached_offsets(mapping: str, height: int, width: int, device: torch.device) -> Tensor:
+    """`BucketMap.offsets` from the cache.
 
     Built in a thread of their own, which no mode of the caller reaches: neither a FakeTensor nor an inference tensor
     can get in, and no trace records how. Built on the CPU, so all devices agree on rounding.
     """
     key = (mapping, height, width, device)
-    with _ids_lock:
-        if key in _ids:
-            _ids.move_to_end(key)
-            return _ids[key]
+    with _maps_lock:
+        if key in _maps:
+            _maps.move_to_end(key)
+            return _maps[key]
+    offsets = _in_a_clean_thread(lambda: get_bucket_map(*_fields(mapping, height, width)).offsets.to(device))
+    offsets._dynamo_static_indices = {0, 1}  # type: ignore[attr-defined]  # torch.compile: sizes that no graph varies
+    with _maps_lock:
+        _maps[key] = offsets
+        while len(_maps) > _MAPS:
+            _maps.popitem(last=False)
+    return offsets
+
+
+def _constant_ids(mapping: str, height: int, width: int, device: torch.device) -> Tensor:
+    """(L, L) ids, for a graph that others run later."""
+    return _in_a_clean_thread(lambda: get_bucket_map(*_fields(mapping, height, width)).ids(torch.long).to(device))
+
+
+def _ids_of_symbols(method: str, height: int, width: int, skip: int, *rest: Any) -> Tensor:
+    """(L, L) ids by operations that do not pin symbolic sizes, as `BucketMap.ids` does."""
+    *piecewise, device = rest
+    offsets = get_offset_ids_2d(method, height, width, *piecewise, device=device)
+    cells = torch.arange(height * width, device=device)
+    row, column = cells // width, cells % width
+    ids = offsets[row.unsqueeze(1) - row + (height - 1), column.unsqueeze(1) - column + (width - 1)]
+    return F.pad(ids, (skip, 0, skip, 0), value=get_num_buckets(method, *piecewise)) if skip else ids
+
+
+def _in_a_clean_thread(build: Callable[[], Tensor]) -> Tensor:
     with ThreadPoolExecutor(1) as clean:
-        ids = clean.submit(lambda: _build_bucket_ids(mapping, height, width, torch.device("cpu")).to(device)).result()
-    ids._dynamo_static_indices = {0, 1}  # type: ignore[attr-defined]  # torch.compile: these sizes never vary in a graph
-    with _ids_lock:
-        _ids[key] = ids
-        while sum(one.nbytes for one in _ids.values()) > _IDS_MAX_BYTES and len(_ids) > 1:
-            _ids.popitem(last=False)
-    return ids
+        return clean.submit(build).result()
 
 
-def _add_constant(name: str, *key: Any) -> None:
-    """For torch.compile, which names a constant after the function it comes from: a function for this map alone."""
+def _fields(mapping: str, height: int, width: int) -> tuple[str, int, int, int, float, float, float]:
+    method, skip, alpha, beta, gamma = mapping.split()
+    return method, height, width, int(skip), float(alpha), float(beta), float(gamma)
 
-    def ids() -> Tensor:
-        return _cached_bucket_ids(*key)
 
-    ids.__code__ = ids.__code__.replace(co_name=name)
-    ids._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    setattr(_add_constant, name, ids)
+def _add_constant(name: str, build: str, *key: Any) -> None:
+    """For torch.compile, which names a constant after the function it comes from: a function for this map alone.
+
+    It stays for good: compiled graphs are thrown away with the function that their constant came from.
+    """
+    if hasattr(_add_constant, name):
+        return
+
+    def constant() -> Tensor:
+        return globals()[build](*key)
+
+    constant.__code__ = constant.__code__.replace(co_name=name)
+    constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    setattr(_add_constant, name, constant)
 
 
 # what torch.compiler.assume_constant_result sets; calling that would import the whole compiler
 _add_constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _build_bucket_ids(mapping: str, height: int, width: int, device: torch.device) -> Tensor:
-    method, *numbers = mapping.split()
-    skip, alpha, beta, gamma = map(float, numbers)
-    return get_bucket_ids_2d(method, height, width, int(skip), alpha, beta, gamma, device=device)[0]
-
-
-def _bucket_ids(mapping: str, height: int, width: int, x: Tensor) -> Tensor:
-    """(L, L) ids on x's device: from the cache, or as part of the graph that is being traced with symbolic sizes."""
-    in_graph = isinstance(x, FakeTensor)
+def _bucket_map(mapping: str, num_buckets: int, height: int, width: int, x: Tensor) -> BucketMap | Tensor:
+    """The map on x's device, from the cache. Ids (L, L) instead, where a graph is saved for others to run, or where
+    the sizes are symbols: then they are built in the graph.
+    """
+    build = "_constant_ids" if torch.compiler.is_exporting() or torch.jit.is_tracing() else "_cached_offsets"
+    in_graph = type(x).__name__ == "FakeTensor"
+    constant = None
     if torch.compiler.is_compiling():
         from torch.fx.experimental.symbolic_shapes import has_static_value
 
@@ -398,11 +479,17 @@ def _bucket_ids(mapping: str, height: int, width: int, x: Tensor) -> Tensor:
         if not in_graph:  # a size that was pinned after tracing had begun is still a symbol
             height, width = operator.index(height), operator.index(width)
         if not in_graph and torch.compiler.is_dynamo_compiling():
-            name = f"ids {mapping} {height} {width} {x.device.type} {x.device.index}"
+            name = f"{build[1:]} {mapping} {height} {width} {x.device.type} {x.device.index}"
             name = name.replace(" ", "_").replace(".", "p").replace("-", "m")
-            _add_constant(name, mapping, height, width, x.device)
-            return getattr(_add_constant, name)()
-    return (_build_bucket_ids if in_graph else _cached_bucket_ids)(mapping, height, width, x.device)
+            _add_constant(name, build, mapping, height, width, x.device)
+            constant = getattr(_add_constant, name)()
+    if in_graph:
+        return _ids_of_symbols(*_fields(mapping, height, width), x.device)
+    if constant is None:
+        constant = (_constant_ids if build == "_constant_ids" else _cached_offsets)(mapping, height, width, x.device)
+    if build == "_constant_ids":
+        return constant
+    return BucketMap(constant, (height, width), int(mapping.split()[1]), num_buckets)
 
 
 def _grid(tokens: int, skip: int, height: Size, width: Size) -> tuple[int, int]:
@@ -425,19 +512,27 @@ def _grid(tokens: int, skip: int, height: Size, width: Size) -> tuple[int, int]:
     return height, width
 
 
-def _rpe_index(input: Tensor, index: Tensor) -> Tensor:
-    """Y[b, h, i, j] = input[b, h, i, index[i, j]]: (B, H, Lq, N), (Lq, Lk) or (B, 1, Lq, Lk) -> (B, H, Lq, Lk)."""
-    if _operators is not None and index.dim() == 2 and not torch.compiler.is_exporting():
-        return _operators.rpe_index(input, index)
-    return input.gather(-1, index.expand(*input.shape[:2], *index.shape[-2:]))
+def _rpe_index(input: Tensor, where: BucketMap | Tensor) -> Tensor:
+    """Y[b, h, i, j] = input[b, h, i, ids[i, j]]: (B, H, Lq, N), a map or ids (.., Lq, Lk) -> (B, H, Lq, Lk)."""
+    if _takes(where):
+        return _operators.rpe_index(input, where)
+    ids = where if isinstance(where, Tensor) else where.ids(torch.long)
+    return input.gather(-1, ids.expand(*input.shape[:2], *ids.shape[-2:]))
 
 
-def _rpe_bucket_sum(input: Tensor, index: Tensor, num_buckets: int) -> Tensor:
-    """S[b, h, i, n] = sum of input[b, h, i, j] over j with index[i, j] = n: (B, H, Lq, Lk) -> (B, H, Lq, N)."""
-    if _operators is not None and index.dim() == 2 and not torch.compiler.is_exporting():
-        return _operators.rpe_bucket_sum(input, index, num_buckets)
+def _rpe_bucket_sum(input: Tensor, where: BucketMap | Tensor, num_buckets: int) -> Tensor:
+    """S[b, h, i, n] = sum of input[b, h, i, j] over j with ids[i, j] = n: (B, H, Lq, Lk) -> (B, H, Lq, N)."""
+    if _takes(where):
+        return _operators.rpe_bucket_sum(input, where, num_buckets)
+    ids = where if isinstance(where, Tensor) else where.ids(torch.long)
     zeros = input.new_zeros(*input.shape[:3], num_buckets)
-    return zeros.scatter_add(-1, index.expand(input.shape), input)
+    return zeros.scatter_add(-1, ids.expand(input.shape), input)
+
+
+def _takes(where: BucketMap | Tensor) -> bool:
+    """Whether `rpe_ops` has the pair: for one map of all samples, outside of graphs that others run without it."""
+    one_map = not isinstance(where, Tensor) or where.dim() == 2
+    return _operators is not None and one_map and not torch.compiler.is_exporting()
 
 
 class iRPE(nn.Module):
@@ -503,6 +598,10 @@ class iRPE(nn.Module):
         """The one parameter, under either of its names."""
         return getattr(self, "lookup_table_bias" if self.mode == "bias" else "lookup_table_weight")
 
+    def has_hooks(self) -> bool:
+        """Whether the table alone is not the encoding: hooks change it, or a subclass does."""
+        return bool(self._forward_pre_hooks or self._forward_hooks) or type(self).forward is not iRPE.forward
+
     def reset_parameters(self) -> None:
         """Set the table to zero, then call the initializer if there is one."""
         with torch.no_grad():
@@ -512,21 +611,23 @@ class iRPE(nn.Module):
 
     def tables(
         self, x: Tensor, height: Size = None, width: Size = None, *, positions: Places = None
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Pairs (table, ids) that x is encoded with: one here, two for cross. This is what a fused kernel needs.
+    ) -> list[tuple[Tensor, BucketMap | Tensor]]:
+        """Pairs (table, map) that x is encoded with: one here, two for cross. This is what a fused kernel needs.
 
-        table is W, (H', D, N), on values (H', N, D), or (1, H', L, N) biases; ids (L, L), by sample (B, 1, L, L).
+        table is W, (H', D, N), on values (H', N, D), or (1, H', L, N) biases. map is a `BucketMap`; with positions, and
+        in graphs that are saved or have sizes that vary, ids (L, L), by sample (B, 1, L, L).
         """
         self._check(x, positions)
-        tokens = x.shape[2]
         if positions is not None and (height, width) != (None, None):
             raise ValueError(f"height={height}, width={width} and positions: give one or the other")
+        where: BucketMap | Tensor
         if positions is None:
-            ids = _bucket_ids(self._mapping, *_grid(tokens, self.rpe_config.skip, height, width), x)
+            size = _grid(x.shape[2], self.rpe_config.skip, height, width)
+            where = _bucket_map(self._mapping, self.num_buckets, *size, x)
         else:
-            ids = self._ids_at(x, positions)
+            where = self._ids_at(x, positions)
         bias = self.mode == "bias"
-        return [(self.table[None, :, None, :].expand(1, -1, tokens, -1) if bias else self.table, ids)]
+        return [(self.table[None, :, None, :].expand(1, -1, x.shape[2], -1) if bias else self.table, where)]
 
     def _ids_at(self, x: Tensor, positions: Any) -> Tensor:
         own, others = positions if isinstance(positions, tuple) else (positions, positions)
@@ -552,10 +653,10 @@ class iRPE(nn.Module):
             (B, H, L, L) to be added to the attention (for the one on queries transposed first), (1, H', L, L) in bias
             mode; on values (B, H, L, D) to be added to the output.
         """
-        ((table, ids),) = self.tables(x, height, width, positions=positions)
+        ((table, where),) = self.tables(x, height, width, positions=positions)
         if self.transposed:
-            return _rpe_index(table if self.mode == "bias" else x @ table, ids)
-        return _rpe_bucket_sum(x, ids, self.num_buckets) @ table
+            return _rpe_index(table if self.mode == "bias" else x @ table, where)
+        return _rpe_bucket_sum(x, where, self.num_buckets) @ table
 
     def _check(self, x: Tensor, positions: Places) -> None:
         where, expected = ("q or k", "(B, H, L, D)") if self.transposed else ("v", "(B, H, L, L)")
@@ -602,9 +703,14 @@ class iRPE_Cross(nn.Module):
         self.rp_cols = iRPE(head_dim, num_heads, mode, METHOD.CROSS_COLS, **kwargs)
         self.method, self.mode, self.transposed = METHOD.CROSS, self.rp_rows.mode, self.rp_rows.transposed
 
-    def tables(self, x: Tensor, *size: Any, **options: Any) -> list[tuple[Tensor, Tensor]]:
-        """The pairs (table, ids) of rows and of columns, see `iRPE.tables`."""
+    def tables(self, x: Tensor, *size: Any, **options: Any) -> list[tuple[Tensor, BucketMap | Tensor]]:
+        """The pairs (table, map) of rows and of columns, see `iRPE.tables`."""
         return self.rp_rows.tables(x, *size, **options) + self.rp_cols.tables(x, *size, **options)
+
+    def has_hooks(self) -> bool:
+        """As `iRPE.has_hooks`, of either."""
+        own = self._forward_pre_hooks or self._forward_hooks or type(self).forward is not iRPE_Cross.forward
+        return bool(own) or self.rp_rows.has_hooks() or self.rp_cols.has_hooks()
 
     def forward(self, x: Tensor, height: Size = None, width: Size = None, *, positions: Places = None) -> Tensor:
         """rp_rows(x) + rp_cols(x), see `iRPE.forward`."""
@@ -688,63 +794,131 @@ def rpe_attention(
             `rpe_ops.rpe_attention.choose`), "sdpa" where nothing is trained and there is no rpe_v, else "eager".
     Returns (B, H, Lq, D).
     """
-    for name, rpe, transposed in (("rpe_q", rpe_q, True), ("rpe_k", rpe_k, True), ("rpe_v", rpe_v, False)):
-        if rpe is not None and rpe.transposed is not transposed:
-            raise ValueError(f"{name} is an encoding for {'keys or queries' if rpe.transposed else 'values'}: {rpe}")
-    encoded = rpe_q is not None or rpe_k is not None or rpe_v is not None
-    if encoded and positions is None and q.shape[2] != k.shape[2]:
-        raise ValueError(
-            f"{q.shape[2]} queries and {k.shape[2]} keys; an encoding expects the same tokens, or positions="
-        )
-    if attn_mask is not None and attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
-        raise TypeError(f"attn_mask is {attn_mask.dtype}; expected bool (True takes part) or floating point (added)")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    at_q, at_k = positions if isinstance(positions, tuple) else (positions, positions)
-    of_q: dict[str, Any] = dict(height=height, width=width, positions=None if at_q is None else (at_q, at_k))
-    of_k = of_q | dict(positions=None if at_q is None else (at_k, at_q))
-    one_map = not encoded or at_q is None or at_k is None or at_q.dim() == at_k.dim() == 2
-    in_rpe_ops = backend in ("cpu", "triton", "reference")
-    if in_rpe_ops and not one_map:
-        raise ValueError(f'backend="{backend}" takes one map for all samples; use "eager" for positions (B, L, 2)')
-    if in_rpe_ops and _attention is None:
-        raise ValueError(f'backend="{backend}" needs rpe_ops, which is absent ({RPE_OPS_MISSING})')
-    records = torch.compiler.is_exporting() or torch.jit.is_tracing()  # what others run without rpe_ops or gradients
-    if _attention is not None and backend in (None, "eager") and one_map and not records:
-        # dropped weights depend on the seed alone where rpe_ops draws them
-        in_rpe_ops = dropout_p > 0 or (backend is None and _attention.choose(q, k, attn_mask) != "eager")
-    if in_rpe_ops:
-        on_q = [] if rpe_q is None else rpe_q.tables(k, **of_k)
-        on_k = [] if rpe_k is None else rpe_k.tables(q, **of_q)
-        weights_like = q[:1, :, :, :1].expand(-1, -1, -1, k.shape[2])
-        on_v = [] if rpe_v is None else [(ids, W) for W, ids in rpe_v.tables(weights_like, **of_q)]
-        rest = dict(scale=scale, attn_mask=attn_mask, dropout_p=dropout_p, backend=backend)
-        return _attention.rpe_attention(q, k, v, on_q, on_k, on_v, **rest)[0]
-    if backend not in (None, "eager", "sdpa"):
+    rpe = _Encodings.of(q, k, rpe_q, rpe_k, rpe_v, dict(height=height, width=width), positions, attn_mask)
+    if backend not in (None, "cpu", "triton", "eager", "sdpa", "reference"):
         raise ValueError(f'unknown backend {backend!r}; expected None, "cpu", "triton", "eager", "sdpa" or "reference"')
     if backend == "sdpa" and rpe_v is not None:
         raise ValueError('backend="sdpa" returns no attention weights, which an encoding on values needs; use "eager"')
-    bias = empty = None  # what is added to the scores, (B, H, Lq, Lk); rows without a key, (B, H, Lq, 1)
-    scaled_q = q * scale
-    if rpe_k is not None:
-        bias = rpe_k(scaled_q, **of_q)
-    if rpe_q is not None:
-        on_q = rpe_q(k * scale, **of_k).transpose(-2, -1)
-        bias = on_q if bias is None else bias + on_q
-    if attn_mask is not None:
-        if attn_mask.dtype == torch.bool:
-            attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, -math.inf)
-        empty = (attn_mask == -math.inf).all(-1, keepdim=True)
-        attn_mask = attn_mask.masked_fill(empty, 0.0).to(q.dtype)  # such rows stay finite, and are cleared below
-        bias = attn_mask if bias is None else bias + attn_mask
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    why_not = rpe.why_not_in_operators()
+    if why_not and backend in ("cpu", "triton", "reference"):
+        raise ValueError(f'backend="{backend}" {why_not}')
+    records = torch.compiler.is_exporting() or torch.jit.is_tracing()  # what others run without rpe_ops or gradients
+    in_operators, name = not why_not and not records, backend
+    if backend is None and in_operators:
+        name = _attention.choose(q, k, attn_mask)
+    # dropped weights depend on the seed alone where rpe_ops draws them, also for its formula
+    if name in ("cpu", "triton", "reference") or (in_operators and name in (None, "eager") and dropout_p > 0):
+        options = dict(scale=scale, attn_mask=attn_mask, dropout_p=dropout_p, backend=name, or_eager=backend is None)
+        return _attention.rpe_attention(q, k, v, *rpe.tables(q, k), **options)[0]
+    bias, empty = rpe.bias(q * scale, k * scale, attn_mask)
     trains = not records and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias))
     if backend == "sdpa" or (backend is None and rpe_v is None and not trains):
         bias = None if bias is None else bias.to(q.dtype)
         out = F.scaled_dot_product_attention(q, k, v, bias, dropout_p, scale=scale)
         return out if empty is None else out.masked_fill(empty, 0.0)
-    scores = scaled_q @ k.transpose(-2, -1)
-    weights = (scores if bias is None else scores + bias).softmax(-1)
-    if empty is not None:
-        weights = weights.masked_fill(empty, 0.0)
-    weights = F.dropout(weights, dropout_p)
-    out = weights @ v
-    return out if rpe_v is None else out + rpe_v(weights, **of_q)
+    return rpe.formula(q * scale, k, v, bias, empty, dropout_p)[0]
+
+
+def rpe_attention_with_weights(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpe_q: RPEModule | None = None,
+    rpe_k: RPEModule | None = None,
+    rpe_v: RPEModule | None = None,
+    *,
+    height: Size = None,
+    width: Size = None,
+    positions: Places = None,
+    scale: float | None = None,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """(out, p) of the formula of `rpe_attention` in plain torch, for who needs the weights p too.
+
+    >>> q, k, v = torch.randn(3, 2, 6, 1 + 14 * 9, 64)
+    >>> rpe = build_rpe(get_rpe_config(skip=1, rpe_on="kv"), head_dim=64, num_heads=6)
+    >>> rpe_attention_with_weights(q, k, v, *rpe, height=14, width=9)[1].shape
+    torch.Size([2, 6, 127, 127])
+
+    Arguments are those of `rpe_attention`. p, (B, H, Lq, Lk), is what meets v, after dropout.
+    """
+    rpe = _Encodings.of(q, k, rpe_q, rpe_k, rpe_v, dict(height=height, width=width), positions, attn_mask)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q = q * scale
+    return rpe.formula(q, k, v, *rpe.bias(q, k * scale, attn_mask), dropout_p)
+
+
+class _Encodings(NamedTuple):
+    """The encodings of one attention, and where its tokens are."""
+
+    q: RPEModule | None
+    k: RPEModule | None
+    v: RPEModule | None
+    of_q: dict[str, Any]  # height, width, positions for an encoding of what has the queries' tokens: those on k and v
+    of_k: dict[str, Any]
+
+    @staticmethod
+    def of(q: Tensor, k: Tensor, rpe_q: Any, rpe_k: Any, rpe_v: Any, size: Any, places: Places, mask: Any) -> Any:
+        """Checked."""
+        for name, one, transposed in (("rpe_q", rpe_q, True), ("rpe_k", rpe_k, True), ("rpe_v", rpe_v, False)):
+            if one is not None and one.transposed is not transposed:
+                where = "keys or queries" if one.transposed else "values"
+                raise ValueError(f"{name} is an encoding for {where}: {one}")
+        if places is None and q.shape[2] != k.shape[2] and not rpe_q is rpe_k is rpe_v:
+            raise ValueError(
+                f"{q.shape[2]} queries and {k.shape[2]} keys; an encoding expects the same tokens, or positions="
+            )
+        if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+            raise TypeError(f"attn_mask is {mask.dtype}; expected bool (True takes part) or floating point (added)")
+        at_q, at_k = places if isinstance(places, tuple) else (places, places)
+        of_q, of_k = ((at_q, at_k), (at_k, at_q)) if places is not None else (None, None)
+        return _Encodings(rpe_q, rpe_k, rpe_v, size | dict(positions=of_q), size | dict(positions=of_k))
+
+    def why_not_in_operators(self) -> str:
+        """Why `rpe_ops` cannot take the attention, as the end of a sentence; "" where it can."""
+        if _attention is None:
+            return f"needs rpe_ops, which is absent ({RPE_OPS_MISSING})"
+        some = [one for one in self[:3] if one is not None]
+        if some and any(places.dim() > 2 for places in self.of_q["positions"] or ()):
+            return 'takes one map for all samples; use "eager" for positions (B, L, 2)'
+        if any(one.has_hooks() for one in some):
+            return 'reads the tables, which leaves out the hooks of an encoding; use "eager"'
+        return ""
+
+    def tables(self, q: Tensor, k: Tensor) -> tuple[list, list, list]:
+        """(table, map) on q and on k, (map, table) on v: the arguments of `rpe_ops`."""
+        weights_like = q[:1, :, :, :1].expand(-1, -1, -1, k.shape[2])
+        on_v = [] if self.v is None else self.v.tables(weights_like, **self.of_q)
+        on_q = [] if self.q is None else self.q.tables(k, **self.of_k)
+        return on_q, [] if self.k is None else self.k.tables(q, **self.of_q), [(place, W) for W, place in on_v]
+
+    def bias(self, q: Tensor, k: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """What is added to the scores, (.., Lq, Lk), and which rows have no key, (.., Lq, 1); q and k are scaled."""
+        bias = empty = None
+        if self.k is not None:
+            bias = self.k(q, **self.of_q)
+        if self.q is not None:
+            on_q = self.q(k, **self.of_k).transpose(-2, -1)
+            bias = on_q if bias is None else bias + on_q
+        if mask is not None:
+            if mask.dtype == torch.bool:
+                mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -math.inf)
+            mask = mask.to(q.dtype)  # first: finfo.min of a wider dtype is -inf in q's
+            empty = (mask == -math.inf).all(-1, keepdim=True)
+            mask = mask.masked_fill(empty, 0.0)  # such rows stay finite, and are cleared afterwards
+            bias = mask if bias is None else bias + mask
+        return bias, empty
+
+    def formula(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, empty: Tensor | None, dropout_p: float
+    ) -> tuple[Tensor, Tensor]:
+        """(out, weights) of scaled q and what `bias` returned."""
+        scores = q @ k.transpose(-2, -1)  # (B, H, Lq, Lk)
+        weights = (scores if bias is None else scores + bias).softmax(-1)
+        if empty is not None:
+            weights = weights.masked_fill(empty, 0.0)
+        weights = F.dropout(weights, dropout_p)
+        out = weights @ v
+        return (out if self.v is None else out + self.v(weights, **self.of_q)), weights

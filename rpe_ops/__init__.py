@@ -4,7 +4,7 @@
 rpe_index` is the function.
 """
 
-from . import reference, rpe_attention, rpe_index
+from . import maps, reference, rpe_attention, rpe_index
 from ._backends import backends
 
-__all__ = ["backends", "reference", "rpe_attention", "rpe_index"]
+__all__ = ["backends", "maps", "reference", "rpe_attention", "rpe_index"]

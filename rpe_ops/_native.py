@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from . import _torch
 
 # device type -> library; the one for the CPU also defines the schemas
 _LIBRARIES = {"cpu": "_rpe_ops_C", "cuda": "_rpe_ops_cuda"}
@@ -18,19 +19,16 @@ _SCHEMAS = {
     "rpe_index": "rpe_ops::rpe_index(Tensor input, Tensor index) -> Tensor",
     "rpe_bucket_sum": "rpe_ops::rpe_bucket_sum(Tensor input, Tensor index, SymInt num_buckets) -> Tensor",
     "rpe_attention_in_bfloat16": "rpe_ops::rpe_attention_in_bfloat16(Tensor q) -> bool",
-    "rpe_attention_plan": (
-        "rpe_ops::rpe_attention_plan(Tensor ids, SymInt num_buckets, bool blocks) -> (Tensor, Tensor, Tensor)"
-    ),
     "rpe_attention": (
         "rpe_ops::rpe_attention(Tensor q, Tensor k, Tensor v, Tensor[] tables_q, Tensor[] tables_k, "
-        "Tensor[] tables_v, Tensor[] plan_q, Tensor[] plan_k, Tensor[] plan_v, Tensor? attn_mask, Tensor? seed, "
-        "float scale, float dropout_p) -> (Tensor, Tensor, Tensor[])"
+        "Tensor[] tables_v, Tensor[] maps_q, Tensor[] maps_k, Tensor[] maps_v, SymInt[] sizes_q, SymInt[] sizes_k, "
+        "SymInt[] sizes_v, Tensor? attn_mask, Tensor? seed, float scale, float dropout_p) -> (Tensor, Tensor, Tensor[])"
     ),
     "rpe_attention_backward": (
         "rpe_ops::rpe_attention_backward(Tensor grad_out, Tensor[] grad_sums, Tensor q, Tensor k, Tensor v, "
-        "Tensor lse, Tensor[] tables_q, Tensor[] tables_k, Tensor[] tables_v, Tensor[] plan_q, Tensor[] plan_k, "
-        "Tensor[] plan_v, Tensor? attn_mask, Tensor? seed, float scale, float dropout_p) -> "
-        "(Tensor, Tensor, Tensor, Tensor[], Tensor[], Tensor[])"
+        "Tensor lse, Tensor[] tables_q, Tensor[] tables_k, Tensor[] tables_v, Tensor[] maps_q, Tensor[] maps_k, "
+        "Tensor[] maps_v, SymInt[] sizes_q, SymInt[] sizes_k, SymInt[] sizes_v, Tensor? attn_mask, Tensor? seed, "
+        "float scale, float dropout_p) -> (Tensor, Tensor, Tensor, Tensor[], Tensor[], Tensor[])"
     ),
 }
 _ON_CUDA = ("rpe_index", "rpe_bucket_sum")
@@ -47,11 +45,18 @@ def takes(input: Tensor) -> bool:
     Plain torch is also what torch.jit.trace can save, what subclasses such as DTensor know how to split, and what
     torch.func transforms inside a compiled graph can differentiate (eager ones have `autograd.Function`s).
     """
-    if input.device.type not in LOADED or input.dtype not in _DTYPES or is_traceable_wrapper_subclass(input):
+    if input.device.type not in LOADED or input.dtype not in _DTYPES or hasattr(type(input), "__tensor_flatten__"):
         return False
-    if torch.compiler.is_compiling():
-        return not torch._C._are_functorch_transforms_active()
-    return not torch.jit.is_tracing()
+    return not (_torch.transforms_active() if torch.compiler.is_compiling() else torch.jit.is_tracing())
+
+
+def about(device: str, what: str) -> str:
+    """A sentence for `rpe_ops.backends()`."""
+    if device in MISSING:
+        return f"not here: {what}; {MISSING[device]}"
+    if device == "cuda" and not torch.cuda.is_available():
+        return f"not here: no CUDA device is visible to the {what} in {LOADED[device]}"
+    return f"runs: {what}, deterministic, float16 to float64, from {LOADED[device]}"
 
 
 def first_time(face: str) -> bool:
@@ -80,16 +85,15 @@ def _has_kernels(device: str) -> bool:
     if not all(hasattr(torch.ops.rpe_ops, name) for name in _SCHEMAS):
         return False
     names = _ON_CUDA if device == "cuda" else _SCHEMAS
-    key = device.upper()
-    return all(torch._C._dispatch_has_kernel_for_dispatch_key(f"rpe_ops::{name}", key) for name in names)
+    return all(_torch.has_kernel(f"rpe_ops::{name}", device.upper()) for name in names)
 
 
 def _foreign() -> str | None:
     """What another owner of the namespace has registered under our names, if it is not what we would."""
     for name, schema in _SCHEMAS.items():
         if hasattr(torch.ops.rpe_ops, name):
-            found = str(getattr(torch.ops.rpe_ops, name).default._schema)
-            if found != schema:
+            found = _torch.schema(name)
+            if found not in (None, schema):
                 return f"another library of this process has registered {found}; expected {schema}"
     return None
 

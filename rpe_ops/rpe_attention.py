@@ -6,13 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference, rpe_attention_cpu, rpe_attention_eager, rpe_attention_triton
+from . import _torch, fused, maps, reference, rpe_attention_eager
+from .maps import Map
 
-Pairs = Sequence[tuple[Tensor, Tensor]]
-OnValues = Sequence[tuple[Tensor, int]] | Sequence[tuple[Tensor, Tensor]]
-_INDEX_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
+Pairs = Sequence[tuple[Tensor, Map]]
+OnValues = Sequence[tuple[Map, int]] | Sequence[tuple[Map, Tensor]]
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_FUSED = {"cpu": rpe_attention_cpu, "triton": rpe_attention_triton}
 
 
 def rpe_attention(
@@ -28,6 +27,7 @@ def rpe_attention(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     backend: str | None = None,
+    or_eager: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
     """p = dropout(softmax(scale q k^T + sum lut_k[i, ids[i, j]] + sum lut_q[j, ids[j, i]] + mask)), out = p v.
 
@@ -39,11 +39,11 @@ def rpe_attention(
 
     Args:
         q, k, v: (B, H, Lq, D), (B, H, Lk, D), (B, H, Lk, D) of one dtype and any strides, q not scaled yet.
-        on_q: pairs of a side table lut_q, (B or 1, H or 1, Lk, N), and its ids (Lk, Lq); cross has two pairs.
-        on_k: pairs of a side table lut_k, (B or 1, H or 1, Lq, N), and its ids (Lq, Lk).
+        on_q: pairs of a side table lut_q, (B or 1, H or 1, Lk, N), and its map (Lk, Lq); cross has two pairs.
+        on_k: pairs of a side table lut_k, (B or 1, H or 1, Lq, N), and its map (Lq, Lk).
             In both, W (H or 1, D, N) in place of a side table stands for lut_q = scale k @ W, lut_k = scale q @ W.
-        on_v: pairs of ids (Lq, Lk) and N, or of ids and W (H or 1, N, D), which then is in all of them. Ids are uint8,
-            int16, int32 or int64 in [0, N).
+        on_v: pairs of a map (Lq, Lk) and N, or of a map and W (H or 1, N, D), which then is in all of them.
+            A map is a tensor of ids in [0, N), or for a grid a tuple such as `irpe.BucketMap`: see `maps`.
         scale: D ** -0.5 by default.
         attn_mask: broadcasts to (B, H, Lq, Lk); boolean (True takes part) or floating point (added). A row that is
             masked whole has weights 0.
@@ -51,8 +51,9 @@ def rpe_attention(
         seed: int64 tensor of one element, what the dropped weights depend on; drawn from torch's generator when absent.
             One seed drops the same weights on every backend.
         backend: "cpu" (C++) and "triton" (CUDA and ROCm) never hold an (Lq, Lk) tensor, "eager" is the formula in plain
-            torch, "reference" the law. A name is honoured or refused. None takes what `choose` says, and "eager" for
-            second derivatives.
+            torch, "reference" the law. A name is honoured or refused. None takes what `choose` says, or_eager.
+        or_eager: what a fused backend cannot (second derivatives, a kernel that this machine cannot compile) is left to
+            "eager", the latter with a warning, instead of being refused.
 
     Returns:
         out (B, H, Lq, D) and a list: for each pair of on_v with N the bucket sums S of p, (B, H, Lq, N), so that the
@@ -67,37 +68,34 @@ def rpe_attention(
     _check(q, k, v, attn_mask, dropout_p)
     B, H, Lq, D = q.shape
     Lk = k.shape[2]
-    on_q = [(_table(table, ids, "on_q", (B, H, Lk, Lq, D)), ids) for table, ids in on_q]
-    on_k = [(_table(table, ids, "on_k", (B, H, Lq, Lk, D)), ids) for table, ids in on_k]
+    on_q = [(_table(table, place, "on_q", (B, H, Lk, Lq, D)), place) for table, place in on_q]
+    on_k = [(_table(table, place, "on_k", (B, H, Lq, Lk, D)), place) for table, place in on_k]
     on_v = _on_values(on_v, (H, Lq, Lk, D), q.device)
     if dropout_p > 0 and seed is None:
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
     settings: dict[str, Any] = dict(
         scale=D**-0.5 if scale is None else scale, attn_mask=attn_mask, dropout_p=dropout_p, seed=seed
     )
-    if backend == "reference":
-        return _with_tables(reference.rpe_attention, q, k, v, on_q, on_k, on_v, **settings)
-    if backend not in (None, "eager", *_FUSED):
+    if backend is None:
+        backend, or_eager = choose(q, k, attn_mask), True
+    elif backend in fused.BACKENDS:
+        if (reason := fused.BACKENDS[backend].why_not(q, attn_mask)) is not None:
+            raise ValueError(f'backend="{backend}" {reason}')
+    elif backend not in ("eager", "reference"):
         raise ValueError(f'unknown backend {backend!r}; expected None, "cpu", "triton", "eager" or "reference"')
-    if backend is not None and (reason := why_not(backend, q, attn_mask)) is not None:
-        raise ValueError(f'backend="{backend}" {reason}')
-    name = choose(q, k, attn_mask) if backend is None else backend
-    if name == "eager":
-        return _formula(q, k, v, on_q, on_k, on_v, **settings)
-    settings["second"] = backend is None
-    # "triton" takes side tables; vmap folds into B, which W has not
-    if name == "triton" or torch._C._are_functorch_transforms_active():
-        return _with_tables(_FUSED[name].attention, q, k, v, on_q, on_k, on_v, **settings)
-    return rpe_attention_cpu.attention(q, k, v, on_q, on_k, on_v, **settings)
+    if backend == "reference":
+        on_q, on_k = ([(table, maps.ids_of(place)) for table, place in pairs] for pairs in (on_q, on_k))
+        on_v = [(maps.ids_of(place), last) for place, last in on_v]
+        return _with_tables(reference.rpe_attention, q, k, v, on_q, on_k, on_v, **settings)
+    if backend == "eager":
+        return rpe_attention_eager.attention(q, k, v, on_q, on_k, on_v, **settings)
 
+    def attention(*arguments: Any, **settings: Any) -> tuple[Tensor, list[Tensor]]:
+        return fused.attention(backend, *arguments, **settings, or_eager=or_eager)
 
-def _formula(
-    q: Tensor, k: Tensor, v: Tensor, on_q: Pairs, on_k: Pairs, on_v: OnValues, **settings: Any
-) -> tuple[Tensor, list[Tensor]]:
-    return _with_tables(rpe_attention_eager.attention, q, k, v, on_q, on_k, on_v, **settings)
-
-
-rpe_attention_cpu.FORMULA[:] = rpe_attention_triton.FORMULA[:] = [_formula]
+    if _torch.transforms_active():  # vmap folds what it maps into B, which W has not
+        return _with_tables(attention, q, k, v, on_q, on_k, on_v, **settings)
+    return attention(q, k, v, on_q, on_k, on_v, **settings)
 
 
 def _with_tables(
@@ -125,20 +123,16 @@ def _with_tables(
 def choose(q: Tensor, k: Tensor, attn_mask: Tensor | None = None) -> str:
     """The backend that None means for such a call: "cpu" or "triton", by q's device, where it runs, elsewhere "eager".
 
-    Where the processor has no products of bfloat16, "cpu" takes those of float32, so short sequences in bfloat16 are
-    trained by the formula there: it is faster, and takes little.
+    "eager" also where a fused backend knows that it is the slower one, see their `is_slow`.
     """
-    if q.device.type != "cpu":
-        return "eager" if why_not("triton", q, attn_mask) else "triton"
-    short = q.dtype == torch.bfloat16 and k.shape[2] < 512
-    if short and not rpe_attention_cpu.IN_BFLOAT16 and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-        return "eager"
-    return "eager" if why_not("cpu", q, attn_mask) else "cpu"
+    name = "cpu" if q.device.type == "cpu" else "triton"
+    backend = fused.BACKENDS[name]
+    return "eager" if backend.why_not(q, attn_mask) or backend.is_slow(q, k) else name
 
 
 def why_not(backend: str, q: Tensor, attn_mask: Tensor | None = None) -> str | None:
     """Why `backend` cannot take a call with this q and mask, as the end of a sentence; None where it can."""
-    return _FUSED[backend].why_not(q, attn_mask) if backend in _FUSED else None
+    return fused.BACKENDS[backend].why_not(q, attn_mask) if backend in fused.BACKENDS else None
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p: float) -> None:
@@ -165,17 +159,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p:
         raise ValueError(f"q is on {q.device}, attn_mask on {attn_mask.device}: move one of them")
 
 
-def _check_ids(ids: Tensor, name: str, shape: tuple[int, int], device: torch.device) -> None:
-    if ids.dtype not in _INDEX_DTYPES:
-        raise TypeError(f"{name}: ids are {ids.dtype}; expected one of {', '.join(map(str, _INDEX_DTYPES))}")
-    if ids.shape != shape:
-        raise ValueError(f"{name}: ids have shape {tuple(ids.shape)}; expected {shape}")
-    if ids.device != device:
-        raise ValueError(f"{name}: q is on {device}, ids on {ids.device}: move one of them")
-
-
-def _table(table: Tensor, ids: Tensor, name: str, sizes: tuple[int, ...]) -> Tensor:
-    """A side table expanded to (B, H, L, N), or W to (H, D, N), checked together with its ids (L, L')."""
+def _table(table: Tensor, place: Map, name: str, sizes: tuple[int, ...]) -> Tensor:
+    """A side table expanded to (B, H, L, N), or W to (H, D, N), checked together with its map (L, L')."""
     B, H, rows, columns, D = sizes
     shape = table.shape
     if table.dim() == 3 and shape[0] in (1, H) and shape[1] == D:
@@ -186,7 +171,7 @@ def _table(table: Tensor, ids: Tensor, name: str, sizes: tuple[int, ...]) -> Ten
         expected = f"({B} or 1, {H} or 1, {rows}, N), or W of shape ({H} or 1, {D}, N)"
         raise ValueError(f"{name}: the table has shape {tuple(shape)}; expected {expected}")
     _check_dtype(table, name)
-    _check_ids(ids, name, (rows, columns), table.device)
+    maps.check(place, name, (rows, columns), shape[-1], table.device)
     return table
 
 
@@ -194,15 +179,15 @@ def _on_values(on_v: OnValues, sizes: tuple[int, ...], device: torch.device) -> 
     """The pairs, checked, each W expanded to (H, N, D)."""
     H, Lq, Lk, D = sizes
     pairs: list[Any] = []
-    for ids, W in on_v:
-        _check_ids(ids, "on_v", (Lq, Lk), device)
+    for place, W in on_v:
         if isinstance(W, Tensor):
             if W.dim() != 3 or W.shape[0] not in (1, H) or W.shape[2] != D:
                 raise ValueError(f"on_v: W has shape {tuple(W.shape)}; expected ({H} or 1, N, {D})")
             _check_dtype(W, "on_v")
-            pairs.append((ids, W.expand(H, -1, -1)))
+            pairs.append((place, W.expand(H, -1, -1)))
         else:
-            pairs.append((ids, W))
+            pairs.append((place, W))
+        maps.check(place, "on_v", (Lq, Lk), W.shape[1] if isinstance(W, Tensor) else W, device)
     if len({isinstance(W, Tensor) for _, W in pairs}) > 1:
         raise TypeError("on_v: some pairs have W and others N; give the same in all of them")
     return pairs

@@ -1,31 +1,15 @@
 """The backend "cpu" of `rpe_attention`: tiles in C++ that never hold an (Lq, Lk) tensor, forward and backward."""
 
 import itertools
-import threading
-import weakref
-from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.utils._python_dispatch import _disable_current_modes
 
 from . import _native
 
-Pairs = Sequence[tuple[Tensor, Tensor]]
-FORMULA: list[Callable[..., Any]] = []  # called as `attention`: who knows the formula puts it here
-OnValues = Sequence[tuple[Tensor, int]] | Sequence[tuple[Tensor, Tensor]]
-
-
-def _in_bfloat16() -> bool:
-    if "cpu" not in _native.LOADED:
-        return False
-    with _disable_current_modes():  # whatever mode imports this
-        return torch.ops.rpe_ops.rpe_attention_in_bfloat16(torch.empty(0, dtype=torch.bfloat16, device="cpu"))
-
-
-IN_BFLOAT16 = _in_bfloat16()  # bfloat16 is multiplied as such, by instructions that this machine has; else as float32
+KEEPS_OUT = False
 
 
 def why_not(q: Tensor, attn_mask: Tensor | None = None) -> str | None:
@@ -39,205 +23,55 @@ def why_not(q: Tensor, attn_mask: Tensor | None = None) -> str | None:
     return None
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, on_q: Pairs, on_k: Pairs, on_v: OnValues, **settings: Any
-) -> tuple[Tensor, list[Tensor]]:
-    """(out, sums) of checked arguments. Settings are scale, attn_mask, dropout_p, seed, and whether second derivatives,
-    which `FORMULA` has, are wanted or refused.
+def about() -> str:
+    """What it is, for `rpe_ops.backends()`."""
+    return _native.about("cpu", "compiled kernels for CPUs")
 
-    Tables are side tables (B, H, L, N), or W, (H, D, N), on values (H, N, D): either all of on_v have W, or none has.
+
+def is_slow(q: Tensor, k: Tensor) -> bool:
+    """Whether the formula is the faster one: short sequences in bfloat16 that are trained, where the processor has no
+    products of bfloat16, so that the kernels take those of float32.
     """
-    mask, seed = settings["attn_mask"], settings["seed"]
-    if mask is not None:
-        mask = mask.expand(*q.shape[:3], k.shape[2])
-    plans = [plan for table, ids in on_q for plan in _plan(ids, table.shape[-1], True)]
-    plans += [plan for table, ids in on_k for plan in _plan(ids, table.shape[-1], False)]
-    tables = [table for table, _ in (*on_q, *on_k)] + [W for _, W in on_v if isinstance(W, Tensor)]
-    for ids, last in on_v:
-        plans += _plan(ids, last.shape[1] if isinstance(last, Tensor) else last, False)
-    numbers = (settings["scale"], settings["dropout_p"], len(on_q), len(on_k), len(tables), settings["second"])
-    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *tables))
-    # where nothing is trained torch.compile calls forward with one argument too many
-    bare = torch.compiler.is_compiling() and not trains
-    call = RPEAttentionFunction.forward if bare else RPEAttentionFunction.apply
-    out, _, *sums = call(q, k, v, mask, seed, numbers, *tables, *plans)
-    return out, sums
+    short = q.dtype == torch.bfloat16 and k.shape[2] < 512
+    return short and not IN_BFLOAT16 and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
 
 
-_HEADER = 4  # numbers in front of a plan's columns
-_plans: dict[tuple, tuple[Any, int, tuple[Tensor, Tensor, Tensor]]] = {}
-_plans_lock = threading.Lock()
+def forward(call: Any, inputs: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """(out, lse, sums), see `fused`."""
+    return torch.ops.rpe_ops.rpe_attention(*inputs[:3], *_rest(call, inputs))
 
 
-def _plan(ids: Tensor, num_buckets: int, blocks: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """What the kernels read instead of ids: small ids of the columns that occur, and which these are. Kept with ids."""
-    if torch.compiler.is_compiling():
-        return torch.ops.rpe_ops.rpe_attention_plan_of_graph(ids, num_buckets, blocks)
-    if type(ids) is not Tensor or ids.is_inference() or _is_wrapped(ids):
-        return torch.ops.rpe_ops.rpe_attention_plan(ids, num_buckets, blocks)
-    key = (id(ids), num_buckets, blocks)
-    with _plans_lock:
-        known = _plans.get(key)
-    if known is not None and known[0]() is ids and known[1] == ids._version:
-        return known[2]
-    # a plan that is kept must be of plain tensors, whatever transform or tracing mode it is made in
-    with _disable_current_modes(), torch._C._DisableFuncTorch(), torch.inference_mode(False):
-        plan = torch.ops.rpe_ops.rpe_attention_plan(ids, num_buckets, blocks)
-    alive = weakref.ref(ids, lambda _: _plans.pop(key, None))
-    with _plans_lock:
-        _plans[key] = (alive, ids._version, plan)
-    return plan
+def backward(call: Any, inputs: Any, saved: Any) -> list[Tensor]:
+    """Gradients of q, k, v and of each table."""
+    before = (saved.grad_out, saved.grad_sums, *inputs[:3], saved.lse)
+    *grads, of_q, of_k, of_v = torch.ops.rpe_ops.rpe_attention_backward(*before, *_rest(call, inputs))
+    tables = itertools.chain(inputs.tables_q, inputs.tables_k, inputs.tables_v)
+    for grad, table in zip([*of_q, *of_k, *of_v], tables, strict=True):
+        grads.append(grad.sum(0).to(table.dtype) if table.dim() == 3 else grad)  # of W they come for each sample
+    return grads
 
 
-def _plan_of_graph(ids: Tensor, num_buckets: int, blocks: bool) -> tuple[Tensor, Tensor, Tensor]:
-    # a compiled graph calls this each time it runs; what it gets is its own, and may be overwritten
-    compact, columns, groups = _plan(ids, num_buckets, blocks)
-    return compact.clone(), columns.clone(), groups.clone()
+def _rest(call: Any, inputs: Any) -> tuple:
+    numbers = (list(call.numbers_q), list(call.numbers_k), list(call.numbers_v))
+    return *inputs[5:], *numbers, inputs.mask, inputs.seed, call.scale, call.dropout_p
 
 
-def _is_wrapped(ids: Tensor) -> bool:
-    return torch._C._functorch.is_functorch_wrapped_tensor(ids)
+def _in_bfloat16() -> bool:
+    with ThreadPoolExecutor(1) as clean:  # a thread of its own, which no mode of the importer reaches
+        ask = torch.ops.rpe_ops.rpe_attention_in_bfloat16
+        return clean.submit(lambda: ask(torch.empty(0, dtype=torch.bfloat16, device="cpu"))).result()
 
 
-class RPEAttentionFunction(torch.autograd.Function):
-    """(q, k, v, mask, seed, (scale, p, len(on_q), len(on_k), len(tables), second), *tables, *plans)
-    -> (out, lse, *sums)."""
-
-    @staticmethod
-    def forward(
-        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor | None, numbers: tuple, *rest: Tensor
-    ) -> tuple[Tensor, ...]:
-        out, lse, sums = torch.ops.rpe_ops.rpe_attention(q, k, v, *_arguments(mask, seed, numbers, rest))
-        return out, lse, *sums
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        q, k, v, mask, seed, ctx.numbers, *rest = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(q, k, v, output[1], mask, seed, *rest)
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor, _: Tensor, *grad_sums: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, lse, mask, seed, *rest = ctx.saved_tensors
-        numbers = (*ctx.numbers, len(grad_sums))
-        # a compiled graph has no second derivative that RPEAttentionBackward would have to refuse
-        call = RPEAttentionBackward.forward if torch.compiler.is_compiling() else RPEAttentionBackward.apply
-        grads = call(grad_out, q, k, v, lse, mask, seed, numbers, *grad_sums, *rest)
-        return *grads[:3], None, None, None, *grads[3:], *[None] * (len(rest) - ctx.numbers[4])
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        return _vmap(RPEAttentionFunction, info, in_dims, args)
-
-
-class RPEAttentionBackward(torch.autograd.Function):
-    """(grad_out, q, k, v, lse, mask, seed, numbers, *grad_sums, *tables, *plans) -> grads of q, k, v, *tables."""
-
-    @staticmethod
-    def forward(
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        lse: Tensor,
-        mask: Tensor | None,
-        seed: Tensor | None,
-        numbers: tuple,
-        *rest: Tensor,
-    ) -> tuple[Tensor, ...]:
-        sums, rest = list(rest[: numbers[6]]), rest[numbers[6] :]
-        arguments = _arguments(mask, seed, numbers, rest)
-        grads = torch.ops.rpe_ops.rpe_attention_backward(grad_out, sums, q, k, v, lse, *arguments)
-        of_tables = [
-            grad.sum(0).to(table.dtype) if table.dim() == 3 else grad  # of W they come for each sample
-            for grad, table in zip(itertools.chain(*grads[3:]), rest, strict=False)
-        ]
-        return *grads[:3], *of_tables
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        grad_out, q, k, v, _, mask, seed, ctx.numbers, *rest = inputs
-        ctx.save_for_backward(grad_out, q, k, v, mask, seed, *rest)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        scale, dropout_p, num_q, num_k, num_tables, second_order, num_sums = ctx.numbers
-        if not second_order:
-            raise NotImplementedError('second derivatives of rpe_attention: call it with backend="eager", or None')
-        grad_out, q, k, v, mask, seed, *rest = ctx.saved_tensors
-        sums, rest = rest[:num_sums], rest[num_sums:]
-        tables, plans = rest[:num_tables], rest[num_tables:]
-        keys = [q.shape[2]] * num_q + [k.shape[2]] * (len(plans) // 3 - num_q)
-        ids = [_ids(one, two, n) for one, two, n in zip(plans[::3], plans[1::3], keys, strict=True)]
-        with torch.enable_grad():
-            inputs = [x.detach().requires_grad_() for x in (q, k, v, *tables)]
-            outer = [x.detach().requires_grad_() for x in (grad_out, *sums)]
-            pairs = list(zip(inputs[3:], [one for one, _ in ids], strict=False))
-            on_q, on_k, on_v = pairs[:num_q], pairs[num_q : num_q + num_k], ids[num_q + num_k :]
-            if num_tables > num_q + num_k:
-                on_v = [(one, W) for (one, _), W in zip(on_v, inputs[3 + num_q + num_k :], strict=True)]
-            settings = dict(scale=scale, attn_mask=mask, dropout_p=dropout_p, seed=seed)
-            out, bucket_sums = FORMULA[0](*inputs[:3], on_q, on_k, on_v, **settings)
-            first = torch.autograd.grad([out, *bucket_sums], inputs, outer, create_graph=True)
-            second = torch.autograd.grad(first, [*outer, *inputs], grads, allow_unused=True, materialize_grads=True)
-        of_out, *of_sums = second[: 1 + num_sums]
-        of_q, of_k, of_v, *of_tables = second[1 + num_sums :]
-        return of_out, of_q, of_k, of_v, None, None, None, None, *of_sums, *of_tables, *[None] * len(plans)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        return _vmap(RPEAttentionBackward, info, in_dims, args)
-
-
-def _arguments(mask: Tensor | None, seed: Tensor | None, numbers: tuple, rest: Sequence[Tensor]) -> tuple:
-    scale, dropout_p, num_q, num_k, num_tables = numbers[:5]
-    plans = num_tables + 3 * num_q
-    ends = [0, num_q, num_q + num_k, num_tables, plans, plans + 3 * num_k, len(rest)]
-    return *(list(rest[a:b]) for a, b in itertools.pairwise(ends)), mask, seed, scale, dropout_p
-
-
-def _ids(compact: Tensor, columns: Tensor, keys: int) -> tuple[Tensor, int]:
-    """The ids, and N, that a plan was made of."""
-    rows = compact.transpose(0, 1).flatten(1) if compact.dim() == 3 else compact
-    return columns[_HEADER:][rows[:, :keys].long()], columns.shape[0] - _HEADER
-
-
-def _vmap(function: Any, info: Any, in_dims: tuple, args: tuple) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """The mapped dimension becomes part of B, for all that have a B."""
-
-    def fold(x: Any, dim: int | None) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        if not x.is_floating_point() and x.dtype != torch.bool:  # plans and seeds have no B
-            if dim is not None:
-                raise NotImplementedError("vmap over the ids or the seed of rpe_attention")
-            return x
-        x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-        return x.flatten(0, 1)
-
-    outputs = function.apply(*(fold(x, dim) for x, dim in zip(args, in_dims, strict=True)))
-    return tuple(x.unflatten(0, (info.batch_size, -1)) for x in outputs), (0,) * len(outputs)
-
-
-def _fake_plan(ids: Tensor, num_buckets: int, blocks: bool) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = torch.uint8 if num_buckets <= 256 else torch.int32
-    rows, columns = ids.shape
-    padded, segments = (columns + 15) // 16, torch.sym_min(columns // 4, 255)
-    compact = ids.new_empty((padded, rows, 16) if blocks else (rows, padded * 16), dtype=dtype)
-    groups = ids.new_empty(0 if blocks else rows, 2 * segments, dtype=torch.uint8)
-    return compact, ids.new_empty(num_buckets + _HEADER, dtype=torch.int32), groups
+IN_BFLOAT16 = "cpu" in _native.LOADED and _in_bfloat16()  # bfloat16 is multiplied as such; else as float32
 
 
 def _empty_heads(q: Tensor, tokens: int) -> Tensor:
     return q.new_empty(q.shape[0], tokens, q.shape[1], q.shape[3]).transpose(1, 2)
 
 
-def _fake(
-    q: Tensor, k: Tensor, v: Tensor, tables_q: list, tables_k: list, tables_v: list, *rest: Any
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    plan_v = [] if tables_v else rest[2]
-    sums = [q.new_empty(*q.shape[:3], columns.shape[0] - _HEADER) for columns in plan_v[1::3]]
+def _fake(q: Tensor, k: Tensor, v: Tensor, tables_q: Any, tables_k: Any, tables_v: Any, *rest: Any) -> Any:
+    numbers_v = [] if tables_v else rest[5]
+    sums = [q.new_empty(*q.shape[:3], num_buckets) for num_buckets in numbers_v[3::4]]
     return _empty_heads(q, q.shape[2]), q.new_empty(q.shape[:3], dtype=_precise(q)), sums
 
 
@@ -245,21 +79,16 @@ def _precise(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def _fake_backward(
-    grad_out: Tensor, grad_sums: list, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *tables: Any
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+def _fake_backward(grad_out: Tensor, grad_sums: Any, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *rest: Any) -> Any:
     def gradient(table: Tensor) -> Tensor:
         if table.dim() == 3:
             return table.new_empty(q.shape[0], *table.shape, dtype=_precise(q))
         return table.new_empty(table.shape)
 
-    of_q, of_k, of_v = ([gradient(table) for table in some] for some in tables[:3])
-    return _empty_heads(q, q.shape[2]), _empty_heads(q, k.shape[2]), _empty_heads(q, k.shape[2]), of_q, of_k, of_v
+    of_tables = ([gradient(table) for table in some] for some in rest[:3])
+    return _empty_heads(q, q.shape[2]), _empty_heads(q, k.shape[2]), _empty_heads(q, k.shape[2]), *of_tables
 
 
 if _native.first_time("rpe_attention"):
-    torch.library.register_fake("rpe_ops::rpe_attention_plan", _fake_plan)
-    name = "rpe_ops::rpe_attention_plan_of_graph"
-    torch.library.custom_op(name, _plan_of_graph, mutates_args=(), device_types="cpu").register_fake(_fake_plan)
     torch.library.register_fake("rpe_ops::rpe_attention", _fake)
     torch.library.register_fake("rpe_ops::rpe_attention_backward", _fake_backward)

@@ -1,22 +1,22 @@
-"""The backend "triton" of `rpe_attention`: tiles on a GPU that never hold an (Lq, Lk) tensor, forward and backward."""
+"""The backend "triton" of `rpe_attention`: tiles on a GPU that never hold an (Lq, Lk) tensor, forward and backward.
+
+The kernels read side tables: `W` is multiplied here, once more in the backward, so that no side table is kept from one
+to the other. Products take all heads at once, in the layout that projections have, so nothing is copied for them.
+"""
 
 import importlib.util
-import itertools
 import os
-import threading
-import weakref
-from collections.abc import Callable, Sequence
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.utils._python_dispatch import _disable_current_modes
 
-from . import _triton_launch
+from . import _torch, _triton_launch, rpe_attention_eager
+from .maps import from_numbers
 
-Pairs = Sequence[tuple[Tensor, Tensor]]
-FORMULA: list[Callable[..., Any]] = []  # called as `attention`: who knows the formula puts it here
+KEEPS_OUT = True
+BROKEN: dict[str, str] = {}  # device, dtype and head size -> why the kernels do not run there
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _WIDEST = 128
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -40,6 +40,7 @@ def why_not(q: Tensor, attn_mask: Tensor | None = None) -> str | None:
     return None
 
 
+@_torch.constant  # it never changes, so graphs may hold it
 def _too_old(device: int) -> str:
     """The compute capability of a GPU that these kernels are not for, or ""."""
     if torch.version.hip is not None:
@@ -48,191 +49,199 @@ def _too_old(device: int) -> str:
     return f"{major}.{minor}" if major < 8 else ""
 
 
-# it never changes, so graphs may hold it: torch.compiler.assume_constant_result, which would import torch._dynamo here
-_too_old._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def is_slow(q: Tensor, k: Tensor) -> bool:
+    """Whether the kernels have failed on such a q, so that the formula is all there is."""
+    return bool(BROKEN) and _key(q) in BROKEN
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, on_q: Pairs, on_k: Pairs, on_v: Sequence[tuple[Tensor, int]], **settings: Any
-) -> tuple[Tensor, list[Tensor]]:
-    """(out, sums) of checked arguments. Settings are scale, attn_mask, dropout_p, seed, and whether second derivatives,
-    which `FORMULA` has, are wanted or refused.
-    """
-    mask, seed = settings["attn_mask"], settings["seed"]
-    if mask is not None:
-        mask = mask.expand(*q.shape[:3], k.shape[2])
-    sizes = [(ids, lut.shape[3]) for lut, ids in (*on_q, *on_k)] + list(on_v)
-    plans = [x for ids, num_buckets in sizes for x in (ids, *_plan(ids, num_buckets))]
-    numbers = (settings["scale"], settings["dropout_p"], len(on_q), len(on_k), settings["second"])
-    tables = [lut for lut, _ in (*on_q, *on_k)]
-    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *tables))
-    # where nothing is trained torch.compile calls forward with one argument too many
-    bare = torch.compiler.is_compiling() and not trains
-    call = RPEAttentionFunction.forward if bare else RPEAttentionFunction.apply
-    out, _, *sums = call(q, k, v, mask, seed, numbers, *tables, *plans)
-    return out, sums
+def about() -> str:
+    """What it is, for `rpe_ops.backends()`."""
+    what = "attention on a GPU in Triton, forward and backward"
+    if not torch.cuda.is_available():
+        return f"not here: {what}; no CUDA device is visible"
+    if reason := why_not(torch.empty(0, 1, device="cuda")):
+        return f"not here: {what}; {reason}"
+    failed = "".join(f"; not for {key}, which the formula computes: {reason}" for key, reason in BROKEN.items())
+    return f"runs: {what}, deterministic, float16 to float32, head sizes up to {_WIDEST}{failed}{_triton_launch.compiled()}"
 
 
-_plans: dict[tuple, tuple[Any, int, tuple[Tensor, Tensor, Tensor]]] = {}
-_plans_lock = threading.Lock()
+def forward(call: Any, inputs: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """(out, lse, sums), see `fused`."""
+    function = _forward if _torch.is_plain(inputs.q) else torch.ops.rpe_ops.rpe_attention_triton
+    return function(*_flat(call, inputs))
 
 
-def _plan(ids: Tensor, num_buckets: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What the kernels read instead of ids: small ids, rows in order of their buckets, their ends. Kept with ids."""
-    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    if torch.compiler.is_compiling():
-        return torch.ops.rpe_ops.rpe_attention_triton_plan_of_graph(ids, num_buckets)
-    if type(ids) is not Tensor or ids.is_inference() or is_wrapped(ids):
-        return torch.ops.rpe_ops.rpe_attention_triton_plan(ids, num_buckets)
-    key = (id(ids), num_buckets)
-    with _plans_lock:
-        known = _plans.get(key)
-    if known is not None and known[0]() is ids and known[1] == ids._version:
-        return known[2]
-    if ids.is_cuda and torch.cuda.is_current_stream_capturing():  # it would hold nothing until the graph runs
-        return torch.ops.rpe_ops.rpe_attention_triton_plan(ids, num_buckets)
-    # a plan that is kept must be of plain tensors, whatever transform or tracing mode it is made in
-    with _disable_current_modes(), torch._C._DisableFuncTorch(), torch.inference_mode(False):
-        plan = torch.ops.rpe_ops.rpe_attention_triton_plan(ids, num_buckets)
-    if ids.is_cuda:
-        torch.cuda.current_stream(ids.device).synchronize()  # other streams may read it from now on
-    alive = weakref.ref(ids, lambda _: _plans.pop(key, None))
-    with _plans_lock:
-        _plans[key] = (alive, ids._version, plan)
-    return plan
+def backward(call: Any, inputs: Any, saved: Any) -> list[Tensor]:
+    """Gradients of q, k, v and of each table."""
+    function = _backward if _torch.is_plain(inputs.q) else torch.ops.rpe_ops.rpe_attention_triton_backward
+    return function(saved.grad_out, saved.grad_sums, saved.out, saved.lse, saved.sums, *_flat(call, inputs))
 
 
-def _plan_of_graph(ids: Tensor, num_buckets: int) -> tuple[Tensor, Tensor, Tensor]:
-    # a compiled graph calls this each time it runs; what it gets is its own, and may be overwritten
-    small, order, ends = _plan(ids, num_buckets)
-    own = torch.empty_strided(ends.shape, ends.stride(), dtype=ends.dtype, device=ends.device)
-    return small.clone(), order.clone(), own.copy_(ends)
+def _flat(call: Any, inputs: Any) -> tuple:
+    numbers = (list(call.numbers_q), list(call.numbers_k), list(call.numbers_v))
+    return *inputs[:3], *inputs[5:], *numbers, inputs.mask, inputs.seed, call.scale, call.dropout_p, call.or_eager
 
 
-class RPEAttentionFunction(torch.autograd.Function):
-    """(q, k, v, mask, seed, (scale, p, len(on_q), len(on_k), second), *tables, *plans) -> (out, lse, *sums).
-
-    A plan is ids and the three tensors that `_plan` makes of them.
-    """
-
-    @staticmethod
-    def forward(
-        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor | None, numbers: tuple, *rest: Tensor
-    ) -> tuple[Tensor, ...]:
-        arguments = _arguments(mask, seed, numbers, rest)
-        out, lse, sums = torch.ops.rpe_ops.rpe_attention_triton(q, k, v, *arguments)
-        return out, lse, *sums
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        q, k, v, mask, seed, numbers, *rest = inputs
-        out, lse, *sums = output
-        ctx.numbers = (*numbers, len(sums))
-        ctx.mark_non_differentiable(lse)
-        ctx.save_for_backward(q, k, v, out, lse, mask, seed, *sums, *rest)
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor, _: Tensor, *grad_sums: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, mask, seed, *rest = ctx.saved_tensors
-        # a compiled graph has no second derivative that RPEAttentionBackward would have to refuse
-        call = RPEAttentionBackward.forward if torch.compiler.is_compiling() else RPEAttentionBackward.apply
-        grads = call(grad_out, q, k, v, out, lse, mask, seed, ctx.numbers, *grad_sums, *rest)
-        plans = len(rest) - len(grad_sums) - len(grads[3:])
-        return *grads[:3], None, None, None, *grads[3:], *[None] * plans
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        return _vmap(RPEAttentionFunction, info, in_dims, args)
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables_q: list[Tensor],
+    tables_k: list[Tensor],
+    tables_v: list[Tensor],
+    maps_q: list[Tensor],
+    maps_k: list[Tensor],
+    maps_v: list[Tensor],
+    numbers_q: list[int],
+    numbers_k: list[int],
+    numbers_v: list[int],
+    attn_mask: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    or_eager: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    maps = maps_q, maps_k, maps_v, numbers_q, numbers_k, numbers_v
+    try:
+        luts = [_side_table(k, table, scale) for table in tables_q], [_side_table(q, table, scale) for table in tables_k]
+        out, lse, sums = _triton_launch.forward(q, k, v, *luts, *maps, attn_mask, seed, scale, dropout_p)
+    except Exception as error:
+        _give_up(q, error, or_eager)
+        pairs = _pairs(q, k, v, tables_q, tables_k, tables_v, *maps)
+        rest = dict(scale=scale, attn_mask=attn_mask, dropout_p=dropout_p, seed=seed)
+        out, lse, sums = rpe_attention_eager.attention_and_lse(*pairs, **rest)
+        return _heads_inside(out), lse, [_heads_first(x) for x in sums]
+    for bucket_sums, W in zip(sums, tables_v, strict=False):
+        _by_head(out).baddbmm_(_by_head(bucket_sums), W.to(q.dtype))
+    return out, lse, sums
 
 
-class RPEAttentionBackward(torch.autograd.Function):
-    """(grad_out, q, k, v, out, lse, mask, seed, numbers, *grad_sums, *sums, *tables, *plans) -> gradients.
-
-    They are of q, k, v, *tables.
-    """
-
-    @staticmethod
-    def forward(
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        mask: Tensor | None,
-        seed: Tensor | None,
-        numbers: tuple,
-        *rest: Tensor,
-    ) -> tuple[Tensor, ...]:
-        num_v = numbers[5]
-        grad_sums, sums, rest = list(rest[:num_v]), list(rest[num_v : 2 * num_v]), rest[2 * num_v :]
-        arguments = _arguments(mask, seed, numbers, rest)
-        grads = torch.ops.rpe_ops.rpe_attention_triton_backward(
-            grad_out, grad_sums, q, k, v, out, sums, lse, *arguments
+def _backward(
+    grad_out: Tensor,
+    grad_sums: list[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    sums: list[Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables_q: list[Tensor],
+    tables_k: list[Tensor],
+    tables_v: list[Tensor],
+    maps_q: list[Tensor],
+    maps_k: list[Tensor],
+    maps_v: list[Tensor],
+    numbers_q: list[int],
+    numbers_k: list[int],
+    numbers_v: list[int],
+    attn_mask: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    or_eager: bool,
+) -> list[Tensor]:
+    maps = maps_q, maps_k, maps_v, numbers_q, numbers_k, numbers_v
+    try:
+        luts = [_side_table(k, table, scale) for table in tables_q], [_side_table(q, table, scale) for table in tables_k]
+        if tables_v:  # out has S W, so <grad_out, out> has what the sums would add to delta
+            of_sums, of_delta = [_side_table(grad_out, W.transpose(1, 2), 1.0) for W in tables_v], []
+        else:
+            of_sums, of_delta = grad_sums, sums
+        grad_q, grad_k, grad_v, of_q, of_k = _triton_launch.backward(
+            grad_out, of_sums, q, k, v, out, of_delta, lse, *luts, *maps, attn_mask, seed, scale, dropout_p
         )
-        return *grads[:3], *grads[3], *grads[4]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        grad_out, q, k, v, _, _, mask, seed, ctx.numbers, *rest = inputs
-        num_v = ctx.numbers[5]
-        ctx.save_for_backward(grad_out, q, k, v, mask, seed, *rest[:num_v], *rest[2 * num_v :])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        scale, dropout_p, num_q, num_k, second_order, num_v = ctx.numbers
-        if not second_order:
-            raise NotImplementedError('second derivatives of rpe_attention: call it with backend="eager", or None')
-        grad_out, q, k, v, mask, seed, *rest = ctx.saved_tensors
-        sums, rest = rest[:num_v], rest[num_v:]
-        tables, plans = rest[: num_q + num_k], rest[num_q + num_k :]
-        with torch.enable_grad():
-            inputs = [x.detach().requires_grad_() for x in (q, k, v, *tables)]
-            outer = [x.detach().requires_grad_() for x in (grad_out, *sums)]
-            pairs = list(zip(inputs[3:], plans[::4], strict=False))
-            on_v = [(ids, ends.shape[2]) for ids, ends in zip(plans[::4], plans[3::4], strict=True)][num_q + num_k :]
-            settings = dict(scale=scale, attn_mask=mask, dropout_p=dropout_p, seed=seed)
-            out, bucket_sums = FORMULA[0](*inputs[:3], pairs[:num_q], pairs[num_q:], on_v, **settings)
-            first = torch.autograd.grad([out, *bucket_sums], inputs, outer, create_graph=True)
-            second = torch.autograd.grad(first, [*outer, *inputs], grads, allow_unused=True, materialize_grads=True)
-        of_out, *of_sums = second[: 1 + num_v]
-        of_q, of_k, of_v, *of_tables = second[1 + num_v :]
-        nothing = [None] * 5  # of out, lse, mask, seed and the numbers
-        return of_out, of_q, of_k, of_v, *nothing, *of_sums, *[None] * num_v, *of_tables, *[None] * len(plans)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        return _vmap(RPEAttentionBackward, info, in_dims, args)
+    except Exception as error:
+        _give_up(q, error, or_eager)
+        pairs = _pairs(q, k, v, tables_q, tables_k, tables_v, *maps)
+        rest = dict(scale=scale, attn_mask=attn_mask, dropout_p=dropout_p, seed=seed)
+        grads = rpe_attention_eager.gradients(grad_out, grad_sums, pairs, **rest)
+        return [_heads_inside(x) for x in grads[:3]] + [x.contiguous() for x in grads[3:]]
+    grads = [grad_q, grad_k, grad_v]
+    for x, of_x, tables, of_tables in ((k, grad_k, tables_q, of_q), (q, grad_q, tables_k, of_k)):
+        for table, of_table in zip(tables, of_tables, strict=True):
+            if table.dim() == 3:
+                by_head = _by_head(of_table)  # (H, B L, N)
+                _by_head(of_x).baddbmm_(by_head, table.to(q.dtype).transpose(1, 2), alpha=scale)
+                grads.append(torch.bmm(_by_head(x).transpose(1, 2), by_head).mul_(scale).to(table.dtype))
+            else:
+                grads.append(of_table.contiguous())
+    for bucket_sums, W in zip(sums, tables_v, strict=False):
+        grads.append(torch.bmm(_by_head(bucket_sums).transpose(1, 2), _by_head(grad_out)).to(W.dtype))
+    return grads
 
 
-def _arguments(mask: Tensor | None, seed: Tensor | None, numbers: tuple, rest: Sequence[Tensor]) -> tuple:
-    """lut_q, lut_k, plan_q, plan_k, plan_v and the settings, as the operators take them: without the ids themselves."""
-    scale, dropout_p, num_q, num_k = numbers[:4]
-    tables, plans = rest[: num_q + num_k], rest[num_q + num_k :]
-    small = [x for n, x in enumerate(plans) if n % 4 > 0]
-    ends = [0, 3 * num_q, 3 * (num_q + num_k), len(small)]
-    parts = [small[a:b] for a, b in itertools.pairwise(ends)]
-    return list(tables[:num_q]), list(tables[num_q:]), *parts, mask, seed, scale, dropout_p
+def _by_head(x: Tensor) -> Tensor:
+    """(B, H, L, D) -> (H, B * L, D), where it can a view."""
+    return x.transpose(0, 1).flatten(1, 2)
 
 
-def _vmap(function: Any, info: Any, in_dims: tuple, args: tuple) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """The mapped dimension becomes part of B, for all that have a B."""
-
-    def fold(x: Any, dim: int | None) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        if not x.is_floating_point() and x.dtype != torch.bool:  # plans and seeds have no B
-            if dim is not None:
-                raise NotImplementedError("vmap over the ids or the seed of rpe_attention")
-            return x
-        x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-        return x.flatten(0, 1)
-
-    outputs = function.apply(*(fold(x, dim) for x, dim in zip(args, in_dims, strict=True)))
-    return tuple(x.unflatten(0, (info.batch_size, -1)) for x in outputs), (0,) * len(outputs)
+def _heads_inside(x: Tensor) -> Tensor:
+    """The same, in memory (B, L, H, D)."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-if not hasattr(torch.ops.rpe_ops, "rpe_attention_triton_plan_of_graph"):
-    name = "rpe_ops::rpe_attention_triton_plan_of_graph"
-    torch.library.custom_op(name, _plan_of_graph, mutates_args=()).register_fake(_triton_launch.empty_plan)
+def _heads_first(x: Tensor) -> Tensor:
+    """The same, in memory (H, B, L, N)."""
+    return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def _side_table(x: Tensor, table: Tensor, scale: float) -> Tensor:
+    """scale x @ W, (B, H, L, N), in memory (H, B, L, N); or the side table that is there already."""
+    if table.dim() == 4:
+        return table
+    W = table.to(x.dtype)
+    product = torch.baddbmm(W[:, :1], _by_head(x), W, beta=0, alpha=scale)
+    return product.view(x.shape[1], x.shape[0], x.shape[2], -1).transpose(0, 1)
+
+
+def _pairs(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple:
+    """The arguments of the formula."""
+    tables, maps, numbers = rest[:3], rest[3:6], rest[6:]
+    places = [[from_numbers(x, n[4 * i : 4 * i + 4]) for i, x in enumerate(m)] for m, n in zip(maps, numbers, strict=True)]
+    on_q, on_k = (list(zip(t, p, strict=True)) for t, p in zip(tables[:2], places[:2], strict=True))
+    return q, k, v, on_q, on_k, list(zip(places[2], tables[2] or numbers[2][3::4], strict=True))
+
+
+def _key(q: Tensor) -> str:
+    return f"{q.device}, {q.dtype}, head size {q.shape[-1]}"
+
+
+def _give_up(q: Tensor, error: Exception, or_eager: bool) -> None:
+    """Raises again what is no fault of the kernels or of this machine; else says once that the formula goes on."""
+    if not or_eager or isinstance(error, torch.OutOfMemoryError):
+        raise error
+    key = _key(q)
+    if key not in BROKEN:
+        BROKEN[key] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        warnings.warn(
+            f"rpe_attention: the Triton kernels cannot be compiled or run here for {key}, so the formula in plain torch "
+            f'goes on, which is slower and takes more memory ({BROKEN[key]}); backend="triton" raises instead',
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _empty_heads(q: Tensor, tokens: int) -> Tensor:
+    return q.new_empty(q.shape[0], tokens, q.shape[1], q.shape[3]).transpose(1, 2)
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    B, H, Lq, _ = q.shape
+    sums = [q.new_empty(H, B, Lq, num_buckets).transpose(0, 1) for num_buckets in rest[8][3::4]]
+    return _empty_heads(q, Lq), q.new_empty(q.shape[:3], dtype=torch.float32), sums
+
+
+def _fake_backward(
+    grad_out: Tensor, grad_sums: Any, out: Tensor, lse: Tensor, sums: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> list[Tensor]:
+    tables = [table for some in rest[:3] for table in some]
+    grads = [_empty_heads(q, q.shape[2]), _empty_heads(q, k.shape[2]), _empty_heads(q, k.shape[2])]
+    return grads + [table.new_empty(table.shape) for table in tables]
+
+
+if not hasattr(torch.ops.rpe_ops, "rpe_attention_triton"):  # once in a process, however many copies of this there are
+    for _name, _function, _its_fake in (
+        ("rpe_attention_triton", _forward, _fake),
+        ("rpe_attention_triton_backward", _backward, _fake_backward),
+    ):
+        torch.library.custom_op(f"rpe_ops::{_name}", _function, mutates_args=()).register_fake(_its_fake)

@@ -5,12 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native
+from . import _native, maps
+from .maps import Map
 
-_INDEX_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
-
-def rpe_index(input: Tensor, index: Tensor) -> Tensor:
+def rpe_index(input: Tensor, index: Map) -> Tensor:
     """Y[b, h, i, j] = input[b, h, i, index[i, j]].
 
     >>> rpe_index(torch.randn(2, 6, 127, 50), torch.zeros(127, 127, dtype=torch.int32)).shape
@@ -20,7 +19,8 @@ def rpe_index(input: Tensor, index: Tensor) -> Tensor:
 
     Args:
         input: (B, H, Lq, N), of any dtype and strides.
-        index: (Lq, Lk), uint8, int16, int32 or int64, on input's device, values in [0, N).
+        index: (Lq, Lk), uint8, int16, int32 or int64, on input's device, values in [0, N); or the map of a grid, such as
+            `irpe.BucketMap`, see `maps`.
 
     Returns:
         (B, H, Lq, Lk). Differentiable in input to any order; the gradient is `rpe_bucket_sum`.
@@ -31,15 +31,17 @@ def rpe_index(input: Tensor, index: Tensor) -> Tensor:
 
     Source: the look-up p[I(i, j)] of iRPE, arXiv 2107.14222, Sec. 3.2.
     """
-    _check(input, index)
     if not _native.takes(input):
-        return input.gather(-1, index.long().expand(*input.shape[:2], *index.shape))
+        _check(input, index)
+        return maps.look_up(input, index)
+    index = maps.ids_of(index)
+    _check(input, index)
     if torch.compiler.is_compiling():
         return torch.ops.rpe_ops.rpe_index.default(input, index)
     return _Index.apply(input, index)
 
 
-def rpe_bucket_sum(input: Tensor, index: Tensor, num_buckets: int) -> Tensor:
+def rpe_bucket_sum(input: Tensor, index: Map, num_buckets: int) -> Tensor:
     """S[b, h, i, n] = sum of input[b, h, i, j] over the j with index[i, j] = n.
 
     >>> rpe_bucket_sum(torch.ones(2, 6, 127, 127), torch.zeros(127, 127, dtype=torch.int32), 50)[0, 0, 0, :2]
@@ -50,7 +52,7 @@ def rpe_bucket_sum(input: Tensor, index: Tensor, num_buckets: int) -> Tensor:
 
     Args:
         input: (B, H, Lq, Lk), of any dtype and strides.
-        index: (Lq, Lk), uint8, int16, int32 or int64, on input's device, values in [0, num_buckets).
+        index: (Lq, Lk), as `rpe_index` takes it, values in [0, num_buckets).
         num_buckets: N.
 
     Returns:
@@ -59,14 +61,17 @@ def rpe_bucket_sum(input: Tensor, index: Tensor, num_buckets: int) -> Tensor:
     Raises:
         TypeError, ValueError, RuntimeError: as `rpe_index`.
     """
-    _check(input, index)
-    if index.shape[1] != input.shape[3]:
-        raise ValueError(f"index has {index.shape[1]} columns, input {input.shape[3]}; expected the same Lk")
     if num_buckets < 0:
         raise ValueError(f"num_buckets={num_buckets}; expected at least 0")
-    if not _native.takes(input):
-        zeros = input.new_zeros(*input.shape[:3], num_buckets)
-        return zeros.scatter_add(-1, index.long().expand(input.shape), input)
+    takes = _native.takes(input)
+    if takes:
+        index = maps.ids_of(index)
+    _check(input, index)
+    columns = index.shape[1] if isinstance(index, Tensor) else input.shape[2]
+    if columns != input.shape[3]:
+        raise ValueError(f"index has {columns} columns, input {input.shape[3]}; expected the same Lk")
+    if not takes:
+        return maps.sum_up(input, index, num_buckets)
     if torch.compiler.is_compiling():
         return torch.ops.rpe_ops.rpe_bucket_sum.default(input, index, num_buckets)
     return _BucketSum.apply(input, index, num_buckets)
@@ -78,9 +83,12 @@ class RPEIndexFunction:
     apply = staticmethod(rpe_index)
 
 
-def _check(input: Tensor, index: Tensor) -> None:
-    if index.dtype not in _INDEX_DTYPES:
-        raise TypeError(f"index is {index.dtype}; expected one of {', '.join(map(str, _INDEX_DTYPES))}")
+def _check(input: Tensor, index: Map) -> None:
+    if not isinstance(index, Tensor):
+        maps.check(index, "index", (input.shape[2], input.shape[2]), index[3], input.device)
+        return
+    if index.dtype not in maps.ID_DTYPES:
+        raise TypeError(f"index is {index.dtype}; expected one of {', '.join(map(str, maps.ID_DTYPES))}")
     if input.dim() != 4 or index.dim() != 2:
         raise ValueError(
             f"input has shape {tuple(input.shape)}, index {tuple(index.shape)}; expected (B, H, Lq, _) and (Lq, Lk)"

@@ -1,4 +1,4 @@
-"""The one cache of bucket ids: right under every order of sizes, skips, devices, threads and kinds of tracing."""
+"""The one cache of bucket maps: right under every order of sizes, skips, devices, threads and kinds of tracing."""
 
 import copy
 import itertools
@@ -13,7 +13,15 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import irpe.irpe as source
-from irpe import RPEConfig, build_rpe, get_bucket_ids_2d, get_rpe_config, get_single_rpe_config, rpe_attention
+from irpe import (
+    RPEConfig,
+    build_rpe,
+    get_bucket_ids_2d,
+    get_bucket_map,
+    get_rpe_config,
+    get_single_rpe_config,
+    rpe_attention,
+)
 
 DIM, HEADS = 4, 2
 GRIDS = [(2, 8), (8, 2), (4, 4), (1, 16), (3, 5), (5, 3), (7, 2), (1, 1), (6, 7)]
@@ -52,14 +60,14 @@ def check(module, height, width, call=None):
 @pytest.fixture(autouse=True)
 def clean():
     """Each test starts with an empty cache and leaves one that holds nothing but plain, complete tensors."""
-    source._ids.clear()
+    source._maps.clear()
     torch._dynamo.reset()
     yield
-    for key, ids in source._ids.items():
-        assert type(ids) is torch.Tensor and not ids.is_inference() and not ids.requires_grad
+    for key, offsets in source._maps.items():
+        assert type(offsets) is torch.Tensor and not offsets.is_inference() and not offsets.requires_grad
         (method, skip, *piecewise), height, width = key[0].split(), key[1], key[2]
-        expected, _ = get_bucket_ids_2d(method, height, width, int(skip), *map(float, piecewise))
-        assert torch.equal(ids.cpu(), expected), key
+        expected = get_bucket_map(method, height, width, int(skip), *map(float, piecewise)).offsets
+        assert torch.equal(offsets.cpu(), expected), key
 
 
 @pytest.mark.parametrize("where", "kv")
@@ -80,17 +88,15 @@ def test_one_entry_serves_every_module_of_a_grid():
     x = torch.randn(1, HEADS, 13, DIM)
     for module in (make(), make(), make(shared_head=False)):
         module(x, 3, 4)
-    assert len(source._ids) == 1
+    assert len(source._maps) == 1
 
 
 def test_old_entries_go_when_the_cache_is_full(monkeypatch):
-    monkeypatch.setattr(source, "_IDS_MAX_BYTES", 3 * 13 * 13 * 8)
+    monkeypatch.setattr(source, "_MAPS", 3)
     module = make()
     for height, width in [(3, 4), (4, 3), (2, 6), (3, 4), (6, 2), (1, 12)]:
         check(module, height, width)
-    assert [key[1:3] for key in source._ids] == [(3, 4), (6, 2), (1, 12)]
-    check(module, 9, 9)  # alone larger than the limit: kept while it is the newest
-    assert [key[1:3] for key in source._ids] == [(9, 9)]
+    assert [key[1:3] for key in source._maps] == [(3, 4), (6, 2), (1, 12)]
 
 
 def test_threads():
@@ -162,7 +168,7 @@ def test_compile_fullgraph_with_dynamic_sizes_compiles_once(where):
     for height, width in [(4, 5), (2, 7), (6, 5)]:
         check(module, height, width, compiled)
     assert counter.frame_count == frames
-    assert not source._ids
+    assert not source._maps
 
 
 def test_compile_with_sizes_that_are_pinned_after_they_were_read():
@@ -325,7 +331,7 @@ def test_devices_have_their_own_ids():
     on_cpu = module(x, 3, 4)
     on_gpu = module.cuda()(x.cuda(), 3, 4)
     torch.testing.assert_close(on_gpu.cpu(), on_cpu)
-    assert {str(key[-1]) for key in source._ids} == {"cpu", "cuda:0"}
+    assert {str(key[-1]) for key in source._maps} == {"cpu", "cuda:0"}
 
 
 @pytest.mark.parametrize("dynamic", [False, None, True])

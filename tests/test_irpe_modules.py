@@ -20,7 +20,7 @@ from irpe import (
     iRPE,
     iRPE_Cross,
 )
-from irpe.irpe import _ids, _rpe_bucket_sum, _rpe_index
+from irpe.irpe import _rpe_bucket_sum, _rpe_index, get_bucket_map
 
 METHODS = ["euc", "quant", "product", "cross"]
 MODULES, CASES = load_golden("modules")
@@ -288,13 +288,13 @@ def test_modules_copy_pickle_and_save_without_their_ids():
 def test_the_plain_pair_is_the_law_and_each_other_s_adjoint():
     from rpe_ops import reference
 
-    module = only(get_rpe_config(skip=2))
-    module(torch.randn(1, HEADS, 14, DIM), HEIGHT, WIDTH)
-    ids = next(reversed(_ids.values()))
-    x, y = torch.randn(2, HEADS, 14, 51, dtype=torch.float64), torch.randn(2, HEADS, 14, 14, dtype=torch.float64)
-    torch.testing.assert_close(_rpe_index(x, ids), reference.rpe_index(x, ids))
-    torch.testing.assert_close(_rpe_bucket_sum(y, ids, 51), reference.rpe_bucket_sum(y, ids, 51))
-    torch.testing.assert_close((_rpe_index(x, ids) * y).sum(), (_rpe_bucket_sum(y, ids, 51) * x).sum())
+    place = get_bucket_map("product", HEIGHT, WIDTH, 2, 1.9, 3.8, 15.2)  # 50 buckets
+    ids = place.ids(torch.long)
+    x, y = torch.randn(2, HEADS, 14, 50, dtype=torch.float64), torch.randn(2, HEADS, 14, 14, dtype=torch.float64)
+    for where in (place, ids, ids.expand(2, 1, 14, 14)):
+        torch.testing.assert_close(_rpe_index(x, where), reference.rpe_index(x, ids))
+        torch.testing.assert_close(_rpe_bucket_sum(y, where, 50), reference.rpe_bucket_sum(y, ids, 50))
+        torch.testing.assert_close((_rpe_index(x, where) * y).sum(), (_rpe_bucket_sum(y, where, 50) * x).sum())
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from Linux's /proc")

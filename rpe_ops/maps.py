@@ -1,0 +1,117 @@
+"""What the operators take for a map: ids of pairs of tokens, or for a grid the few numbers that these depend on.
+
+A map is a tensor of ids, (Lq, Lk), uint8, int16, int32 or int64; or a tuple (offsets, size, skip, num_buckets), such as
+`irpe.BucketMap`, of `skip` tokens and a grid of size (height, width) behind them, where the bucket of tokens i and j is
+`num_buckets - 1` if one of them is a skip token, and else depends on the offset (dr, dc) of i from j:
+
+    offsets (2h-1 + 2w-1,), int32     rows[h-1+dr] + columns[w-1+dc], the two one after the other: the map factors
+    offsets (2h-1, 2w-1), int32       offsets[h-1+dr, w-1+dc]
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+GridMap = tuple[Tensor, Sequence[int], int, int]
+Map = Tensor | GridMap
+ID_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
+_SLICE_BYTES = 64 * 2**20  # of int64 ids at a time
+
+
+def check(place: Any, name: str, shape: tuple[int, int], num_buckets: int, device: torch.device) -> None:
+    """Raises where a map is not one of `shape` tokens for a table of `num_buckets` columns."""
+    if isinstance(place, Tensor):
+        if place.dtype not in ID_DTYPES:
+            raise TypeError(f"{name}: ids are {place.dtype}; expected one of {', '.join(map(str, ID_DTYPES))}")
+        if place.shape != shape:
+            raise ValueError(f"{name}: ids have shape {tuple(place.shape)}; expected {shape}")
+        on = place.device
+    else:
+        if not isinstance(place, tuple) or len(place) != 4 or not isinstance(place[0], Tensor):
+            raise TypeError(f"{name}: {place!r} is no map: expected ids or (offsets, size, skip, num_buckets)")
+        offsets, (height, width), skip, its = place
+        if its != num_buckets:
+            raise ValueError(f"{name}: the map has {its} buckets, and the table {num_buckets}; expected the same")
+        tokens = skip + height * width
+        if shape != (tokens, tokens):
+            raise ValueError(f"{name}: skip={skip} + {height} * {width} = {tokens} tokens; expected {shape}")
+        factors, whole = (2 * height + 2 * width - 2,), (2 * height - 1, 2 * width - 1)
+        if offsets.dtype != torch.int32 or tuple(offsets.shape) not in (factors, whole):
+            got = f"{offsets.dtype} of shape {tuple(offsets.shape)}"
+            raise ValueError(f"{name}: offsets are {got}; expected int32 of shape {factors} or {whole}")
+        on = offsets.device
+    if on != device:
+        raise ValueError(f"{name}: q is on {device}, ids on {on}: move one of them")
+
+
+def tensor_and_numbers(place: Map, num_buckets: int) -> tuple[Tensor, tuple[int, int, int, int]]:
+    """What operators of C++ and Triton read: (offsets, (h, w, skip, N)), or (ids, (0, 0, 0, N))."""
+    if isinstance(place, Tensor):
+        return place, (0, 0, 0, num_buckets)
+    offsets, (height, width), skip, _ = place
+    return offsets, (height, width, skip, num_buckets)
+
+
+def from_numbers(tensor: Tensor, numbers: Sequence[int]) -> Map:
+    """The map of `tensor_and_numbers`."""
+    height, width, skip, num_buckets = numbers
+    return tensor if height == 0 else (tensor, (height, width), skip, num_buckets)
+
+
+def ids_of(place: Map, dtype: torch.dtype | None = None) -> Tensor:
+    """(Lq, Lk), of the smallest dtype that holds them unless told; ids that were given stay as they are."""
+    if isinstance(place, Tensor):
+        return place if dtype is None else place.to(dtype)
+    num_buckets = place[3]
+    if dtype is None:
+        dtype = torch.uint8 if num_buckets <= 2**8 else torch.int16 if num_buckets <= 2**15 else torch.int32
+    return _rows(place, dtype, 0, place[1][0], with_skip=True)
+
+
+def look_up(table: Tensor, place: Map) -> Tensor:
+    """Y[b, h, i, j] = table[b, h, i, ids[i, j]] by torch.gather, which wants int64 ids: a slice of rows at a time."""
+    heads = table.shape[:2]
+    parts = [table[:, :, rows].gather(-1, ids.expand(*heads, *ids.shape)) for rows, ids in _slices(place)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def sum_up(x: Tensor, place: Map, num_buckets: int) -> Tensor:
+    """S[b, h, i, n] = sum of x[b, h, i, j] over ids[i, j] = n by torch.scatter_add, in the same slices."""
+    parts = []
+    for rows, ids in _slices(place):
+        some = x[:, :, rows]
+        parts.append(some.new_zeros(*some.shape[:3], num_buckets).scatter_add(-1, ids.expand(some.shape), some))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def _slices(place: Map) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, their int64 ids): together all."""
+    if isinstance(place, Tensor):
+        yield slice(None), place.long()
+        return
+    _, (height, width), skip, num_buckets = place
+    tokens = skip + height * width
+    each = max(1, _SLICE_BYTES // (8 * width * tokens))  # image rows
+    if each >= height:
+        yield slice(None), ids_of(place, torch.long)
+        return
+    if skip:
+        yield slice(0, skip), torch.full((skip, tokens), num_buckets - 1, device=place[0].device)
+    for first in range(0, height, each):
+        last = min(first + each, height)
+        yield slice(skip + first * width, skip + last * width), _rows(place, torch.long, first, last)
+
+
+def _rows(place: GridMap, dtype: torch.dtype, first: int, last: int, with_skip: bool = False) -> Tensor:
+    """Ids of the tokens of image rows first to last, and of the skip tokens before them."""
+    offsets, (height, width), skip, num_buckets = place
+    if offsets.dim() == 1:
+        rows, columns = offsets.split([2 * height - 1, 2 * width - 1])
+        offsets = rows.unsqueeze(1) + columns
+    windows = offsets.to(dtype).flip(0, 1).unfold(0, height, 1).unfold(1, width, 1)  # (h, w, h, w), rows from last to first
+    windows = windows[height - last : height - first].flip(0, 1)
+    ids = windows.reshape((last - first) * width, height * width)
+    return F.pad(ids, (skip, 0, skip if with_skip else 0, 0), value=num_buckets - 1) if skip else ids
