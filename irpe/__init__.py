@@ -21,7 +21,6 @@ from .irpe import (
     iRPE_Cross,
     piecewise_index,
     rpe_attention,
-    rpe_attention_with_weights,
 )
 from .multihead_attention import RPEMultiheadAttention
 
@@ -46,7 +45,6 @@ __all__ = [
     "iRPE_Cross",
     "piecewise_index",
     "rpe_attention",
-    "rpe_attention_with_weights",
     "rpe_config_from_dict",
     "rpe_config_from_string",
     "rpe_config_to_dict",

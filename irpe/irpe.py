@@ -18,10 +18,9 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import math
 import operator
-import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -300,12 +299,12 @@ class BucketMap(NamedTuple):
                 torch.uint8 if self.num_buckets <= 2**8 else torch.int16 if self.num_buckets <= 2**15 else torch.int32
             )
         grid = self.offsets
-        for n, axis in enumerate(self.axes()):
-            grid = axis if n == 0 else grid.unsqueeze(-1) + axis  # (2h-1, 2w-1)
+        for n, part in enumerate(self.axes()):
+            grid = part if n == 0 else grid.unsqueeze(-1) + part  # (2h-1, 2w-1)
         every = tuple(range(len(self.size)))
         windows = grid.to(dtype).flip(every)
-        for axis, n in enumerate(self.size):
-            windows = windows.unfold(axis, n, 1)  # (h, w, h, w): keys as the query at (h-1-row, w-1-column) sees them
+        for axis in every:  # (h, w, h, w): keys as the query at (h-1-row, w-1-column) sees them
+            windows = windows.unfold(axis, self.size[axis], 1)
         tokens = math.prod(self.size)
         ids = windows.flip(every).reshape(tokens, tokens)
         return F.pad(ids, (self.skip, 0, self.skip, 0), value=self.num_buckets - 1) if self.skip else ids
@@ -386,7 +385,7 @@ def get_bucket_ids(
         if one.dim() < 2 or one.shape[-1] != 2:
             raise ValueError(f"positions have shape {tuple(one.shape)}; expected (..., L, 2): row and column")
     dr, dc = (positions.double().unsqueeze(-2) - key_positions.double().unsqueeze(-3)).unbind(-1)  # (..., Lq, Lk)
-    ids = sum(_parts(_as_method(method), dr, dc, alpha, beta, gamma))
+    ids = sum(_parts(_as_method(method), dr, dc, alpha, beta, gamma), torch.zeros((), dtype=torch.long))
     num_buckets = get_num_buckets(method, alpha, beta, gamma)
     placed = (positions[..., 0] >= 0).unsqueeze(-1) & (key_positions[..., 0] >= 0).unsqueeze(-2)
     # in a compiled graph the id of a bucket that is not there is outside the table, which every operator refuses
@@ -395,70 +394,46 @@ def get_bucket_ids(
     return ids.where(placed, num_buckets), num_buckets + (skip > 0)
 
 
-_MAPS = 1024  # more than that are dropped
-_maps: OrderedDict[tuple, Tensor] = OrderedDict()  # least recently used first
-_maps_lock = threading.Lock()
-
-
-def _cached_offsets(mapping: str, height: int, width: int, device: torch.device) -> Tensor:
-    """`BucketMap.offsets` from the cache.
-
-    Built in a thread of their own, which no mode of the caller reaches: neither a FakeTensor nor an inference tensor
-    can get in, and no trace records how. Built on the CPU, so all devices agree on rounding.
-    """
-    key = (mapping, height, width, device)
-    with _maps_lock:
-        if key in _maps:
-            _maps.move_to_end(key)
-            return _maps[key]
-    offsets = _in_a_clean_thread(lambda: get_bucket_map(*_fields(mapping, height, width)).offsets.to(device))
-    offsets._dynamo_static_indices = {0, 1}  # type: ignore[attr-defined]  # torch.compile: sizes that no graph varies
-    with _maps_lock:
-        _maps[key] = offsets
-        while len(_maps) > _MAPS:
-            _maps.popitem(last=False)
-    return offsets
-
-
-def _constant_ids(mapping: str, height: int, width: int, device: torch.device) -> Tensor:
-    """(L, L) ids, for a graph that others run later."""
-    return _in_a_clean_thread(lambda: get_bucket_map(*_fields(mapping, height, width)).ids(torch.long).to(device))
-
-
-def _ids_of_symbols(method: str, height: int, width: int, skip: int, *rest: Any) -> Tensor:
-    """(L, L) ids by operations that do not pin symbolic sizes, as `BucketMap.ids` does."""
-    *piecewise, device = rest
-    offsets = get_offset_ids_2d(method, height, width, *piecewise, device=device)
+def _build(kind: str, mapping: str, height: int, width: int, device: torch.device) -> Tensor:
+    """`BucketMap.offsets`, or ids (L, L), of a mapping "method skip alpha beta gamma"; symbolic sizes stay symbols."""
+    method, skip, alpha, beta, gamma = mapping.split()
+    numbers = float(alpha), float(beta), float(gamma)
+    if kind != "symbols":
+        bucket_map = get_bucket_map(method, height, width, int(skip), *numbers)
+        return (bucket_map.offsets if kind == "offsets" else bucket_map.ids(torch.long)).to(device)
+    offsets = get_offset_ids_2d(method, height, width, *numbers, device=device)
     cells = torch.arange(height * width, device=device)
     row, column = cells // width, cells % width
     ids = offsets[row.unsqueeze(1) - row + (height - 1), column.unsqueeze(1) - column + (width - 1)]
-    return F.pad(ids, (skip, 0, skip, 0), value=get_num_buckets(method, *piecewise)) if skip else ids
+    return F.pad(ids, (int(skip), 0, int(skip), 0), value=get_num_buckets(method, *numbers))
 
 
-def _in_a_clean_thread(build: Callable[[], Tensor]) -> Tensor:
+def _build_aside(*key: Any) -> Tensor:
+    """`_build` in a thread of its own, which no mode of the caller reaches: no FakeTensor and no inference tensor gets
+    into the cache, and no trace records how. On the CPU first, so all devices agree on rounding.
+    """
     with ThreadPoolExecutor(1) as clean:
-        return clean.submit(build).result()
+        built = clean.submit(_build, *key).result()
+    built._dynamo_static_indices = {0, 1}  # type: ignore[attr-defined]  # torch.compile: sizes that vary in no graph
+    return built
 
 
-def _fields(mapping: str, height: int, width: int) -> tuple[str, int, int, int, float, float, float]:
-    method, skip, alpha, beta, gamma = mapping.split()
-    return method, height, width, int(skip), float(alpha), float(beta), float(gamma)
+_cached = functools.lru_cache(maxsize=1024)(_build_aside)
 
 
-def _add_constant(name: str, build: str, *key: Any) -> None:
+def _add_constant(name: str, *key: Any) -> None:
     """For torch.compile, which names a constant after the function it comes from: a function for this map alone.
 
     It stays for good: compiled graphs are thrown away with the function that their constant came from.
     """
-    if hasattr(_add_constant, name):
-        return
+    if not hasattr(_add_constant, name):
 
-    def constant() -> Tensor:
-        return globals()[build](*key)
+        def constant() -> Tensor:
+            return (_build_aside if key[0] == "ids" else _cached)(*key)
 
-    constant.__code__ = constant.__code__.replace(co_name=name)
-    constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    setattr(_add_constant, name, constant)
+        constant.__code__ = constant.__code__.replace(co_name=name)
+        constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
+        setattr(_add_constant, name, constant)
 
 
 # what torch.compiler.assume_constant_result sets; calling that would import the whole compiler
@@ -466,30 +441,25 @@ _add_constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _bucket_map(mapping: str, num_buckets: int, height: int, width: int, x: Tensor) -> BucketMap | Tensor:
-    """The map on x's device, from the cache. Ids (L, L) instead, where a graph is saved for others to run, or where
-    the sizes are symbols: then they are built in the graph.
-    """
-    build = "_constant_ids" if torch.compiler.is_exporting() or torch.jit.is_tracing() else "_cached_offsets"
-    in_graph = type(x).__name__ == "FakeTensor"
-    constant = None
+    """The map on x's device, from the cache; in a graph that is saved for others to run, or has symbolic sizes, ids."""
+    kind = "ids" if torch.compiler.is_exporting() or torch.jit.is_tracing() else "offsets"
+    symbols = type(x).__name__ == "FakeTensor"
     if torch.compiler.is_compiling():
         from torch.fx.experimental.symbolic_shapes import has_static_value
 
-        in_graph = not (has_static_value(height) and has_static_value(width))
-        if not in_graph:  # a size that was pinned after tracing had begun is still a symbol
+        symbols = not (has_static_value(height) and has_static_value(width))
+        if not symbols:  # a size that was pinned after tracing had begun is still a symbol
             height, width = operator.index(height), operator.index(width)
-        if not in_graph and torch.compiler.is_dynamo_compiling():
-            name = f"{build[1:]} {mapping} {height} {width} {x.device.type} {x.device.index}"
-            name = name.replace(" ", "_").replace(".", "p").replace("-", "m")
-            _add_constant(name, build, mapping, height, width, x.device)
-            constant = getattr(_add_constant, name)()
-    if in_graph:
-        return _ids_of_symbols(*_fields(mapping, height, width), x.device)
-    if constant is None:
-        constant = (_constant_ids if build == "_constant_ids" else _cached_offsets)(mapping, height, width, x.device)
-    if build == "_constant_ids":
-        return constant
-    return BucketMap(constant, (height, width), int(mapping.split()[1]), num_buckets)
+    if symbols:
+        return _build("symbols", mapping, height, width, x.device)
+    if torch.compiler.is_dynamo_compiling():
+        name = f"{kind} {mapping} {height} {width} {x.device.type} {x.device.index}"
+        name = name.replace(" ", "_").replace(".", "p").replace("-", "m")
+        _add_constant(name, kind, mapping, height, width, x.device)
+        built = getattr(_add_constant, name)()
+    else:
+        built = (_build_aside if kind == "ids" else _cached)(kind, mapping, height, width, x.device)
+    return built if kind == "ids" else BucketMap(built, (height, width), int(mapping.split()[1]), num_buckets)
 
 
 def _grid(tokens: int, skip: int, height: Size, width: Size) -> tuple[int, int]:
@@ -598,10 +568,6 @@ class iRPE(nn.Module):
         """The one parameter, under either of its names."""
         return getattr(self, "lookup_table_bias" if self.mode == "bias" else "lookup_table_weight")
 
-    def has_hooks(self) -> bool:
-        """Whether the table alone is not the encoding: hooks change it, or a subclass does."""
-        return bool(self._forward_pre_hooks or self._forward_hooks) or type(self).forward is not iRPE.forward
-
     def reset_parameters(self) -> None:
         """Set the table to zero, then call the initializer if there is one."""
         with torch.no_grad():
@@ -707,11 +673,6 @@ class iRPE_Cross(nn.Module):
         """The pairs (table, map) of rows and of columns, see `iRPE.tables`."""
         return self.rp_rows.tables(x, *size, **options) + self.rp_cols.tables(x, *size, **options)
 
-    def has_hooks(self) -> bool:
-        """As `iRPE.has_hooks`, of either."""
-        own = self._forward_pre_hooks or self._forward_hooks or type(self).forward is not iRPE_Cross.forward
-        return bool(own) or self.rp_rows.has_hooks() or self.rp_cols.has_hooks()
-
     def forward(self, x: Tensor, height: Size = None, width: Size = None, *, positions: Places = None) -> Tensor:
         """rp_rows(x) + rp_cols(x), see `iRPE.forward`."""
         return self.rp_rows(x, height, width, positions=positions) + self.rp_cols(x, height, width, positions=positions)
@@ -794,21 +755,23 @@ def rpe_attention(
             `rpe_ops.rpe_attention.choose`), "sdpa" where nothing is trained and there is no rpe_v, else "eager".
     Returns (B, H, Lq, D).
     """
-    rpe = _Encodings.of(q, k, rpe_q, rpe_k, rpe_v, dict(height=height, width=width), positions, attn_mask)
+    rpe = _Encodings.of(q, k, rpe_q, rpe_k, rpe_v, dict(height=height, width=width, positions=positions))
+    if attn_mask is not None and attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+        raise TypeError(f"attn_mask is {attn_mask.dtype}; expected bool (True takes part) or floating point (added)")
     if backend not in (None, "cpu", "triton", "eager", "sdpa", "reference"):
         raise ValueError(f'unknown backend {backend!r}; expected None, "cpu", "triton", "eager", "sdpa" or "reference"')
     if backend == "sdpa" and rpe_v is not None:
         raise ValueError('backend="sdpa" returns no attention weights, which an encoding on values needs; use "eager"')
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     why_not = rpe.why_not_in_operators()
     if why_not and backend in ("cpu", "triton", "reference"):
         raise ValueError(f'backend="{backend}" {why_not}')
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     records = torch.compiler.is_exporting() or torch.jit.is_tracing()  # what others run without rpe_ops or gradients
     in_operators, name = not why_not and not records, backend
-    if backend is None and in_operators:
-        name = _attention.choose(q, k, attn_mask)
+    if backend is None:
+        name = _attention.choose(q, k, attn_mask) if in_operators else "eager"
     # dropped weights depend on the seed alone where rpe_ops draws them, also for its formula
-    if name in ("cpu", "triton", "reference") or (in_operators and name in (None, "eager") and dropout_p > 0):
+    if name in ("cpu", "triton", "reference") or (in_operators and name == "eager" and dropout_p > 0):
         options = dict(scale=scale, attn_mask=attn_mask, dropout_p=dropout_p, backend=name, or_eager=backend is None)
         return _attention.rpe_attention(q, k, v, *rpe.tables(q, k), **options)[0]
     bias, empty = rpe.bias(q * scale, k * scale, attn_mask)
@@ -820,102 +783,74 @@ def rpe_attention(
     return rpe.formula(q * scale, k, v, bias, empty, dropout_p)[0]
 
 
-def rpe_attention_with_weights(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rpe_q: RPEModule | None = None,
-    rpe_k: RPEModule | None = None,
-    rpe_v: RPEModule | None = None,
-    *,
-    height: Size = None,
-    width: Size = None,
-    positions: Places = None,
-    scale: float | None = None,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """(out, p) of the formula of `rpe_attention` in plain torch, for who needs the weights p too.
-
-    >>> q, k, v = torch.randn(3, 2, 6, 1 + 14 * 9, 64)
-    >>> rpe = build_rpe(get_rpe_config(skip=1, rpe_on="kv"), head_dim=64, num_heads=6)
-    >>> rpe_attention_with_weights(q, k, v, *rpe, height=14, width=9)[1].shape
-    torch.Size([2, 6, 127, 127])
-
-    Arguments are those of `rpe_attention`. p, (B, H, Lq, Lk), is what meets v, after dropout.
-    """
-    rpe = _Encodings.of(q, k, rpe_q, rpe_k, rpe_v, dict(height=height, width=width), positions, attn_mask)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    q = q * scale
-    return rpe.formula(q, k, v, *rpe.bias(q, k * scale, attn_mask), dropout_p)
-
-
 class _Encodings(NamedTuple):
-    """The encodings of one attention, and where its tokens are."""
+    """The encodings of one attention, and where its tokens are: attention written out."""
 
     q: RPEModule | None
     k: RPEModule | None
     v: RPEModule | None
-    of_q: dict[str, Any]  # height, width, positions for an encoding of what has the queries' tokens: those on k and v
-    of_k: dict[str, Any]
+    of_q: dict[str, Any]  # height, width and positions for an encoding of the queries' tokens: those on k and v
+    of_k: dict[str, Any]  # and for the one on q
 
     @staticmethod
-    def of(q: Tensor, k: Tensor, rpe_q: Any, rpe_k: Any, rpe_v: Any, size: Any, places: Places, mask: Any) -> Any:
-        """Checked."""
+    def of(q: Tensor, k: Tensor, rpe_q: Any, rpe_k: Any, rpe_v: Any, places: dict[str, Any]) -> _Encodings:
+        """Checked; places are height, width and positions as `rpe_attention` takes them."""
         for name, one, transposed in (("rpe_q", rpe_q, True), ("rpe_k", rpe_k, True), ("rpe_v", rpe_v, False)):
             if one is not None and one.transposed is not transposed:
                 where = "keys or queries" if one.transposed else "values"
                 raise ValueError(f"{name} is an encoding for {where}: {one}")
-        if places is None and q.shape[2] != k.shape[2] and not rpe_q is rpe_k is rpe_v:
-            raise ValueError(
-                f"{q.shape[2]} queries and {k.shape[2]} keys; an encoding expects the same tokens, or positions="
-            )
-        if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
-            raise TypeError(f"attn_mask is {mask.dtype}; expected bool (True takes part) or floating point (added)")
-        at_q, at_k = places if isinstance(places, tuple) else (places, places)
-        of_q, of_k = ((at_q, at_k), (at_k, at_q)) if places is not None else (None, None)
-        return _Encodings(rpe_q, rpe_k, rpe_v, size | dict(positions=of_q), size | dict(positions=of_k))
+        positions = places["positions"]
+        if positions is None:
+            if q.shape[2] != k.shape[2] and not (rpe_q is None and rpe_k is None and rpe_v is None):
+                raise ValueError(
+                    f"{q.shape[2]} queries and {k.shape[2]} keys; an encoding expects the same tokens, or positions="
+                )
+            return _Encodings(rpe_q, rpe_k, rpe_v, places, places)
+        at_q, at_k = positions if isinstance(positions, tuple) else (positions, positions)
+        return _Encodings(
+            rpe_q, rpe_k, rpe_v, places | dict(positions=(at_q, at_k)), places | dict(positions=(at_k, at_q))
+        )
 
     def why_not_in_operators(self) -> str:
         """Why `rpe_ops` cannot take the attention, as the end of a sentence; "" where it can."""
         if _attention is None:
             return f"needs rpe_ops, which is absent ({RPE_OPS_MISSING})"
-        some = [one for one in self[:3] if one is not None]
+        some = [part for one in self[:3] if one is not None for part in one.modules()]
         if some and any(places.dim() > 2 for places in self.of_q["positions"] or ()):
             return 'takes one map for all samples; use "eager" for positions (B, L, 2)'
-        if any(one.has_hooks() for one in some):
-            return 'reads the tables, which leaves out the hooks of an encoding; use "eager"'
+        forwards = (iRPE.forward, iRPE_Cross.forward)
+        if any(one._forward_hooks or one._forward_pre_hooks or type(one).forward not in forwards for one in some):
+            return 'reads the tables, which leaves out the hooks or the forward that an encoding has; use "eager"'
         return ""
 
     def tables(self, q: Tensor, k: Tensor) -> tuple[list, list, list]:
         """(table, map) on q and on k, (map, table) on v: the arguments of `rpe_ops`."""
         weights_like = q[:1, :, :, :1].expand(-1, -1, -1, k.shape[2])
-        on_v = [] if self.v is None else self.v.tables(weights_like, **self.of_q)
         on_q = [] if self.q is None else self.q.tables(k, **self.of_k)
-        return on_q, [] if self.k is None else self.k.tables(q, **self.of_q), [(place, W) for W, place in on_v]
+        on_k = [] if self.k is None else self.k.tables(q, **self.of_q)
+        on_v = [] if self.v is None else self.v.tables(weights_like, **self.of_q)
+        return on_q, on_k, [(where, table) for table, where in on_v]
 
     def bias(self, q: Tensor, k: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """What is added to the scores, (.., Lq, Lk), and which rows have no key, (.., Lq, 1); q and k are scaled."""
-        bias = empty = None
-        if self.k is not None:
-            bias = self.k(q, **self.of_q)
+        bias = None if self.k is None else self.k(q, **self.of_q)
         if self.q is not None:
             on_q = self.q(k, **self.of_k).transpose(-2, -1)
             bias = on_q if bias is None else bias + on_q
-        if mask is not None:
-            if mask.dtype == torch.bool:
-                mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -math.inf)
-            mask = mask.to(q.dtype)  # first: finfo.min of a wider dtype is -inf in q's
-            empty = (mask == -math.inf).all(-1, keepdim=True)
-            mask = mask.masked_fill(empty, 0.0)  # such rows stay finite, and are cleared afterwards
-            bias = mask if bias is None else bias + mask
-        return bias, empty
+        if mask is None:
+            return bias, None
+        if mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -math.inf)
+        mask = mask.to(q.dtype)  # first: finfo.min of a wider dtype is -inf in q's
+        empty = (mask == -math.inf).all(-1, keepdim=True)
+        mask = mask.masked_fill(empty, 0.0)  # such rows stay finite, and are cleared afterwards
+        return mask if bias is None else bias + mask, empty
 
     def formula(
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, empty: Tensor | None, dropout_p: float
     ) -> tuple[Tensor, Tensor]:
-        """(out, weights) of scaled q and what `bias` returned."""
-        scores = q @ k.transpose(-2, -1)  # (B, H, Lq, Lk)
+        """(out, weights), (B, H, Lq, D) and (B, H, Lq, Lk), of scaled q and what `bias` has returned."""
+        scores = q @ k.transpose(-2, -1)
         weights = (scores if bias is None else scores + bias).softmax(-1)
         if empty is not None:
             weights = weights.masked_fill(empty, 0.0)

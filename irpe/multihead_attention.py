@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config_io import rpe_config_from_string
-from .irpe import Places, RPEConfig, RPEModule, Size, _grid, build_rpe, iRPE, rpe_attention
+from .irpe import Places, RPEConfig, RPEModule, Size, _Encodings, _grid, build_rpe, iRPE, rpe_attention
 
 
 class RPEMultiheadAttention(nn.MultiheadAttention):
@@ -212,25 +212,13 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
     def _formula(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, *, positions: Places, **size: Any
     ) -> tuple[Tensor, Tensor]:
-        """(output by head, weights by head): what `rpe_attention` computes, where the weights are wanted too."""
-        if positions is None and q.shape[2] != k.shape[2]:
-            raise ValueError(
-                f"{q.shape[2]} queries and {k.shape[2]} keys; an encoding expects the same tokens, or positions="
-            )
-        of_q, of_k = positions if isinstance(positions, tuple) else (positions, positions)
-        scale = self.head_dim**-0.5
-        scores = q * scale @ k.transpose(-2, -1)
-        if self.rpe_k is not None:
-            scores = scores + self.rpe_k(q * scale, **size, positions=None if of_q is None else (of_q, of_k))
-        if self.rpe_q is not None:
-            on_q = self.rpe_q(k * scale, **size, positions=None if of_k is None else (of_k, of_q))
-            scores = scores + on_q.transpose(-2, -1)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        weights = F.dropout(scores.softmax(-1), dropout_p)
-        out = weights @ v
-        if self.rpe_v is not None:
-            out = out + self.rpe_v(weights, **size, positions=None if of_q is None else (of_q, of_k))
+        """(output by head, weights by head): `rpe_attention` written out, where the weights are wanted too."""
+        rpe = _Encodings.of(q, k, self.rpe_q, self.rpe_k, self.rpe_v, size | dict(positions=positions))
+        q, k_scaled = q * self.head_dim**-0.5, k * self.head_dim**-0.5
+        bias, empty = rpe.bias(q, k_scaled, mask)
+        out, weights = rpe.formula(q, k, v, bias, empty, dropout_p)
+        if empty is not None:  # a query without a key is NaN in torch
+            out, weights = out.masked_fill(empty, torch.nan), weights.masked_fill(empty, torch.nan)
         return out, weights
 
 

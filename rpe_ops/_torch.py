@@ -45,7 +45,7 @@ def has_kernel(operator: str, key: str) -> bool:
 
 
 def schema(operator: str) -> str | None:
-    """The schema that an operator of `torch.ops.rpe_ops` was registered with: another library may have taken the name."""
+    """The schema that an operator of `torch.ops.rpe_ops` has: another library may have registered the name."""
     found = getattr(getattr(torch.ops.rpe_ops, operator).default, "_schema", None)
     return None if found is None else str(found)
 

@@ -210,12 +210,3 @@ def _attention_backward(
             "backward_keys", call.Lk, _sums(plan_q, grads_lut_q), *common, _rows(grad_k), _rows(grad_v), *tables
         )
     return grads
-
-
-if not hasattr(torch.ops.rpe_ops, "rpe_attention_triton"):  # once in a process, however many copies of this there are
-    for _name, _function, _its_fake in (
-        ("rpe_attention_triton_plan", _plan, empty_plan),
-        ("rpe_attention_triton", _attention, _fake),
-        ("rpe_attention_triton_backward", _attention_backward, _fake_backward),
-    ):
-        torch.library.custom_op(f"rpe_ops::{_name}", _function, mutates_args=()).register_fake(_its_fake)

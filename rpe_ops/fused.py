@@ -4,8 +4,9 @@ A backend is a module with
 
     why_not(q, attn_mask)         why it cannot take such a call, as the end of a sentence, or None
     about()                       what it is, as a sentence
-    forward(call, inputs)         (out, lse, sums): lse (B, H, Lq), and bucket sums (B, H, Lq, N) for each map on values.
-                                  Where the tables on values are W they are in `out`, and sums are what the backend keeps
+    is_slow(q, k)                 whether the formula is the faster one for such a call
+    forward(call, inputs)         (out, lse, sums): lse (B, H, Lq), bucket sums (B, H, Lq, N) for each map on values.
+                                  Tables on values that are W are in `out`, and sums what the backend likes to keep
     backward(call, inputs, saved) gradients of q, k, v and of each table, as one list
     KEEPS_OUT                     whether its backward reads out and sums
 
@@ -27,7 +28,7 @@ BACKENDS: dict[str, Any] = {"cpu": rpe_attention_cpu, "triton": rpe_attention_tr
 
 
 class Call(NamedTuple):
-    """What is no tensor. A map's numbers are height, width, skip and N, see `maps`; those of all maps follow each other."""
+    """What is no tensor. numbers are height, width, skip and N of each map, one after the other, see `maps`."""
 
     backend: str
     scale: float
@@ -36,7 +37,9 @@ class Call(NamedTuple):
     numbers_k: tuple[int, ...]
     numbers_v: tuple[int, ...]
     weights_v: bool  # the tables on values are W
-    or_eager: bool  # what the backend cannot (second derivatives, a kernel that fails to compile) is left to the formula
+    or_eager: (
+        bool  # what the backend cannot (second derivatives, a kernel that fails to compile) is left to the formula
+    )
 
 
 class Inputs(NamedTuple):
@@ -73,8 +76,13 @@ def attention(
     if mask is not None:
         mask = mask.expand(*q.shape[:3], k.shape[2])
     tables = [table for table, _ in (*on_q, *on_k)] + [W for _, W in on_v if isinstance(W, Tensor)]
-    maps, numbers = [], []
-    for pairs in ([(place, table.shape[-1]) for table, place in on_q], [(place, t.shape[-1]) for t, place in on_k], on_v):
+    maps: list[Tensor] = []
+    numbers: list[tuple[int, ...]] = []
+    for pairs in (
+        [(place, table.shape[-1]) for table, place in on_q],
+        [(place, t.shape[-1]) for t, place in on_k],
+        on_v,
+    ):
         some: tuple[int, ...] = ()
         for place, last in pairs:
             tensor, its = tensor_and_numbers(place, last.shape[-2] if isinstance(last, Tensor) else last)
@@ -82,7 +90,8 @@ def attention(
             some += its
         numbers.append(some)
     weights_v = len(tables) > len(on_q) + len(on_k)
-    call = Call(backend, settings["scale"], settings["dropout_p"], *numbers, weights_v, or_eager)
+    of_q, of_k, of_v = numbers
+    call = Call(backend, settings["scale"], settings["dropout_p"], of_q, of_k, of_v, weights_v, or_eager)
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *tables))
     function = RPEAttention.apply
     if torch.compiler.is_compiling():

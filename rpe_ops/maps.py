@@ -111,7 +111,9 @@ def _rows(place: GridMap, dtype: torch.dtype, first: int, last: int, with_skip: 
     if offsets.dim() == 1:
         rows, columns = offsets.split([2 * height - 1, 2 * width - 1])
         offsets = rows.unsqueeze(1) + columns
-    windows = offsets.to(dtype).flip(0, 1).unfold(0, height, 1).unfold(1, width, 1)  # (h, w, h, w), rows from last to first
+    windows = (
+        offsets.to(dtype).flip(0, 1).unfold(0, height, 1).unfold(1, width, 1)
+    )  # (h, w, h, w), rows from last to first
     windows = windows[height - last : height - first].flip(0, 1)
     ids = windows.reshape((last - first) * width, height * width)
     return F.pad(ids, (skip, 0, skip if with_skip else 0, 0), value=num_buckets - 1) if skip else ids

@@ -119,18 +119,14 @@ def _side_table(x: Tensor, table: Tensor) -> Tensor:
     return x @ table.to(x.dtype) if table.dim() == 3 else table
 
 
-def second_gradients(
-    outer: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    inputs: tuple,
-    **settings: Any,
-) -> list[Tensor]:
+def second_gradients(outer: Sequence[Tensor], grads: Sequence[Tensor], inputs: tuple, **settings: Any) -> list[Tensor]:
     """Of the function (grads of out and sums, q, k, v, tables) -> `gradients`, for gradients of its result: `outer`."""
     q, k, v, on_q, on_k, on_v = inputs
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in (q, k, v, *_tables(on_q, on_k, on_v))]
         of = [x.detach().requires_grad_() for x in grads]
-        out, sums = attention(*leaves[:3], *_with_tables(leaves[3:], on_q, on_k, on_v), **settings)
+        pairs = _with_tables(leaves[3:], on_q, on_k, on_v)
+        out, sums = attention(leaves[0], leaves[1], leaves[2], *pairs, **settings)
         first = torch.autograd.grad([out, *sums], leaves, of, create_graph=True)
         return list(torch.autograd.grad(first, [*of, *leaves], outer, allow_unused=True, materialize_grads=True))
 

@@ -62,7 +62,7 @@ def about() -> str:
     if reason := why_not(torch.empty(0, 1, device="cuda")):
         return f"not here: {what}; {reason}"
     failed = "".join(f"; not for {key}, which the formula computes: {reason}" for key, reason in BROKEN.items())
-    return f"runs: {what}, deterministic, float16 to float32, head sizes up to {_WIDEST}{failed}{_triton_launch.compiled()}"
+    return f"runs: {what}, deterministic, float16 to float32, head sizes up to {_WIDEST}{failed}"
 
 
 def forward(call: Any, inputs: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -103,7 +103,10 @@ def _forward(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     maps = maps_q, maps_k, maps_v, numbers_q, numbers_k, numbers_v
     try:
-        luts = [_side_table(k, table, scale) for table in tables_q], [_side_table(q, table, scale) for table in tables_k]
+        luts = (
+            [_side_table(k, table, scale) for table in tables_q],
+            [_side_table(q, table, scale) for table in tables_k],
+        )
         out, lse, sums = _triton_launch.forward(q, k, v, *luts, *maps, attn_mask, seed, scale, dropout_p)
     except Exception as error:
         _give_up(q, error, or_eager)
@@ -142,7 +145,10 @@ def _backward(
 ) -> list[Tensor]:
     maps = maps_q, maps_k, maps_v, numbers_q, numbers_k, numbers_v
     try:
-        luts = [_side_table(k, table, scale) for table in tables_q], [_side_table(q, table, scale) for table in tables_k]
+        luts = (
+            [_side_table(k, table, scale) for table in tables_q],
+            [_side_table(q, table, scale) for table in tables_k],
+        )
         if tables_v:  # out has S W, so <grad_out, out> has what the sums would add to delta
             of_sums, of_delta = [_side_table(grad_out, W.transpose(1, 2), 1.0) for W in tables_v], []
         else:
@@ -197,7 +203,9 @@ def _side_table(x: Tensor, table: Tensor, scale: float) -> Tensor:
 def _pairs(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple:
     """The arguments of the formula."""
     tables, maps, numbers = rest[:3], rest[3:6], rest[6:]
-    places = [[from_numbers(x, n[4 * i : 4 * i + 4]) for i, x in enumerate(m)] for m, n in zip(maps, numbers, strict=True)]
+    places = [
+        [from_numbers(x, n[4 * i : 4 * i + 4]) for i, x in enumerate(m)] for m, n in zip(maps, numbers, strict=True)
+    ]
     on_q, on_k = (list(zip(t, p, strict=True)) for t, p in zip(tables[:2], places[:2], strict=True))
     return q, k, v, on_q, on_k, list(zip(places[2], tables[2] or numbers[2][3::4], strict=True))
 
@@ -214,8 +222,8 @@ def _give_up(q: Tensor, error: Exception, or_eager: bool) -> None:
     if key not in BROKEN:
         BROKEN[key] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         warnings.warn(
-            f"rpe_attention: the Triton kernels cannot be compiled or run here for {key}, so the formula in plain torch "
-            f'goes on, which is slower and takes more memory ({BROKEN[key]}); backend="triton" raises instead',
+            f"rpe_attention: the Triton kernels cannot be compiled or run here for {key}, so the formula in plain "
+            f'torch goes on, which is slower and takes more memory ({BROKEN[key]}); backend="triton" raises instead',
             RuntimeWarning,
             stacklevel=3,
         )

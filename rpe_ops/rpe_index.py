@@ -19,8 +19,8 @@ def rpe_index(input: Tensor, index: Map) -> Tensor:
 
     Args:
         input: (B, H, Lq, N), of any dtype and strides.
-        index: (Lq, Lk), uint8, int16, int32 or int64, on input's device, values in [0, N); or the map of a grid, such as
-            `irpe.BucketMap`, see `maps`.
+        index: (Lq, Lk), uint8, int16, int32 or int64, on input's device, values in [0, N); or the map of a grid, such
+            as `irpe.BucketMap`, see `maps`.
 
     Returns:
         (B, H, Lq, Lk). Differentiable in input to any order; the gradient is `rpe_bucket_sum`.

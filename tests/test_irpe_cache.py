@@ -1,6 +1,7 @@
 """The one cache of bucket maps: right under every order of sizes, skips, devices, threads and kinds of tracing."""
 
 import copy
+import functools
 import itertools
 import random
 import threading
@@ -58,16 +59,22 @@ def check(module, height, width, call=None):
 
 
 @pytest.fixture(autouse=True)
-def clean():
+def made(monkeypatch):
     """Each test starts with an empty cache and leaves one that holds nothing but plain, complete tensors."""
-    source._maps.clear()
+    made = {}
+
+    def build(*key):
+        made[key] = source._build_aside(*key)
+        return made[key]
+
+    monkeypatch.setattr(source, "_cached", functools.lru_cache(maxsize=16)(build))
     torch._dynamo.reset()
-    yield
-    for key, offsets in source._maps.items():
+    yield made
+    for (_, mapping, height, width, _), offsets in made.items():
         assert type(offsets) is torch.Tensor and not offsets.is_inference() and not offsets.requires_grad
-        (method, skip, *piecewise), height, width = key[0].split(), key[1], key[2]
+        method, skip, *piecewise = mapping.split()
         expected = get_bucket_map(method, height, width, int(skip), *map(float, piecewise)).offsets
-        assert torch.equal(offsets.cpu(), expected), key
+        assert torch.equal(offsets.cpu(), expected), mapping
 
 
 @pytest.mark.parametrize("where", "kv")
@@ -84,19 +91,22 @@ def test_same_token_count_with_different_skips_and_grids():
         check(make(skip=skip), height, width)
 
 
-def test_one_entry_serves_every_module_of_a_grid():
+def test_one_entry_serves_every_module_of_a_grid(made):
     x = torch.randn(1, HEADS, 13, DIM)
     for module in (make(), make(), make(shared_head=False)):
         module(x, 3, 4)
-    assert len(source._maps) == 1
+    assert len(made) == 1
 
 
-def test_old_entries_go_when_the_cache_is_full(monkeypatch):
-    monkeypatch.setattr(source, "_MAPS", 3)
+def test_the_cache_is_bounded_and_serves_ten_sizes_in_turn(made):
     module = make()
-    for height, width in [(3, 4), (4, 3), (2, 6), (3, 4), (6, 2), (1, 12)]:
+    sizes = [(h, w) for h in range(2, 7) for w in (h + 1, 2 * h)]
+    for height, width in sizes * 3:
         check(module, height, width)
-    assert [key[1:3] for key in source._maps] == [(3, 4), (6, 2), (1, 12)]
+    assert len(made) == source._cached.cache_info().misses == len(sizes)
+    for width in range(1, 30):
+        check(module, 1, width)
+    assert source._cached.cache_info().currsize == 16
 
 
 def test_threads():
@@ -159,7 +169,7 @@ def test_compile_fullgraph_with_static_sizes(where):
 
 
 @pytest.mark.parametrize("where", "kv")
-def test_compile_fullgraph_with_dynamic_sizes_compiles_once(where):
+def test_compile_fullgraph_with_dynamic_sizes_compiles_once(where, made):
     module = make(where)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(module, fullgraph=True, backend=counter, dynamic=True)
@@ -168,7 +178,7 @@ def test_compile_fullgraph_with_dynamic_sizes_compiles_once(where):
     for height, width in [(4, 5), (2, 7), (6, 5)]:
         check(module, height, width, compiled)
     assert counter.frame_count == frames
-    assert not source._maps
+    assert not made
 
 
 def test_compile_with_sizes_that_are_pinned_after_they_were_read():
@@ -324,14 +334,14 @@ def test_first_call_ever_is_under_compile(run_python):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_devices_have_their_own_ids():
+def test_devices_have_their_own_ids(made):
     module = make()
     check(module, 3, 4)
     x = sample(module, 3, 4)
     on_cpu = module(x, 3, 4)
     on_gpu = module.cuda()(x.cuda(), 3, 4)
     torch.testing.assert_close(on_gpu.cpu(), on_cpu)
-    assert {str(key[-1]) for key in source._maps} == {"cpu", "cuda:0"}
+    assert {str(key[-1]) for key in made} == {"cpu", "cuda:0"}
 
 
 @pytest.mark.parametrize("dynamic", [False, None, True])

@@ -1,16 +1,14 @@
 """The attention function of equipped models, and the hooks that bring it the map."""
 
-import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from ...irpe import rpe_attention
+from ...irpe import _Encodings, rpe_attention
 
 NAME = "irpe"
 
@@ -101,45 +99,15 @@ def attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     rpe = module.rpe_q, module.rpe_k, module.rpe_v
     if irpe_map.output_attentions:
-        out, weights = _with_weights(query, key, value, rpe, attention_mask, scaling, dropout, of_map)
+        written_out = _Encodings.of(query, key, *rpe, of_map | dict(positions=None))
+        query, scaled_key = query * scaling, key * scaling
+        bias = written_out.bias(query, scaled_key, attention_mask)
+        out, weights = written_out.formula(query, key, value, *bias, dropout)
         return out.transpose(1, 2).contiguous(), weights
     out = rpe_attention(
         query, key, value, *rpe, **of_map, scale=scaling, attn_mask=attention_mask, dropout_p=dropout
     )  # fmt: skip
     return out.transpose(1, 2).contiguous(), None
-
-
-def _with_weights(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rpe: tuple[Any, Any, Any],
-    mask: Tensor | None,
-    scaling: float,
-    dropout: float,
-    of_map: dict[str, Any],
-) -> tuple[Tensor, Tensor]:
-    """The formula of `rpe_attention` with its weights, which no fused kernel has."""
-    rpe_q, rpe_k, rpe_v = rpe
-    query = query * scaling
-    scores = query @ key.transpose(-2, -1)  # (B, H, L, L)
-    if rpe_k is not None:
-        scores = scores + rpe_k(query, **of_map)
-    if rpe_q is not None:
-        scores = scores + rpe_q(key * scaling, **of_map).transpose(-2, -1)
-    if mask is not None:
-        if mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, -math.inf)
-        scores = scores + mask
-        empty = (scores == -math.inf).all(-1, keepdim=True)
-        scores = scores.masked_fill(empty, 0.0)
-    # in float32 at least, as transformers' eager attention has it
-    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
-    if mask is not None:
-        weights = weights.masked_fill(empty, 0.0)
-    weights = F.dropout(weights, dropout)
-    out = weights @ value
-    return (out if rpe_v is None else out + rpe_v(weights, **of_map)), weights
 
 
 AttentionInterface.register(NAME, attention)

@@ -1,0 +1,317 @@
+"""What every fused backend shares, with kernels that the formula stands in for: autograd, graphs, kernels that fail."""
+
+import gc
+import types
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.library import opcheck
+
+import irpe.irpe as source
+from irpe import build_rpe, get_bucket_map, get_rpe_config, get_single_rpe_config, rpe_attention
+from irpe.irpe import RPEConfig
+from rpe_ops import _torch, fused, rpe_attention_eager
+from rpe_ops import rpe_attention as operators
+from rpe_ops import rpe_attention_triton as backend
+from rpe_ops.maps import from_numbers
+
+HEADS, DIM, SIZE = 2, 8, dict(height=3, width=4)
+TOKENS = 13
+
+
+def pairs(luts_q, luts_k, *maps):
+    places = [
+        [from_numbers(x, n[4 * i : 4 * i + 4]) for i, x in enumerate(m)]
+        for m, n in zip(maps[:3], maps[3:], strict=True)
+    ]
+    return (
+        list(zip(luts_q, places[0], strict=True)),
+        list(zip(luts_k, places[1], strict=True)),
+        list(zip(places[2], maps[5][3::4], strict=True)),
+    )
+
+
+def forward(q, k, v, luts_q, luts_k, *rest):
+    settings = dict(zip(("attn_mask", "seed", "scale", "dropout_p"), rest[6:], strict=True))
+    out, lse, sums = rpe_attention_eager.attention_and_lse(q, k, v, *pairs(luts_q, luts_k, *rest[:6]), **settings)
+    return backend._heads_inside(out), lse, [backend._heads_first(x) for x in sums]
+
+
+def backward(grad_out, grad_sums, q, k, v, out, sums, lse, luts_q, luts_k, *rest):
+    settings = dict(zip(("attn_mask", "seed", "scale", "dropout_p"), rest[6:], strict=True))
+    inputs = (q, k, v, *pairs(luts_q, luts_k, *rest[:6]))
+    grads = rpe_attention_eager.gradients(grad_out, grad_sums, inputs, **settings)
+    between = 3 + len(luts_q)
+    return *map(backend._heads_inside, grads[:3]), grads[3:between], grads[between:]
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """The backend "triton" on this CPU: all of it but its kernels."""
+    launch = types.SimpleNamespace(forward=forward, backward=backward)
+    monkeypatch.setattr(backend, "_triton_launch", launch)
+    monkeypatch.setattr(backend, "_INTERPRETED", True)
+    monkeypatch.setattr(backend, "_HAS_TRITON", True)
+    monkeypatch.setattr(backend, "BROKEN", {})
+    torch._dynamo.reset()
+    return launch
+
+
+def encodings(on="qkv", method="product", mode="ctx", shared=False):
+    rpe = build_rpe(get_rpe_config(1.9, method, mode, shared, 1, on), DIM, HEADS)
+    tables = [table for one in rpe if one is not None for table in one.parameters()]
+    for table in tables:
+        nn.init.normal_(table)
+    return rpe, tables
+
+
+@pytest.mark.parametrize("method", ["product", "cross", "euc", "quant"])
+@pytest.mark.parametrize("mode", ["ctx", "bias"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_products_with_tables_are_those_of_the_formula(kernels, method, mode, shared):
+    rpe, tables = encodings("qkv" if mode == "ctx" else "qk", method, mode, shared)
+    x = torch.randn(2, TOKENS, 3, HEADS, DIM, requires_grad=True)
+    mask = torch.rand(TOKENS, TOKENS) > 0.2
+    mask[3] = False
+
+    def call(x, name):
+        q, k, v = x.permute(2, 0, 3, 1, 4)
+        return rpe_attention(q, k, v, *rpe, **SIZE, attn_mask=mask, backend=name)
+
+    results = [call(x, name) for name in ("triton", "eager")]
+    grads = [torch.autograd.grad(out.sin().sum(), [x, *tables]) for out in results]
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(*grads)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    out = compiled(x, "triton")
+    torch.testing.assert_close([out, *torch.autograd.grad(out.sin().sum(), [x, *tables])], [results[0], *grads[0]])
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, "triton"), results[0])
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("weights", [True, False])
+def test_gradients_of_the_formula_are_those_of_autograd(dropout_p, weights):
+    q, k, v = torch.randn(3, 2, HEADS, TOKENS, DIM, dtype=torch.float64).requires_grad_().unbind(0)
+    place = get_bucket_map("product", 3, 4, 1, 1.9, 3.8, 15.2)
+    other = get_bucket_map("euc", 3, 4, 1, 1.9, 3.8, 15.2)
+    shape = (HEADS, DIM) if weights else (2, HEADS, TOKENS)
+    on_q = [(torch.randn(*shape, 8, dtype=torch.float64, requires_grad=True), other)]
+    on_k = [(torch.randn(*shape, 50, dtype=torch.float64, requires_grad=True), place)]
+    on_v = [(place, torch.randn(HEADS, 50, DIM, dtype=torch.float64, requires_grad=True) if weights else 50)]
+    mask = torch.randn(TOKENS, TOKENS, dtype=torch.float64)
+    mask[3] = -torch.inf
+    settings = dict(scale=0.4, attn_mask=mask, dropout_p=dropout_p, seed=torch.tensor([5]))
+    leaves = [q, k, v, on_q[0][0], on_k[0][0]] + [W for _, W in on_v if weights]
+    inputs = (q, k, v, on_q, on_k, on_v)
+    out, sums = rpe_attention_eager.attention(*inputs, **settings)
+    of = [torch.randn_like(x) for x in (out, *sums)]
+    expected = torch.autograd.grad([out, *sums], leaves, of)
+    torch.testing.assert_close(rpe_attention_eager.gradients(of[0], of[1:], inputs, **settings), list(expected))
+
+
+def test_second_derivatives_are_the_formula_s_or_refused(kernels, monkeypatch):
+    rpe, tables = encodings()
+    x = torch.randn(3, 2, HEADS, TOKENS, DIM, requires_grad=True)
+    monkeypatch.setattr(operators, "choose", lambda *_: "triton")
+
+    def second(name):
+        torch.manual_seed(3)
+        out = rpe_attention(*x, *rpe, **SIZE, dropout_p=0.3, backend=name)
+        (first,) = torch.autograd.grad(out.sin().sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), [x, *tables])
+
+    torch.testing.assert_close(second(None), second("eager"), rtol=1e-3, atol=1e-3)
+    with pytest.raises(NotImplementedError, match='backend="eager"'):
+        second("triton")
+
+
+def test_func_transforms(kernels):
+    rpe, _ = encodings()
+    q, k, v = torch.randn(3, 2, HEADS, TOKENS, DIM)
+
+    def loss(q, name):
+        return rpe_attention(q, k, v, *rpe, **SIZE, backend=name).sin().sum()
+
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(0, None))
+    torch.testing.assert_close(per_sample(torch.stack([q, -q]), "triton"), per_sample(torch.stack([q, -q]), "eager"))
+
+
+def test_opcheck(kernels):
+    q, k, v = torch.randn(3, 2, HEADS, TOKENS, DIM)
+    offsets, numbers = get_bucket_map("product", 3, 4, 1, 1.9, 3.8, 15.2).offsets, [3, 4, 1, 50]
+    tables = [torch.randn(HEADS, DIM, 50)], [torch.randn(HEADS, DIM, 50)], [torch.randn(HEADS, 50, DIM)]
+    rest = (torch.zeros(2, HEADS, TOKENS, TOKENS), torch.tensor([3]), 0.3, 0.1, False)
+    arguments = (q, k, v, *tables, *[[offsets]] * 3, *[numbers] * 3, *rest)
+    opcheck(torch.ops.rpe_ops.rpe_attention_triton.default, arguments)
+    out, lse, sums = torch.ops.rpe_ops.rpe_attention_triton(*arguments)
+    opcheck(torch.ops.rpe_ops.rpe_attention_triton_backward.default, (out, [], out, lse, sums, *arguments))
+
+
+def saved_bytes(call):
+    """What a backward keeps, storages counted once."""
+    kept = {}
+
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        call()
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize(("on", "bound"), [("k", 1.01), ("q", 1.01), ("qkv", 1.22)])
+def test_what_is_kept_for_the_backward_is_what_plain_attention_keeps(kernels, on, bound):
+    """q, k, v are views of one projection: nothing is copied. No side table is kept; of values the bucket sums are."""
+    rpe = build_rpe(get_rpe_config(skip=1, rpe_on=on), 64, 6)
+    x = torch.randn(4, 1 + 14 * 9, 3 * 6 * 64, requires_grad=True) * 1.0
+
+    def call():
+        q, k, v = x.unflatten(-1, (3, 6, 64)).permute(2, 0, 3, 1, 4)
+        return rpe_attention(q, k, v, *rpe, height=14, width=9, backend="triton")
+
+    plain = 4 * (x.numel() + 4 * 6 * 127 * 64 + 4 * 6 * 127)  # q, k and v; out; lse
+    tables = sum(table.nbytes for one in rpe if one is not None for table in one.parameters())
+    assert saved_bytes(call) - tables <= bound * plain
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.rpe_q, self.rpe_k, self.rpe_v = build_rpe(config, DIM, HEADS)
+
+    def forward(self, x):
+        return rpe_attention(*x, self.rpe_q, self.rpe_k, self.rpe_v, **SIZE)
+
+
+K, QKV = get_rpe_config(skip=1), get_rpe_config(skip=1, rpe_on="qkv")
+SEVERAL = RPEConfig(get_single_rpe_config(20, "cross", skip=1), get_single_rpe_config(skip=1), None)
+
+
+@pytest.mark.parametrize("name", ["triton", "eager"])
+@pytest.mark.parametrize("configs", [(K, QKV), (QKV, K), (K, SEVERAL), (SEVERAL, QKV), (K, K), (K, QKV, SEVERAL)])
+def test_compiled_models_with_one_map_leave_each_other_s_graphs_alone(kernels, monkeypatch, name, configs):
+    """Teacher and student, a model and its average: what dynamo guards on must live as long as any of them."""
+    monkeypatch.setattr(operators, "choose", lambda *_: name)
+    made = []
+    models = [Attention(config) for config in configs]
+    compiled = [torch.compile(one, fullgraph=True, backend=lambda g, _: made.append(g) or g.forward) for one in models]
+    x = torch.randn(3, 2, HEADS, TOKENS, DIM, requires_grad=True)
+    counters.clear()
+    for _ in range(3):
+        for one in compiled:
+            one(x).sum().backward()
+    assert len(made) == counters["stats"]["unique_graphs"] == len(configs)
+    del models[0], compiled[0]
+    gc.collect()
+    source._cached.cache_clear()
+    for _ in range(3):
+        for one in compiled:
+            one(x).sum().backward()
+    third = torch.compile(Attention(K), fullgraph=True, backend=lambda g, _: made.append(g) or g.forward)
+    before = len(made)
+    for _ in range(3):
+        for one in [*compiled, third]:
+            one(x)
+    assert before == len(configs) and len(made) <= before + 1
+
+
+class BrokenError(Exception):
+    """Of a compiler."""
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_kernel_that_fails_is_told_once_and_the_formula_goes_on(kernels, monkeypatch, where, compiled):
+    def fail(*_):
+        raise BrokenError("cannot  compile\nthis")
+
+    monkeypatch.setattr(kernels, where, fail)
+    rpe, tables = encodings("qkv")
+    x = torch.randn(3, 2, HEADS, TOKENS, DIM, requires_grad=True)
+
+    def step(x, **options):
+        return rpe_attention(*x, *rpe, **SIZE, **options)
+
+    torch.manual_seed(1)
+    expected = step(x, backend="eager", dropout_p=0.2)
+    expected = [expected, *torch.autograd.grad(expected.sin().sum(), [x, *tables])]
+    monkeypatch.setattr(operators, "choose", lambda *_: "triton")  # at first
+    call = torch.compile(step, fullgraph=True, backend="aot_eager") if compiled else step
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            torch.manual_seed(1)
+            out = call(x, dropout_p=0.2)
+            actual = [out, *torch.autograd.grad(out.sin().sum(), [x, *tables])]
+            torch.testing.assert_close(actual, expected)
+    (warning,) = [str(one.message) for one in told if one.category is RuntimeWarning]
+    assert "for cpu, torch.float32, head size 8" in warning and "(BrokenError: cannot compile this)" in warning
+    monkeypatch.undo()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        monkeypatch.setattr(backend, "BROKEN", {"cpu, torch.float32, head size 8": "Broken"})
+        assert backend.is_slow(x[0], x[0]) and not backend.is_slow(x[0].double(), x[0])
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_backend_that_was_asked_for_raises(kernels, monkeypatch, where):
+    def fail(*_):
+        raise BrokenError
+
+    monkeypatch.setattr(kernels, where, fail)
+    rpe, _ = encodings("k")
+    x = torch.randn(3, 2, HEADS, TOKENS, DIM, requires_grad=True)
+    with pytest.raises(BrokenError):
+        rpe_attention(*x, *rpe, **SIZE, backend="triton").sum().backward()
+    assert not backend.BROKEN
+
+
+def test_no_memory_is_no_fault_of_a_kernel(kernels, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("of the GPU")
+
+    monkeypatch.setattr(kernels, "forward", fail)
+    monkeypatch.setattr(operators, "choose", lambda *_: "triton")
+    with pytest.raises(torch.OutOfMemoryError):
+        rpe_attention(*torch.randn(3, 2, HEADS, TOKENS, DIM), *encodings("k")[0], **SIZE)
+
+
+@pytest.mark.parametrize("name", ["_transforms_active", "_modes", "_has_kernel", "_assert_async"])
+def test_private_names_of_torch_may_be_gone(kernels, monkeypatch, name):
+    monkeypatch.setattr(_torch, name, None)
+    rpe, tables = encodings()
+    x = torch.randn(3, 2, HEADS, TOKENS, DIM, requires_grad=True)
+    for wish in ("triton", None):
+        out = rpe_attention(*x, *rpe, **SIZE, backend=wish)
+        torch.testing.assert_close(out, rpe_attention(*x, *rpe, **SIZE, backend="eager"))
+        assert torch.autograd.grad(out.sum(), tables)[0].any()
+
+
+def test_import_survives_a_torch_without_them(run_python):
+    from conftest import ROOT
+
+    run_python(
+        """
+        import torch
+        del torch._C._are_functorch_transforms_active, torch._assert_async
+        import irpe, rpe_ops
+        sentence = rpe_ops.backends()["torch"]
+        assert "lacks torch._C._are_functorch_transforms_active: compiled graphs take plain torch" in sentence, sentence
+        rpe = irpe.build_rpe(irpe.get_rpe_config(skip=1, rpe_on="qkv"), 8, 2)
+        irpe.rpe_attention(*torch.randn(3, 1, 2, 13, 8), *rpe, height=3, width=4)
+        """,
+        path=[ROOT],
+    )
+
+
+def test_every_backend_has_what_fused_asks_of_it():
+    for name, one in fused.BACKENDS.items():
+        assert all(callable(getattr(one, part)) for part in ("why_not", "about", "is_slow", "forward", "backward")), (
+            name
+        )
+        assert isinstance(one.KEEPS_OUT, bool) and one.about().startswith(("runs: ", "not here: "))
