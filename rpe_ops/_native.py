@@ -18,19 +18,17 @@ _SCHEMAS = {
     "rpe_index": "rpe_ops::rpe_index(Tensor input, Tensor index) -> Tensor",
     "rpe_bucket_sum": "rpe_ops::rpe_bucket_sum(Tensor input, Tensor index, SymInt num_buckets) -> Tensor",
     "rpe_attention_in_bfloat16": "rpe_ops::rpe_attention_in_bfloat16(Tensor q) -> bool",
-    "rpe_attention_plan": (
-        "rpe_ops::rpe_attention_plan(Tensor ids, SymInt num_buckets, bool blocks) -> (Tensor, Tensor, Tensor)"
-    ),
     "rpe_attention": (
         "rpe_ops::rpe_attention(Tensor q, Tensor k, Tensor v, Tensor[] tables_q, Tensor[] tables_k, "
-        "Tensor[] tables_v, Tensor[] plan_q, Tensor[] plan_k, Tensor[] plan_v, Tensor? attn_mask, Tensor? seed, "
-        "float scale, float dropout_p) -> (Tensor, Tensor, Tensor[])"
+        "Tensor[] tables_v, Tensor[] maps_q, Tensor[] maps_k, Tensor[] maps_v, SymInt[] sizes_q, SymInt[] sizes_k, "
+        "SymInt[] sizes_v, Tensor? attn_mask, Tensor? seed, float scale, float dropout_p) "
+        "-> (Tensor, Tensor, Tensor[])"
     ),
     "rpe_attention_backward": (
         "rpe_ops::rpe_attention_backward(Tensor grad_out, Tensor[] grad_sums, Tensor q, Tensor k, Tensor v, "
-        "Tensor lse, Tensor[] tables_q, Tensor[] tables_k, Tensor[] tables_v, Tensor[] plan_q, Tensor[] plan_k, "
-        "Tensor[] plan_v, Tensor? attn_mask, Tensor? seed, float scale, float dropout_p) -> "
-        "(Tensor, Tensor, Tensor, Tensor[], Tensor[], Tensor[])"
+        "Tensor lse, Tensor[] tables_q, Tensor[] tables_k, Tensor[] tables_v, Tensor[] maps_q, Tensor[] maps_k, "
+        "Tensor[] maps_v, SymInt[] sizes_q, SymInt[] sizes_k, SymInt[] sizes_v, Tensor? attn_mask, Tensor? seed, "
+        "float scale, float dropout_p) -> (Tensor, Tensor, Tensor, Tensor[], Tensor[], Tensor[])"
     ),
 }
 _ON_CUDA = ("rpe_index", "rpe_bucket_sum")

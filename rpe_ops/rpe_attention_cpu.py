@@ -1,8 +1,6 @@
 """The backend "cpu" of `rpe_attention`: tiles in C++ that never hold an (Lq, Lk) tensor, forward and backward."""
 
 import itertools
-import threading
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -50,57 +48,21 @@ def attention(
     mask, seed = settings["attn_mask"], settings["seed"]
     if mask is not None:
         mask = mask.expand(*q.shape[:3], k.shape[2])
-    plans = [plan for table, ids in on_q for plan in _plan(ids, table.shape[-1], True)]
-    plans += [plan for table, ids in on_k for plan in _plan(ids, table.shape[-1], False)]
     tables = [table for table, _ in (*on_q, *on_k)] + [W for _, W in on_v if isinstance(W, Tensor)]
-    for ids, last in on_v:
-        plans += _plan(ids, last.shape[1] if isinstance(last, Tensor) else last, False)
-    numbers = (settings["scale"], settings["dropout_p"], len(on_q), len(on_k), len(tables), settings["second"])
+    maps = [ids for _, ids in (*on_q, *on_k)] + [ids for ids, _ in on_v]
+    buckets = [table.shape[-1] for table, _ in (*on_q, *on_k)]
+    buckets += [last.shape[1] if isinstance(last, Tensor) else last for _, last in on_v]
+    numbers = (settings["scale"], settings["dropout_p"], len(on_q), len(on_k), len(tables), settings["second"], buckets)
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *tables))
     # where nothing is trained torch.compile calls forward with one argument too many
     bare = torch.compiler.is_compiling() and not trains
     call = RPEAttentionFunction.forward if bare else RPEAttentionFunction.apply
-    out, _, *sums = call(q, k, v, mask, seed, numbers, *tables, *plans)
+    out, _, *sums = call(q, k, v, mask, seed, numbers, *tables, *maps)
     return out, sums
 
 
-_HEADER = 4  # numbers in front of a plan's columns
-_plans: dict[tuple, tuple[Any, int, tuple[Tensor, Tensor, Tensor]]] = {}
-_plans_lock = threading.Lock()
-
-
-def _plan(ids: Tensor, num_buckets: int, blocks: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """What the kernels read instead of ids: small ids of the columns that occur, and which these are. Kept with ids."""
-    if torch.compiler.is_compiling():
-        return torch.ops.rpe_ops.rpe_attention_plan_of_graph(ids, num_buckets, blocks)
-    if type(ids) is not Tensor or ids.is_inference() or _is_wrapped(ids):
-        return torch.ops.rpe_ops.rpe_attention_plan(ids, num_buckets, blocks)
-    key = (id(ids), num_buckets, blocks)
-    with _plans_lock:
-        known = _plans.get(key)
-    if known is not None and known[0]() is ids and known[1] == ids._version:
-        return known[2]
-    # a plan that is kept must be of plain tensors, whatever transform or tracing mode it is made in
-    with _disable_current_modes(), torch._C._DisableFuncTorch(), torch.inference_mode(False):
-        plan = torch.ops.rpe_ops.rpe_attention_plan(ids, num_buckets, blocks)
-    alive = weakref.ref(ids, lambda _: _plans.pop(key, None))
-    with _plans_lock:
-        _plans[key] = (alive, ids._version, plan)
-    return plan
-
-
-def _plan_of_graph(ids: Tensor, num_buckets: int, blocks: bool) -> tuple[Tensor, Tensor, Tensor]:
-    # a compiled graph calls this each time it runs; what it gets is its own, and may be overwritten
-    compact, columns, groups = _plan(ids, num_buckets, blocks)
-    return compact.clone(), columns.clone(), groups.clone()
-
-
-def _is_wrapped(ids: Tensor) -> bool:
-    return torch._C._functorch.is_functorch_wrapped_tensor(ids)
-
-
 class RPEAttentionFunction(torch.autograd.Function):
-    """(q, k, v, mask, seed, (scale, p, len(on_q), len(on_k), len(tables), second), *tables, *plans)
+    """(q, k, v, mask, seed, (scale, p, len(on_q), len(on_k), len(tables), second, buckets), *tables, *maps)
     -> (out, lse, *sums)."""
 
     @staticmethod
@@ -131,7 +93,7 @@ class RPEAttentionFunction(torch.autograd.Function):
 
 
 class RPEAttentionBackward(torch.autograd.Function):
-    """(grad_out, q, k, v, lse, mask, seed, numbers, *grad_sums, *tables, *plans) -> grads of q, k, v, *tables."""
+    """(grad_out, q, k, v, lse, mask, seed, numbers, *grad_sums, *tables, *maps) -> grads of q, k, v, *tables."""
 
     @staticmethod
     def forward(
@@ -145,7 +107,7 @@ class RPEAttentionBackward(torch.autograd.Function):
         numbers: tuple,
         *rest: Tensor,
     ) -> tuple[Tensor, ...]:
-        sums, rest = list(rest[: numbers[6]]), rest[numbers[6] :]
+        sums, rest = list(rest[: numbers[7]]), rest[numbers[7] :]
         arguments = _arguments(mask, seed, numbers, rest)
         grads = torch.ops.rpe_ops.rpe_attention_backward(grad_out, sums, q, k, v, lse, *arguments)
         of_tables = [
@@ -162,14 +124,13 @@ class RPEAttentionBackward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        scale, dropout_p, num_q, num_k, num_tables, second_order, num_sums = ctx.numbers
+        scale, dropout_p, num_q, num_k, num_tables, second_order, buckets, num_sums = ctx.numbers
         if not second_order:
             raise NotImplementedError('second derivatives of rpe_attention: call it with backend="eager", or None')
         grad_out, q, k, v, mask, seed, *rest = ctx.saved_tensors
         sums, rest = rest[:num_sums], rest[num_sums:]
-        tables, plans = rest[:num_tables], rest[num_tables:]
-        keys = [q.shape[2]] * num_q + [k.shape[2]] * (len(plans) // 3 - num_q)
-        ids = [_ids(one, two, n) for one, two, n in zip(plans[::3], plans[1::3], keys, strict=True)]
+        tables, maps = rest[:num_tables], rest[num_tables:]
+        ids = list(zip(maps, buckets, strict=True))
         with torch.enable_grad():
             inputs = [x.detach().requires_grad_() for x in (q, k, v, *tables)]
             outer = [x.detach().requires_grad_() for x in (grad_out, *sums)]
@@ -183,7 +144,7 @@ class RPEAttentionBackward(torch.autograd.Function):
             second = torch.autograd.grad(first, [*outer, *inputs], grads, allow_unused=True, materialize_grads=True)
         of_out, *of_sums = second[: 1 + num_sums]
         of_q, of_k, of_v, *of_tables = second[1 + num_sums :]
-        return of_out, of_q, of_k, of_v, None, None, None, None, *of_sums, *of_tables, *[None] * len(plans)
+        return of_out, of_q, of_k, of_v, None, None, None, None, *of_sums, *of_tables, *[None] * len(maps)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -192,15 +153,13 @@ class RPEAttentionBackward(torch.autograd.Function):
 
 def _arguments(mask: Tensor | None, seed: Tensor | None, numbers: tuple, rest: Sequence[Tensor]) -> tuple:
     scale, dropout_p, num_q, num_k, num_tables = numbers[:5]
-    plans = num_tables + 3 * num_q
-    ends = [0, num_q, num_q + num_k, num_tables, plans, plans + 3 * num_k, len(rest)]
-    return *(list(rest[a:b]) for a, b in itertools.pairwise(ends)), mask, seed, scale, dropout_p
-
-
-def _ids(compact: Tensor, columns: Tensor, keys: int) -> tuple[Tensor, int]:
-    """The ids, and N, that a plan was made of."""
-    rows = compact.transpose(0, 1).flatten(1) if compact.dim() == 3 else compact
-    return columns[_HEADER:][rows[:, :keys].long()], columns.shape[0] - _HEADER
+    ends = [0, num_q, num_q + num_k, num_tables, num_tables + num_q, num_tables + num_q + num_k, len(rest)]
+    lists = [list(rest[a:b]) for a, b in itertools.pairwise(ends)]
+    sizes = [
+        [n for N in numbers[6][a:b] for n in (0, 0, 0, N)]
+        for a, b in ((0, num_q), (num_q, num_q + num_k), (num_q + num_k, None))
+    ]
+    return *lists, *sizes, mask, seed, scale, dropout_p
 
 
 def _vmap(function: Any, info: Any, in_dims: tuple, args: tuple) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -209,7 +168,7 @@ def _vmap(function: Any, info: Any, in_dims: tuple, args: tuple) -> tuple[tuple[
     def fold(x: Any, dim: int | None) -> Any:
         if not isinstance(x, Tensor):
             return x
-        if not x.is_floating_point() and x.dtype != torch.bool:  # plans and seeds have no B
+        if not x.is_floating_point() and x.dtype != torch.bool:  # maps and seeds have no B
             if dim is not None:
                 raise NotImplementedError("vmap over the ids or the seed of rpe_attention")
             return x
@@ -220,15 +179,6 @@ def _vmap(function: Any, info: Any, in_dims: tuple, args: tuple) -> tuple[tuple[
     return tuple(x.unflatten(0, (info.batch_size, -1)) for x in outputs), (0,) * len(outputs)
 
 
-def _fake_plan(ids: Tensor, num_buckets: int, blocks: bool) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = torch.uint8 if num_buckets <= 256 else torch.int32
-    rows, columns = ids.shape
-    padded, segments = (columns + 15) // 16, torch.sym_min(columns // 4, 255)
-    compact = ids.new_empty((padded, rows, 16) if blocks else (rows, padded * 16), dtype=dtype)
-    groups = ids.new_empty(0 if blocks else rows, 2 * segments, dtype=torch.uint8)
-    return compact, ids.new_empty(num_buckets + _HEADER, dtype=torch.int32), groups
-
-
 def _empty_heads(q: Tensor, tokens: int) -> Tensor:
     return q.new_empty(q.shape[0], tokens, q.shape[1], q.shape[3]).transpose(1, 2)
 
@@ -236,8 +186,7 @@ def _empty_heads(q: Tensor, tokens: int) -> Tensor:
 def _fake(
     q: Tensor, k: Tensor, v: Tensor, tables_q: list, tables_k: list, tables_v: list, *rest: Any
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    plan_v = [] if tables_v else rest[2]
-    sums = [q.new_empty(*q.shape[:3], columns.shape[0] - _HEADER) for columns in plan_v[1::3]]
+    sums = [] if tables_v else [q.new_empty(*q.shape[:3], N) for N in rest[5][3::4]]
     return _empty_heads(q, q.shape[2]), q.new_empty(q.shape[:3], dtype=_precise(q)), sums
 
 
@@ -258,8 +207,5 @@ def _fake_backward(
 
 
 if _native.first_time("rpe_attention"):
-    torch.library.register_fake("rpe_ops::rpe_attention_plan", _fake_plan)
-    name = "rpe_ops::rpe_attention_plan_of_graph"
-    torch.library.custom_op(name, _plan_of_graph, mutates_args=(), device_types="cpu").register_fake(_fake_plan)
     torch.library.register_fake("rpe_ops::rpe_attention", _fake)
     torch.library.register_fake("rpe_ops::rpe_attention_backward", _fake_backward)
