@@ -6,14 +6,13 @@ STABLE_TORCH_LIBRARY(rpe_ops, m) {
   m.def("rpe_index(Tensor input, Tensor index) -> Tensor");
   m.def("rpe_bucket_sum(Tensor input, Tensor index, SymInt num_buckets) -> Tensor");
   m.def("rpe_attention_in_bfloat16(Tensor q) -> bool");
-  m.def("rpe_attention_plan(Tensor ids, SymInt num_buckets, bool blocks) -> (Tensor, Tensor, Tensor)");
   m.def(
       "rpe_attention(Tensor q, Tensor k, Tensor v, Tensor[] tables_q, Tensor[] tables_k, Tensor[] tables_v, "
-      "Tensor[] plan_q, Tensor[] plan_k, Tensor[] plan_v, Tensor? attn_mask, Tensor? seed, float scale, "
-      "float dropout_p) -> (Tensor, Tensor, Tensor[])");
+      "Tensor[] maps_q, Tensor[] maps_k, Tensor[] maps_v, SymInt[] sizes_q, SymInt[] sizes_k, SymInt[] sizes_v, "
+      "Tensor? attn_mask, Tensor? seed, float scale, float dropout_p) -> (Tensor, Tensor, Tensor[])");
   m.def(
       "rpe_attention_backward(Tensor grad_out, Tensor[] grad_sums, Tensor q, Tensor k, Tensor v, Tensor lse, "
-      "Tensor[] tables_q, Tensor[] tables_k, Tensor[] tables_v, Tensor[] plan_q, Tensor[] plan_k, Tensor[] plan_v, "
-      "Tensor? attn_mask, Tensor? seed, float scale, float dropout_p) -> "
-      "(Tensor, Tensor, Tensor, Tensor[], Tensor[], Tensor[])");
+      "Tensor[] tables_q, Tensor[] tables_k, Tensor[] tables_v, Tensor[] maps_q, Tensor[] maps_k, Tensor[] maps_v, "
+      "SymInt[] sizes_q, SymInt[] sizes_k, SymInt[] sizes_v, Tensor? attn_mask, Tensor? seed, float scale, "
+      "float dropout_p) -> (Tensor, Tensor, Tensor, Tensor[], Tensor[], Tensor[])");
 }

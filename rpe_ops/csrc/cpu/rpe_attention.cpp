@@ -5,6 +5,7 @@
 // does all tiles of a head, so every sum has one order, whatever the number of threads.
 
 #include "rpe_attention.h"
+#include "rpe_attention_maps.h"
 
 #include "../check.h"
 
@@ -34,16 +35,17 @@
 
 #define RPE_ISA plain
 #define RPE_BYTES 16
-#include "rpe_attention_tile.h"
+#include "rpe_attention_kernels.h"
 #undef RPE_ISA
 #undef RPE_BYTES
 
 #ifdef RPE_ATTENTION_X86
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
+#define RPE_AVX2
 #define RPE_ISA avx2
 #define RPE_BYTES 32
-#include "rpe_attention_tile.h"
+#include "rpe_attention_kernels.h"
 #undef RPE_ISA
 #undef RPE_BYTES
 #pragma GCC pop_options
@@ -53,7 +55,7 @@
 #define RPE_AVX512
 #define RPE_ISA avx512
 #define RPE_BYTES 64
-#include "rpe_attention_tile.h"
+#include "rpe_attention_kernels.h"
 #undef RPE_ISA
 #undef RPE_BYTES
 #pragma GCC pop_options
@@ -63,9 +65,10 @@
 #define RPE_BRAIN
 #define RPE_ISA avx512_bf16
 #define RPE_BYTES 64
-#include "rpe_attention_tile.h"
+#include "rpe_attention_kernels.h"
 #undef RPE_BRAIN
 #undef RPE_AVX512
+#undef RPE_AVX2
 #undef RPE_ISA
 #undef RPE_BYTES
 #pragma GCC pop_options
@@ -154,138 +157,23 @@ void check_size(const Tensor& tensor, const char* name, const std::vector<int64_
   check(same, name, " has shape ", shape_of(tensor), "; expected (", expected, ")");
 }
 
-// A plan's columns begin with: how many occur, then first, segments and length of `Term`.
-constexpr int64_t kHeader = 4;
-
-int64_t most_segments(int64_t cols) { return std::min<int64_t>(255, cols / 4); }
-
-// The segments of a row of ids in order of their groups, then the groups' sizes; returns the number of groups,
-// or `most` when there are as many.
-int64_t group(const uint8_t* ids, int64_t first, int64_t segments, int64_t length, int64_t most, uint8_t* to) {
-  int64_t representatives[256], group_of[256], sizes[256], groups = 0;
-  for (int64_t s = 0; s < segments; ++s) {
-    const uint8_t* here = ids + first + s * length;
-    int64_t g = 0;
-    while (g < groups && std::memcmp(here, ids + first + representatives[g] * length, size_t(length)) != 0) ++g;
-    if (g == groups) {
-      if (groups + 1 >= most) return most;
-      representatives[groups] = s;
-      sizes[groups++] = 0;
-    }
-    group_of[s] = g;
-    ++sizes[g];
-  }
-  if (to != nullptr) {
-    for (int64_t g = 0, at = 0; g < groups; ++g) {
-      for (int64_t s = 0; s < segments; ++s) {
-        if (group_of[s] == g) to[at++] = uint8_t(s);
-      }
-    }
-    for (int64_t g = 0; g < segments; ++g) to[segments + g] = uint8_t(g < groups ? sizes[g] : 0);
-  }
-  return groups;
-}
-
-// The segments that leave the least to sort, judged by a few rows.
-void find_segments(const uint8_t* ids, int64_t stride, int64_t rows, int64_t cols, int32_t* header, uint8_t* groups) {
-  double least = 0.8 * double(cols);
-  for (int64_t first = 0; first <= std::min<int64_t>(8, cols); ++first) {
-    for (int64_t length = 4; length <= std::min<int64_t>(255, (cols - first) / 2); ++length) {
-      const int64_t segments = (cols - first) / length;
-      if (segments * length != cols - first || segments > most_segments(cols)) continue;
-      double cost = 0;
-      for (const int64_t i : {rows / 3, rows / 2, rows - 1}) {
-        const int64_t most = int64_t(3 * least) / length + 2;
-        const int64_t count = group(ids + i * stride, first, segments, length, most, nullptr);
-        // a sum of vectors costs as much as sorting two numbers, and a group has to be begun
-        cost += double(first + count * (length + 8) + 2 * segments * ((length + 15) / 16)) / 3;
-        if (cost >= least) break;
-      }
-      if (cost < least) {
-        least = cost;
-        header[1] = int32_t(first), header[2] = int32_t(segments), header[3] = int32_t(length);
-      }
-    }
-  }
-  for (int64_t i = 0; header[2] > 0 && i < rows; ++i) {
-    group(ids + i * stride, header[1], header[2], header[3], 256, groups + i * 2 * most_segments(cols));
-  }
-}
-
-// A plan is checked as any input is: a call of the bare operator reads nothing outside its tensors.
-Term term_of(
-    const Tensor& ids, const Tensor& columns, const Tensor& groups, int64_t rows, int64_t cols, bool blocks,
-    int64_t vector, const char* name) {
-  Term term;
-  term.narrow = ids.scalar_type() == ScalarType::Byte;
-  check(term.narrow || ids.scalar_type() == ScalarType::Int, name, ": ids of a plan are uint8 or int32");
-  check(columns.scalar_type() == ScalarType::Int && columns.dim() == 1 && columns.numel() >= kHeader &&
-            columns.is_contiguous() && ids.is_contiguous() && groups.is_contiguous() &&
-            groups.scalar_type() == ScalarType::Byte,
-        name, ": not a plan of rpe_attention_plan");
-  if (blocks) {
-    check_size(ids, name, {round_up(cols, 16) / 16, rows, 16});
-  } else {
-    check_size(ids, name, {rows, round_up(cols, 16)});
-  }
-  term.ids = ids.const_data_ptr();
-  term.ids_stride = round_up(cols, 16);
-  const int32_t* column = static_cast<const int32_t*>(columns.const_data_ptr());
-  term.buckets = columns.numel() - kHeader;
-  term.used = column[0];
-  term.columns = column + kHeader;
-  vector = std::max<int64_t>(vector, 8);
-  term.width = std::max(round_up(term.used, vector), vector);
-  bool sound = term.used >= 0 && term.used <= term.buckets;
-  for (int64_t c = 0; sound && c < term.used; ++c) sound = term.columns[c] >= 0 && term.columns[c] < term.buckets;
-  check(sound, name, ": not a plan of rpe_attention_plan");
-  if (!blocks && column[2] > 0) {
-    term.first = column[1], term.segments = column[2], term.length = column[3];
-    check_size(groups, name, {rows, 2 * most_segments(cols)});
-    term.groups = static_cast<const uint8_t*>(groups.const_data_ptr());
-    term.groups_stride = 2 * most_segments(cols);
-    sound = term.narrow && term.first >= 0 && term.length > 0 && term.length < 256 &&
-            term.segments <= most_segments(cols) && term.first + term.segments * term.length == cols;
-    for (int64_t i = 0; sound && i < rows; ++i) {
-      const uint8_t* row = term.groups + i * term.groups_stride;
-      uint8_t last = 0;
-      for (int64_t s = 0; s < term.segments; ++s) last = std::max(last, row[s]);
-      int64_t total = 0;
-      for (int64_t s = 0; s < term.segments && total < term.segments && row[term.segments + s] > 0; ++s) {
-        total += row[term.segments + s];
-      }
-      sound = last < term.segments && total == term.segments;
-    }
-    check(sound, name, ": not a plan of rpe_attention_plan");
-  }
-  const int64_t count = ids.numel();
-  const auto within = [&](const auto* id) {
-    std::remove_cv_t<std::remove_pointer_t<decltype(id)>> low = 0, high = 0;
-    for (int64_t n = 0; n < count; ++n) {
-      low = std::min(low, id[n]);
-      high = std::max(high, id[n]);
-    }
-    check(count == 0 || (low >= 0 && high < term.used), name, ": not a plan of rpe_attention_plan");
-  };
-  if (term.narrow) {
-    within(static_cast<const uint8_t*>(term.ids));
-  } else {
-    within(static_cast<const int32_t*>(term.ids));
-  }
-  return term;
-}
-
 using Tensors = std::vector<Tensor>;
+
+// The arguments of an encoding: tables, maps, and four sizes for each map.
+struct Encoding {
+  const Tensors& tables;
+  const Tensors& maps;
+  const std::vector<int64_t>& sizes;
+};
 
 // What forward and backward share.
 struct Call {
   Problem p{};
   std::vector<Term> on_q, on_k, on_v;
+  std::vector<std::unique_ptr<OwnedMap>> maps;
   Kernels kernel{};
-  Tensor seed;
 
-  Call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensors& tables_q, const Tensors& tables_k,
-       const Tensors& tables_v, const Tensors& plan_q, const Tensors& plan_k, const Tensors& plan_v, const std::optional<Tensor>& attn_mask,
+  Call(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& attn_mask,
        const std::optional<Tensor>& seed, double scale, double dropout_p) {
     check(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k, v have ", q.dim(), ", ", k.dim(), ", ", v.dim(),
           " dimensions; expected 4");
@@ -297,11 +185,6 @@ struct Call {
     check(p.q.storage != Storage::boolean, "q is bool; expected floating point");
     const bool wide = p.q.storage == Storage::f64;
     kernel = wide ? kernels<double>(p.q.storage) : kernels<float>(p.q.storage);
-    terms(on_q, plan_q, &tables_q, p.Lk, p.Lq, "encoding on q");
-    terms(on_k, plan_k, &tables_k, p.Lq, p.Lk, "encoding on k");
-    terms(on_v, plan_v, tables_v.empty() ? nullptr : &tables_v, p.Lq, p.Lk, "encoding on v");
-    p.on_q = on_q.data(), p.on_k = on_k.data(), p.on_v = on_v.data();
-    p.num_q = int64_t(on_q.size()), p.num_k = int64_t(on_k.size()), p.num_v = int64_t(on_v.size());
     if (attn_mask.has_value()) {
       check_size(*attn_mask, "attn_mask", {p.B, p.H, p.Lq, p.Lk});
       p.mask = view_of(*attn_mask, "attn_mask");
@@ -319,30 +202,49 @@ struct Call {
     p.tiles = (p.Lq + p.tile - 1) / p.tile;
   }
 
-  void terms(std::vector<Term>& to, const Tensors& plans, const Tensors* tables, int64_t rows, int64_t cols,
-             const char* name) {
-    check(plans.size() % 3 == 0 && (tables == nullptr || tables->size() * 3 == plans.size()), name,
-          ": a plan is three tensors, and every table has one");
-    for (size_t t = 0; t * 3 < plans.size(); ++t) {
-      Term term = term_of(
-          plans[3 * t], plans[3 * t + 1], plans[3 * t + 2], rows, cols, &to == &on_q, kernel.width, name);
-      if (tables != nullptr) {
-        const Tensor& table = (*tables)[t];
-        term.weight = table.dim() == 3;
-        if (term.weight) {
-          const bool on_values = &to == &on_v;
-          check_size(table, name, {p.H, on_values ? term.buckets : p.D, on_values ? p.D : term.buckets});
-          term.table = {static_cast<char*>(table.data_ptr()), 0, table.stride(0), table.stride(1), table.stride(2),
-                        storage_of(table, name)};
-        } else {
-          check(&to != &on_v, name, ": expected W, of 3 dimensions");
-          check_size(table, name, {p.B, p.H, rows, term.buckets});
-          term.table = view_of(table, name);
-        }
-        check(term.table.storage != Storage::boolean, name, ": the table is bool; expected floating point");
+  void encode(const Encoding& q, const Encoding& k, const Encoding& v) {
+    terms(on_q, q, p.Lk, p.Lq, "encoding on q");
+    terms(on_k, k, p.Lq, p.Lk, "encoding on k");
+    terms(on_v, v, p.Lq, p.Lk, "encoding on v");
+    p.on_q = on_q.data(), p.on_k = on_k.data(), p.on_v = on_v.data();
+    p.num_q = int64_t(on_q.size()), p.num_k = int64_t(on_k.size()), p.num_v = int64_t(on_v.size());
+  }
+
+  void terms(std::vector<Term>& to, const Encoding& encoding, int64_t rows, int64_t cols, const char* name) {
+    const auto& [tables, tensors, sizes] = encoding;
+    const bool only_sums = &to == &on_v && tables.empty();
+    check((only_sums || tables.size() == tensors.size()) && sizes.size() == 4 * tensors.size(), name, ": ",
+          tables.size(), " tables, ", tensors.size(), " maps, ", sizes.size(),
+          " sizes; expected a map for each table and four sizes for each map");
+    for (size_t t = 0; t < tensors.size(); ++t) {
+      const MapSizes of{sizes[4 * t], sizes[4 * t + 1], sizes[4 * t + 2], sizes[4 * t + 3]};
+      maps.push_back(std::make_unique<OwnedMap>(tensors[t], of, rows, cols, &to == &on_q, name));
+      OwnedMap& map = *maps.back();
+      if (&to == &on_q && map.map.kind != Map::free) {
+        if (p.height == 0) p.height = of.height, p.width = of.width, p.skip = of.skip;
+        if (p.height != of.height || p.width != of.width || p.skip != of.skip) map.make_odd();
       }
+      Term term;
+      map.describe(term);
+      const int64_t vector = std::max<int64_t>(kernel.width, 8);
+      term.width = std::max(round_up(term.used, vector), vector);
+      if (!only_sums) add_table(term, tables[t], rows, &to == &on_v, name);
       to.push_back(term);
     }
+  }
+
+  void add_table(Term& term, const Tensor& table, int64_t rows, bool on_values, const char* name) {
+    term.weight = table.dim() == 3;
+    if (term.weight) {
+      check_size(table, name, {p.H, on_values ? term.buckets : p.D, on_values ? p.D : term.buckets});
+      term.table = {static_cast<char*>(table.data_ptr()), 0, table.stride(0), table.stride(1), table.stride(2),
+                    storage_of(table, name)};
+    } else {
+      check(!on_values, name, ": expected W, of 3 dimensions");
+      check_size(table, name, {p.B, p.H, rows, term.buckets});
+      term.table = view_of(table, name);
+    }
+    check(term.table.storage != Storage::boolean, name, ": the table is bool; expected floating point");
   }
 
   void run(bool backward) {
@@ -363,9 +265,11 @@ Tensor empty_heads(const Tensor& like, int64_t B, int64_t H, int64_t L, int64_t 
 }
 
 std::tuple<Tensor, Tensor, Tensors> rpe_attention(
-    Tensor q, Tensor k, Tensor v, Tensors tables_q, Tensors tables_k, Tensors tables_v, Tensors plan_q, Tensors plan_k,
-    Tensors plan_v, std::optional<Tensor> attn_mask, std::optional<Tensor> seed, double scale, double dropout_p) {
-  Call call(q, k, v, tables_q, tables_k, tables_v, plan_q, plan_k, plan_v, attn_mask, seed, scale, dropout_p);
+    Tensor q, Tensor k, Tensor v, Tensors tables_q, Tensors tables_k, Tensors tables_v, Tensors maps_q, Tensors maps_k,
+    Tensors maps_v, std::vector<int64_t> sizes_q, std::vector<int64_t> sizes_k, std::vector<int64_t> sizes_v,
+    std::optional<Tensor> attn_mask, std::optional<Tensor> seed, double scale, double dropout_p) {
+  Call call(q, k, v, attn_mask, seed, scale, dropout_p);
+  call.encode({tables_q, maps_q, sizes_q}, {tables_k, maps_k, sizes_k}, {tables_v, maps_v, sizes_v});
   Problem& p = call.p;
   Tensor out = empty_heads(q, p.B, p.H, p.Lq, p.D);
   const auto precise = p.q.storage == Storage::f64 ? ScalarType::Double : ScalarType::Float;
@@ -384,9 +288,11 @@ std::tuple<Tensor, Tensor, Tensors> rpe_attention(
 
 std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors> rpe_attention_backward(
     Tensor grad_out, Tensors grad_sums, Tensor q, Tensor k, Tensor v, Tensor lse, Tensors tables_q, Tensors tables_k,
-    Tensors tables_v, Tensors plan_q, Tensors plan_k, Tensors plan_v, std::optional<Tensor> attn_mask,
+    Tensors tables_v, Tensors maps_q, Tensors maps_k, Tensors maps_v, std::vector<int64_t> sizes_q,
+    std::vector<int64_t> sizes_k, std::vector<int64_t> sizes_v, std::optional<Tensor> attn_mask,
     std::optional<Tensor> seed, double scale, double dropout_p) {
-  Call call(q, k, v, tables_q, tables_k, tables_v, plan_q, plan_k, plan_v, attn_mask, seed, scale, dropout_p);
+  Call call(q, k, v, attn_mask, seed, scale, dropout_p);
+  call.encode({tables_q, maps_q, sizes_q}, {tables_k, maps_k, sizes_k}, {tables_v, maps_v, sizes_v});
   Problem& p = call.p;
   check_size(grad_out, "grad_out", {p.B, p.H, p.Lq, p.D});
   check_size(lse, "lse", {p.B, p.H, p.Lq});
@@ -422,68 +328,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors> rpe_attention_back
   return {grad_q, grad_k, grad_v, grads_q, grads_k, grads_v};
 }
 
-// ids (R, C) -> ids among the columns that occur, uint8 where N allows, in rows padded to 16 or, for an encoding on
-// queries, in blocks (C / 16, R, 16); [header..., columns that occur...]; and the groups of segments of each row
-std::tuple<Tensor, Tensor, Tensor> rpe_attention_plan(Tensor ids, int64_t num_buckets, bool blocks) {
-  check(ids.dim() == 2, "ids have shape ", shape_of(ids), "; expected (Lq, Lk)");
-  check(num_buckets >= 0 && num_buckets < int64_t(1) << 31, "num_buckets=", num_buckets, "; expected below 2^31");
-  const int64_t rows = ids.size(0), cols = ids.size(1), stride = round_up(cols, 16);
-  const auto type = num_buckets <= 256 ? ScalarType::Byte : ScalarType::Int;
-  Tensor compact = blocks ? torch::stable::new_zeros(ids, {stride / 16, rows, 16}, type)
-                          : torch::stable::new_zeros(ids, {rows, stride}, type);
-  Tensor columns = torch::stable::new_zeros(ids, {num_buckets + kHeader}, ScalarType::Int);
-  Tensor groups = torch::stable::new_zeros(ids, {blocks ? 0 : rows, 2 * most_segments(cols)}, ScalarType::Byte);
-  int32_t* column = static_cast<int32_t*>(columns.mutable_data_ptr());
-  const auto plan = [&](auto zero) {
-    using Id = decltype(zero);
-    const Id* from = static_cast<const Id*>(ids.const_data_ptr());
-    const int64_t row = ids.stride(0), step = ids.stride(1);
-    std::vector<int32_t> compact_of(size_t(num_buckets), 0);
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t j = 0; j < cols; ++j) {
-        const int64_t id = int64_t(from[i * row + j * step]);
-        check_in_table(id, id, num_buckets);
-        compact_of[size_t(id)] = 1;
-      }
-    }
-    int32_t count = 0;
-    for (int64_t n = 0; n < num_buckets; ++n) {
-      if (compact_of[size_t(n)] != 0) {
-        compact_of[size_t(n)] = count++;
-        column[kHeader + count - 1] = int32_t(n);
-      }
-    }
-    column[0] = count;
-    const auto write = [&](auto* to) {
-      using Out = std::remove_pointer_t<decltype(to)>;
-      for (int64_t i = 0; i < rows; ++i) {
-        for (int64_t j = 0; j < cols; ++j) {
-          const int64_t at = blocks ? (j / 16 * rows + i) * 16 + j % 16 : i * stride + j;
-          to[at] = Out(compact_of[size_t(from[i * row + j * step])]);
-        }
-      }
-    };
-    if (type == ScalarType::Byte) {
-      write(static_cast<uint8_t*>(compact.mutable_data_ptr()));
-    } else {
-      write(static_cast<int32_t*>(compact.mutable_data_ptr()));
-    }
-  };
-  switch (ids.scalar_type()) {
-    case ScalarType::Byte: plan(uint8_t{}); break;
-    case ScalarType::Short: plan(int16_t{}); break;
-    case ScalarType::Int: plan(int32_t{}); break;
-    case ScalarType::Long: plan(int64_t{}); break;
-    default: check(false, "ids are neither uint8, int16, int32 nor int64");
-  }
-  if (!blocks && type == ScalarType::Byte && compact.numel() > 0) {
-    find_segments(
-        static_cast<const uint8_t*>(compact.const_data_ptr()), stride, rows, cols, column,
-        static_cast<uint8_t*>(groups.mutable_data_ptr()));
-  }
-  return {compact, columns, groups};
-}
-
 // Whether products of such a q are products of bfloat16.
 bool rpe_attention_in_bfloat16(Tensor q) {
   return q.scalar_type() == ScalarType::BFloat16 && supported().avx512_bf16;
@@ -495,6 +339,5 @@ bool rpe_attention_in_bfloat16(Tensor q) {
 STABLE_TORCH_LIBRARY_IMPL(rpe_ops, CPU, m) {
   m.impl("rpe_attention", TORCH_BOX(&rpe_ops::rpe_attention));
   m.impl("rpe_attention_backward", TORCH_BOX(&rpe_ops::rpe_attention_backward));
-  m.impl("rpe_attention_plan", TORCH_BOX(&rpe_ops::rpe_attention_plan));
   m.impl("rpe_attention_in_bfloat16", TORCH_BOX(&rpe_ops::rpe_attention_in_bfloat16));
 }

@@ -15,28 +15,49 @@ struct View {
   Storage storage = Storage::f32;
 };
 
-// One side table with its ids, or the weight W that it is a product with: then neither the table nor its gradient is ever
-// in memory. `ids` are compact: columns that the map never uses have none. On keys and values they are
-// rows, each of a query, padded to `ids_stride` with zeros; on queries blocks (Lq / 16, Lk, 16), as tiles read them.
+// What tells the bucket of a pair of tokens. Kernels count buckets that occur, from 0 on: their ids are compact.
 //
-// A row of a map of tokens has few kinds of image rows: far ones are alike. Where that is so, the keys are `first` single
-// ones and `segments` of `length` each, and `groups` tells for each query which segments have the same ids: their weights
-// are added as vectors before they are sorted into buckets. A row of `groups` is the segments in order of their groups,
-// then the sizes of the groups, 0 behind the last.
+// Free ids are a matrix. The other two are of a grid: `skip` tokens without a place, then height x width in row-major
+// order; the bucket is a function of (row, column) of the token whose table is read, less those of the other one. Where it
+// is a sum of two axes, whose equal values are neighbours, a run of one axis is a slot, and the id of a pair of slots is
+// row slot * col_slots + column slot, for terms on queries column slot * row_slots + row slot.
+//
+// Along an image row of the other tokens an offset falls: axes and offsets lie reversed, and are read forwards.
+struct Map {
+  enum Kind : int { free, offsets, axes };
+  Kind kind = free;
+
+  const void* ids = nullptr;  // free: the id is ids[i * row + j * column] - lowest
+  int64_t row = 0, column = 0, bytes = 8, lowest = 0;
+
+  int64_t height = 0, width = 0, skip = 0;
+  int32_t skip_id = 0;
+  bool odd = false;  // on queries: of another grid than that which orders the queries
+
+  int64_t row_slots = 0, col_slots = 0;
+  const int32_t* run_of = nullptr;     // axes: (2h - 1), the run of rows; its slot is row_slots - 1 - run
+  const int32_t* run_start = nullptr;  // axes: (row_slots + 1)
+  const int32_t* col_slot = nullptr;   // axes: (2w - 1), and 16 zeros on both sides
+
+  const void* of_offset = nullptr;  // ids (2h - 1, 2w - 1), on queries (2w - 1, 2h - 1); 16 zeros behind each row
+  int64_t stride = 0;
+  const int32_t* earlier = nullptr;  // offsets: (2h - 1), the last row before this one that is the same, or -1
+  const int32_t* later = nullptr;    // and the first one behind it
+};
+
+// One side table with its map, or the weight W that it is a product with: then neither the table nor its gradient is ever
+// in memory.
 struct Term {
   View table;               // side table; on values the gradient of the bucket sums; or W, (H, D, N), on values (H, N, D)
   View result;              // its gradient; on values the bucket sums; or the gradient of W, for each (b, h)
   bool weight = false;      // `table` is W
-  const void* ids = nullptr;
-  int64_t ids_stride = 0;
-  bool narrow = true;       // ids are uint8, else int32
+  Map map;
   const int32_t* columns = nullptr;  // compact id -> column of the table
+  bool dense = false;       // the columns follow each other
+  bool narrow = true;       // ids are uint8, else int32
   int64_t used = 0;         // number of compact ids
   int64_t buckets = 0;      // number of columns
   int64_t width = 0;        // `used`, padded to whole vectors and to 8
-  int64_t first = 0, segments = 0, length = 0;
-  const uint8_t* groups = nullptr;
-  int64_t groups_stride = 0;
 };
 
 struct Problem {
@@ -51,8 +72,18 @@ struct Problem {
   double dropout_p;
   uint64_t seed;
 
+  // Queries are taken column by column of this grid, the skip tokens last, where an encoding on queries has one: then
+  // those of a tile that share a column share the columns' slots. Height 0: as they come.
+  int64_t height, width, skip;
   int64_t tile;             // queries in a tile, a multiple of 16
   int64_t tiles;            // ceil(Lq / tile)
+
+  // the query at a place of that order
+  int64_t query_at(int64_t place) const {
+    if (height == 0) return place;
+    const int64_t map = height * width;
+    return place < map ? skip + place % height * width + place / height : place - map;
+  }
 };
 
 template <int n>
@@ -61,5 +92,7 @@ struct Count {
 };
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 }  // namespace rpe_ops

@@ -1,0 +1,568 @@
+// Part of rpe_attention_kernels.h: what a thread does with a tile, some queries of one head against all keys.
+
+// ---- dropout: weight (b, h, i, j) is dropped iff mix(key(seed, b, h, i) ^ j) >> 8 is below p * 2^24
+
+RPE_INLINE uint32_t mix(uint32_t x) {
+  x = (x ^ x >> 16) * 0x7feb352du;
+  x = (x ^ x >> 15) * 0x846ca68bu;
+  return x ^ x >> 16;
+}
+inline uint32_t dropout_key(uint64_t seed, int64_t head, int64_t i) {
+  const uint32_t key = mix(mix(uint32_t(seed) + 0x9e3779b9u) ^ uint32_t(seed >> 32));
+  return mix(mix(key ^ uint32_t(head)) ^ uint32_t(i));
+}
+// keep[j] = 1 / (1 - p) or 0
+template <class T>
+void dropout_row(T* __restrict keep, double p, uint32_t key, int64_t n) {
+  const int32_t least = int32_t(p * 16777216.0 + 0.5);
+  const T factor = p < 1 ? T(1 / (1 - p)) : T(0);
+  for (int64_t j = 0; j < n; ++j) keep[j] = int32_t(mix(key ^ uint32_t(j)) >> 8) < least ? T(0) : factor;
+}
+
+// ---- the tile
+
+// What a thread keeps of a term, all but `table` where it has a weight. On queries an exact W comes with the scale.
+template <class X>
+struct Weight {
+  typename X::Matrix down;  // (D, width): W, on values its transpose
+  typename X::Matrix up;    // (width, Dp): the transpose of W, on values W
+  typename X::Matrix tile;  // (tile, width): rows of the table of a tile's queries, then those of its gradient; on
+                            // values first those of the bucket sums' gradient, then the sums
+  typename X::Matrix table;  // (L8, width): on queries the gradient of the table of all keys
+  typename X::Number* gradient = nullptr;  // of W, laid out as W is
+  int64_t loaded = -1;                     // where the W begins that `down` and `up` are of
+};
+
+template <class X>
+struct Worker {
+  using T = typename X::Number;
+  using Item = typename X::Item;
+  using Matrix = typename X::Matrix;
+  static constexpr int W = simd<T>::W;
+  const Problem& p;
+  const int64_t Dp = round_up(p.D, W > 8 ? W : 8), Lp = round_up(p.Lk, W), L16 = round_up(p.Lk, 16);
+  const int64_t L8 = round_up(p.Lk, 8);
+  const int64_t ld = (L16 + 16) % 512 == 0 ? L16 + 32 : L16 + 16;  // of scores: no 4 KiB between rows
+  const bool backward = p.backward;
+  // rounded queries would be rounded again by the scale: they get it behind their products
+  const T early = X::rounds ? T(1) : T(p.scale), late = X::rounds ? T(p.scale) : T(1);
+  Arena<T> arena;
+  Matrix keys, values, query, grad, scores, weights_grad;
+  Item *keys_t, *values_t;
+  T *result, *mask_row, *keep, *row_table, *second, *buffer, *grad_k = nullptr, *grad_v = nullptr, *tables_q;
+  int32_t* ids;
+  Groups<T> groups;
+  Weight<X> *weights_q, *weights_k, *weights_v;
+  int64_t head = -1, b = 0, h = 0;
+  bool mask_ready = false;
+
+  Worker(const Problem& problem, char* scratch) : p(problem), arena{scratch} {
+    const int64_t M = p.tile;
+    keys = X::input(arena, L16, Dp, backward);
+    keys_t = arena.template array<Item>(Lp * X::items(p.D));
+    values = X::input(arena, L16, Dp, !backward);
+    values_t = backward ? arena.template array<Item>(Lp * X::items(p.D)) : nullptr;
+    query = X::input(arena, M, Dp, backward);
+    if (backward) grad = X::input(arena, M, Dp, true);
+    scores = X::over(arena, arena.take(M * ld), M, ld, !backward, backward);
+    if (backward) weights_grad = X::over(arena, arena.take(M * ld), M, ld, true, true);
+    result = arena.take(M * Dp);
+    mask_row = p.mask.data != nullptr ? arena.take(L16) : nullptr;
+    keep = p.dropout_p > 0 ? arena.take(L16) : nullptr;
+    int64_t widest = W, total = 0, room = 16, ids_bytes = 0, rows = 0;
+    const auto look_at = [&](const Term* terms, int64_t count, bool on_q) {
+      for (int64_t t = 0; t < count; ++t) {
+        const Map& map = terms[t].map;
+        if (on_q) {
+          total += terms[t].width;
+        } else {
+          widest = most(widest, terms[t].width);
+        }
+        room = most(room, map.kind == Map::axes ? axes_buffer(map) : map.height * map.width + 16);
+        if (map.kind != Map::axes) {
+          ids_bytes = most(ids_bytes, (on_q ? 16 * p.Lk + 16 : L16) * (terms[t].narrow ? 1 : 4));
+          rows = most(rows, map.height);
+        }
+      }
+    };
+    look_at(p.on_q, p.num_q, true);
+    look_at(p.on_k, p.num_k, false);
+    look_at(p.on_v, p.num_v, false);
+    row_table = arena.take(4 * widest);
+    second = p.num_k > 1 || p.num_v > 1 ? arena.take(L16) : nullptr;
+    buffer = arena.take(room);
+    ids = arena.template array<int32_t>(ids_bytes / 4);
+    groups = {arena.template array<const T*>(rows), arena.template array<const void*>(rows), buffer};
+    tables_q = arena.take(total * (L8 + 8));
+    if (backward) {
+      grad_k = arena.take(L16 * Dp);
+      grad_v = arena.take(L16 * Dp);
+    }
+    weights_q = weights(p.on_q, p.num_q, true, backward, 0, backward ? L8 : 0);
+    weights_k = weights(p.on_k, p.num_k, true, backward, M, 0);
+    weights_v = weights(p.on_v, p.num_v, backward, !backward, M, 0);
+  }
+
+  Weight<X>* weights(const Term* terms, int64_t count, bool down, bool up, int64_t tile, int64_t table) {
+    Weight<X>* all = arena.template array<Weight<X>>(count);
+    for (int64_t t = 0; t < count; ++t) {
+      Weight<X> one;
+      const int64_t width = terms[t].width;
+      const bool weight = terms[t].weight;
+      if (table > 0) one.table = X::over(arena, arena.take(table * width), table, width, weight, weight);
+      if (weight) {
+        if (down) one.down = X::over(arena, arena.take(p.D * width), p.D, width, false, true);
+        if (up) one.up = X::over(arena, arena.take(width * Dp), width, Dp, false, true);
+        if (tile > 0) one.tile = X::over(arena, arena.take(tile * width), tile, width, true, true);
+        if (backward) one.gradient = arena.take(Dp * width);
+      }
+      if (all != nullptr) all[t] = one;
+    }
+    return all;
+  }
+
+  // W of this head, in the forms that are wanted of it; heads that share it, and follow each other, share these
+  bool is_loaded(Weight<X>& to, const Term& term) {
+    const int64_t at = row_of(term.table, 0, h, 0);
+    const bool same = to.loaded == at;
+    to.loaded = at;
+    return same;
+  }
+  void load_weight(Weight<X>& to, const Term& term, T factor) {
+    const int64_t width = term.width;
+    if (is_loaded(to, term)) return;
+    for (int64_t d = 0; d < p.D; ++d) {
+      T* row = to.down.numbers + d * width;
+      load_table(row, term, term.table, row_of(term.table, 0, h, d), factor);
+      clear(row + term.used, width - term.used);
+    }
+    X::make_pairs(to.down, p.D, width);
+    if (!backward) return;
+    transpose(to.up.numbers, Dp, to.down.numbers, width, p.D, width);
+    X::make_pairs(to.up, width, Dp);
+  }
+  void load_weight_on_values(Weight<X>& to, const Term& term) {
+    if (is_loaded(to, term)) return;
+    if (!backward) {
+      for (int64_t c = 0; c < term.used; ++c) {
+        T* row = to.up.numbers + c * Dp;
+        load_row<T>(row, term.table, row_of(term.table, 0, h, term.columns[c]), p.D);
+        clear(row + p.D, Dp - p.D);
+      }
+      clear(to.up.numbers + term.used * Dp, (term.width - term.used) * Dp);
+      X::make_pairs(to.up, term.width, Dp);
+    } else {
+      for (int64_t c = 0; c < term.used; ++c) {
+        const int64_t at = row_of(term.table, 0, h, term.columns[c]);
+        for (int64_t d = 0; d < p.D; ++d) {
+          to.down.numbers[d * term.width + c] = get<T>(term.table.data, at + d * term.table.d, term.table.storage);
+        }
+      }
+      for (int64_t d = 0; d < p.D; ++d) {
+        clear(to.down.numbers + d * term.width + term.used, term.width - term.used);
+      }
+      X::make_pairs(to.down, p.D, term.width);
+    }
+  }
+
+  // to (cols, ld) = from (rows, cols)^T, zeros behind
+  static void transpose(T* to, int64_t ld, const T* from, int64_t from_ld, int64_t rows, int64_t cols) {
+    for (int64_t c = 0; c < cols; ++c) {
+      for (int64_t r = 0; r < rows; ++r) to[c * ld + r] = from[r * from_ld + c];
+      clear(to + c * ld + rows, ld - rows);
+    }
+  }
+
+  // all rows of view, padded with zeros to (padded, Dp)
+  void load_rows(const Matrix& to, const View& view, int64_t padded) {
+    for (int64_t l = 0; l < p.Lk; ++l) {
+      X::load_row(to, l * Dp, view, row_of(view, b, h, l), p.D, T(1));
+      X::clear_row(to, l * Dp + p.D, Dp - p.D);
+    }
+    X::clear_row(to, p.Lk * Dp, (padded - p.Lk) * Dp);
+  }
+  // those of a tile's queries, padded with zeros to whole eights
+  void load_queries(const Matrix& to, const View& view, int64_t first, int64_t rows, T factor) {
+    for (int64_t r = 0; r < rows; ++r) {
+      X::load_row(to, r * Dp, view, row_of(view, b, h, p.query_at(first + r)), p.D, factor);
+      X::clear_row(to, r * Dp + p.D, Dp - p.D);
+    }
+    X::clear_row(to, rows * Dp, (round_up(rows, 8) - rows) * Dp);
+  }
+
+  void enter(int64_t next) {
+    head = next;
+    b = head / p.H;
+    h = head % p.H;
+    mask_ready = false;
+    load_rows(keys, p.k, L16);
+    pack_transposed<X>(keys_t, keys.rows, Dp, p.Lk, p.D);
+    load_rows(values, p.v, L16);
+    if (!backward) {
+      X::pair_rows(values, p.Lk, Dp);
+    } else {
+      X::pair_rows(keys, p.Lk, Dp);
+      pack_transposed<X>(values_t, values.rows, Dp, p.Lk, p.D);
+      clear(grad_k, L16 * Dp);
+      clear(grad_v, L16 * Dp);
+    }
+    T* at = tables_q;
+    for (int64_t t = 0; t < p.num_q; ++t) {
+      const Term& term = p.on_q[t];
+      if (term.weight) {
+        load_weight(weights_q[t], term, early);
+        by_weight({keys.rows, Dp}, L8, weights_q[t].down, term, {at, term.width, false, late});
+      } else {
+        for (int64_t j = 0; j < p.Lk; ++j) {
+          load_table(at + j * term.width, term, term.table, row_of(term.table, b, h, j));
+        }
+      }
+      if (backward) clear(weights_q[t].table.numbers, L8 * term.width);
+      at += (L8 + 8) * term.width;
+    }
+    for (int64_t t = 0; t < p.num_k; ++t) {
+      if (!p.on_k[t].weight) continue;
+      load_weight(weights_k[t], p.on_k[t], T(1));
+      if (backward) clear(weights_k[t].gradient, Dp * p.on_k[t].width);
+    }
+    for (int64_t t = 0; t < p.num_v; ++t) {
+      if (!p.on_v[t].weight) continue;
+      load_weight_on_values(weights_v[t], p.on_v[t]);
+      if (backward) clear(weights_v[t].gradient, Dp * p.on_v[t].width);
+    }
+  }
+
+  // (M, width) = (M, D) W
+  void by_weight(Rows<const Item> from, int64_t M, const Matrix& weight, const Term& term, Sums<T> to) {
+    product<X, false>(M, term.width / W, p.D, from, {weight.pairs, term.width}, to);
+  }
+
+  // ---- encodings
+
+  // row r of the table of query i
+  const T* table_row(const Term& term, const Weight<X>& weight, int64_t r, int64_t i) {
+    if (term.weight) return weight.tile.numbers + r * term.width;
+    load_table(row_table, term, term.table, row_of(term.table, b, h, i));
+    return row_table;
+  }
+
+  // row[j] = what the tables of query i, row r of the tile, have for key j, of all terms
+  void fill_row(T* row, const Term* terms, int64_t count, const Weight<X>* weights, int64_t r, int64_t i) {
+    for (int64_t t = 0; t < count; ++t) {
+      const Term& term = terms[t];
+      const T* table = table_row(term, weights[t], r, i);
+      T* to = t == 0 ? row : second;
+      if (term.map.kind == Map::axes) {
+        fill_by_axes(to, table, term.map, i, p.Lk, buffer);
+      } else if (term.narrow) {
+        fill_by_ids(to, table, term, i, p.Lk, reinterpret_cast<uint8_t*>(ids));
+      } else {
+        fill_by_ids(to, table, term, i, p.Lk, ids);
+      }
+      for (int64_t j = 0; t > 0 && j < Lp; j += W) store(row + j, load(row + j) + load(second + j));
+    }
+    clear(row + p.Lk, L16 - p.Lk);
+  }
+
+  // row_table = the sums of row[j] by the buckets of query i
+  void sum_row(const T* row, const Term& term, int64_t i) {
+    if (term.map.kind == Map::axes) {
+      sum_by_axes(row_table, row, term, i, p.Lk, buffer);
+    } else if (term.narrow) {
+      sum_by_ids(row_table, row, term, i, p.Lk, reinterpret_cast<uint8_t*>(ids), groups);
+    } else {
+      sum_by_ids(row_table, row, term, i, p.Lk, ids, groups);
+    }
+  }
+
+  // row r of the sums of query i goes where it is wanted
+  void put_sums(const Term& term, const Weight<X>& weight, int64_t r, int64_t i, T factor) {
+    if (!term.weight) return store_table(term, term.result, row_of(term.result, b, h, i), row_table, factor);
+    for (int64_t c = 0; c < term.width; c += W) store(weight.tile.numbers + r * term.width + c, load(row_table + c));
+  }
+
+  // f(ids of 16 queries, their first row) for all in a tile
+  template <class Id, class F>
+  void for_blocks(const Tile<T>& tile, const Map& map, Id* block, const F& f) {
+    for (int64_t at = 0; at < tile.rows; at += 16) {
+      ids_of_block(block, p, map, tile.first + at);
+      f(block, at);
+    }
+  }
+
+  // S[i, j] = (or +=) what the table of key j has for query i
+  template <bool add>
+  void fill_tile(const Tile<T>& tile, const T* tables, const Term& term) {
+    if (term.map.kind == Map::axes) return fill_tile_by_axes<add>(tile, tables, term);
+    const auto fill = [&](const auto* block, int64_t at) { fill_block<add>(tile, at, tables, term, block); };
+    if (term.narrow) return for_blocks(tile, term.map, reinterpret_cast<uint8_t*>(ids), fill);
+    for_blocks(tile, term.map, ids, fill);
+  }
+
+  // sums[j] += the sums of S[i, j] by the buckets of key j
+  void sum_tile(T* sums, const Tile<T>& tile, const Term& term) {
+    if (term.map.kind == Map::axes) return sum_tile_by_axes(sums, tile, term);
+    const auto sum = [&](const auto* block, int64_t at) { sum_block(sums, tile, at, term, block); };
+    if (term.narrow) return for_blocks(tile, term.map, reinterpret_cast<uint8_t*>(ids), sum);
+    for_blocks(tile, term.map, ids, sum);
+  }
+
+  // ---- scores
+
+  // scale q k^T and the encodings on keys and on queries
+  void score_tile(const Tile<T>& tile) {
+    const int64_t padded = round_up(tile.rows, 8);
+    load_queries(query, p.q, tile.first, tile.rows, early);
+    for (int64_t t = 0; t < p.num_k; ++t) {
+      const Term& term = p.on_k[t];
+      if (!term.weight) continue;
+      by_weight({query.rows, Dp}, padded, weights_k[t].down, term,
+                {weights_k[t].tile.numbers, term.width, false, late});
+    }
+    for (int64_t r = 0; p.num_k > 0 && r < tile.rows; ++r) {
+      fill_row(tile.numbers + r * ld, p.on_k, p.num_k, weights_k, r, p.query_at(tile.first + r));
+    }
+    const T* at = tables_q;
+    for (int64_t t = 0; t < p.num_q; ++t) {
+      if (t + p.num_k > 0) {
+        fill_tile<true>(tile, at, p.on_q[t]);
+      } else {
+        fill_tile<false>(tile, at, p.on_q[t]);
+      }
+      at += (L8 + 8) * p.on_q[t].width;
+    }
+    product<X, false>(padded, Lp / W, p.D, {query.rows, Dp}, {keys_t, 0, true},
+                      {tile.numbers, ld, p.num_k + p.num_q > 0, late});
+  }
+
+  void read_mask(int64_t i) {
+    if (mask_ready && p.mask.l == 0) return;
+    load_row<T>(mask_row, p.mask, row_of(p.mask, b, h, i), p.Lk);
+    for (int64_t j = p.Lk; j < Lp; ++j) mask_row[j] = T(0);
+    mask_ready = true;
+  }
+
+  // the mask, and nothing beyond the last key
+  void finish_scores(T* row, int64_t i) {
+    if (p.mask.data != nullptr) {
+      read_mask(i);
+      for (int64_t j = 0; j < Lp; j += W) store(row + j, load(row + j) + load(mask_row + j));
+    }
+    for (int64_t j = p.Lk; j < Lp; ++j) row[j] = -T(__builtin_inf());
+  }
+
+  // ---- forward
+
+  // scores -> weights before they are divided by their sum, dropped; returns what they are to be multiplied with
+  T forward_row(T* row, int64_t i) {
+    finish_scores(row, i);
+    vec<T> highest = spread(-T(__builtin_inf()));
+    for (int64_t j = 0; j < Lp; j += W) {
+      const vec<T> x = load(row + j);
+      highest = highest > x ? highest : x;
+    }
+    T top = highest[0];
+    for (int w = 1; w < W; ++w) top = top > highest[w] ? top : highest[w];
+    const bool nothing = top == -T(__builtin_inf());
+    const vec<T> base = spread(nothing ? T(0) : top);
+    vec<T> total{};
+    for (int64_t j = 0; j < Lp; j += W) {
+      const vec<T> x = exponential<T>(load(row + j) - base);
+      total += x;
+      store(row + j, x);
+    }
+    const T sum = sum_of<T>(total);
+    const bool empty = nothing && sum == 0;  // and no NaN, which the maximum does not see
+    // exp(s - inf) = 0: the backward of a row without a key is zero by itself
+    static_cast<T*>(p.lse)[head * p.Lq + i] = empty ? T(__builtin_inf()) : top + T(__builtin_log(sum));
+    if (keep != nullptr) {
+      dropout_row(keep, p.dropout_p, dropout_key(p.seed, head, i), Lp);
+      for (int64_t j = 0; j < Lp; j += W) store(row + j, load(row + j) * load(keep + j));
+    }
+    return empty ? T(0) : 1 / sum;
+  }
+
+  Tile<T> tile_of(T* numbers, int64_t tile) const {
+    const int64_t first = tile * p.tile;
+    return {numbers, ld, first, least(p.Lq - first, p.tile), p.Lk};
+  }
+
+  void forward_tile(int64_t index) {
+    const Tile<T> tile = tile_of(scores.numbers, index);
+    const int64_t padded = round_up(tile.rows, 8);
+    score_tile(tile);
+    T factor[32];
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const int64_t i = p.query_at(tile.first + r);
+      T* row = tile.numbers + r * ld;
+      factor[r] = forward_row(row, i);
+      for (int64_t t = 0; t < p.num_v; ++t) {
+        sum_row(row, p.on_v[t], i);
+        put_sums(p.on_v[t], weights_v[t], r, i, factor[r]);
+      }
+      X::make_rows(scores, r, 1, ld);
+    }
+    const int64_t vectors = Dp / W;
+    product<X, false>(padded, vectors, p.Lk, {scores.rows, ld}, {values.pairs, Dp}, {result, Dp});
+    for (int64_t t = 0; t < p.num_v; ++t) {
+      const int64_t width = p.on_v[t].width;
+      const Weight<X>& weight = weights_v[t];
+      if (!p.on_v[t].weight) continue;
+      X::make_rows(weight.tile, 0, tile.rows, width);
+      product<X, false>(padded, vectors, width, {weight.tile.rows, width}, {weight.up.pairs, Dp}, {result, Dp, true});
+    }
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const int64_t i = p.query_at(tile.first + r);
+      store_row<T>(p.out, row_of(p.out, b, h, i), result + r * Dp, p.D, factor[r]);
+    }
+  }
+
+  // ---- backward
+
+  // scores -> weights (after dropout), weights_grad -> gradient of the scores
+  void backward_row(T* row, T* grad_row, int64_t r, int64_t i) {
+    finish_scores(row, i);
+    const vec<T> lse = spread(static_cast<const T*>(p.lse)[head * p.Lq + i]);
+    if (keep != nullptr) {
+      dropout_row(keep, p.dropout_p, dropout_key(p.seed, head, i), Lp);
+      for (int64_t j = 0; j < Lp; j += W) store(grad_row + j, load(grad_row + j) * load(keep + j));
+    }
+    vec<T> dot{}, sum{};
+    for (int64_t j = 0; j < Lp; j += W) {
+      const vec<T> x = exponential<T>(load(row + j) - lse);
+      dot += x * load(grad_row + j);
+      sum += x;
+      store(row + j, x);
+    }
+    // lse is rounded, by more than eps where it is large: these weights add up to about 1, those below to 1
+    const T total = sum_of<T>(sum);
+    const vec<T> factor = spread(total == 0 ? T(0) : 1 / total), delta = factor * sum_of<T>(dot);
+    for (int64_t j = 0; j < Lp; j += W) {
+      const vec<T> x = load(row + j) * factor;
+      store(grad_row + j, x * (load(grad_row + j) - delta));
+      store(row + j, keep != nullptr ? x * load(keep + j) : x);
+    }
+    for (int64_t t = 0; t < p.num_k; ++t) {
+      sum_row(grad_row, p.on_k[t], i);
+      put_sums(p.on_k[t], weights_k[t], r, i, T(1));
+    }
+    for (int64_t t = 0; t < p.num_v; ++t) {
+      if (!p.on_v[t].weight) continue;
+      sum_row(row, p.on_v[t], i);
+      put_sums(p.on_v[t], weights_v[t], r, i, T(1));
+    }
+  }
+
+  void backward_tile(int64_t index) {
+    const Tile<T> tile = tile_of(scores.numbers, index), tile_grad = tile_of(weights_grad.numbers, index);
+    const int64_t rows = tile.rows, padded = round_up(rows, 8), keys8 = round_up(p.Lk, 8), vectors = Dp / W;
+    score_tile(tile);
+    load_queries(grad, p.grad_out, tile.first, rows, T(1));
+    X::pair_rows(query, rows, Dp);
+    X::pair_rows(grad, rows, Dp);
+    for (int64_t t = 0; t < p.num_v; ++t) {
+      const Term& term = p.on_v[t];
+      if (!term.weight) continue;
+      by_weight({grad.rows, Dp}, padded, weights_v[t].down, term, {weights_v[t].tile.numbers, term.width});
+    }
+    for (int64_t r = 0; p.num_v > 0 && r < rows; ++r) {
+      fill_row(tile_grad.numbers + r * ld, p.on_v, p.num_v, weights_v, r, p.query_at(tile.first + r));
+    }
+    product<X, false>(padded, Lp / W, p.D, {grad.rows, Dp}, {values_t, 0, true}, {tile_grad.numbers, ld, p.num_v > 0});
+    for (int64_t r = 0; r < rows; ++r) {
+      backward_row(tile.numbers + r * ld, tile_grad.numbers + r * ld, r, p.query_at(tile.first + r));
+    }
+    X::make_pairs(scores, rows, ld);
+    X::make_pairs(weights_grad, rows, ld);
+    X::make_rows(weights_grad, 0, rows, ld);
+    for (int64_t t = 0; t < p.num_q; ++t) sum_tile(weights_q[t].table.numbers, tile_grad, p.on_q[t]);
+    product<X, true>(keys8, vectors, rows, {scores.pairs, ld}, {grad.pairs, Dp}, {grad_v, Dp, true});
+    product<X, true>(keys8, vectors, rows, {weights_grad.pairs, ld}, {query.pairs, Dp}, {grad_k, Dp, true});
+    product<X, false>(padded, vectors, p.Lk, {weights_grad.rows, ld}, {keys.pairs, Dp}, {result, Dp});
+    for (int64_t t = 0; t < p.num_k; ++t) {
+      const int64_t width = p.on_k[t].width;
+      const Weight<X>& weight = weights_k[t];
+      if (!p.on_k[t].weight) continue;
+      X::make_rows(weight.tile, 0, rows, width);
+      X::make_pairs(weight.tile, rows, width);
+      product<X, true>(Dp, width / W, rows, {query.pairs, Dp}, {weight.tile.pairs, width},
+                       {weight.gradient, width, true});
+      product<X, false>(padded, vectors, width, {weight.tile.rows, width}, {weight.up.pairs, Dp}, {result, Dp, true});
+    }
+    for (int64_t t = 0; t < p.num_v; ++t) {
+      const int64_t width = p.on_v[t].width;
+      const Weight<X>& weight = weights_v[t];
+      if (!p.on_v[t].weight) continue;
+      X::make_pairs(weight.tile, rows, width);
+      product<X, true>(width, vectors, rows, {weight.tile.pairs, width}, {grad.pairs, Dp}, {weight.gradient, Dp, true});
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t i = p.query_at(tile.first + r);
+      store_row<T>(p.grad_q, row_of(p.grad_q, b, h, i), result + r * Dp, p.D, T(p.scale));
+    }
+  }
+
+  void leave() {
+    for (int64_t t = 0; t < p.num_q; ++t) {
+      const Term& term = p.on_q[t];
+      const Weight<X>& weight = weights_q[t];
+      const int64_t width = term.width;
+      if (term.weight) {
+        X::make_rows(weight.table, 0, L8, width);
+        X::make_pairs(weight.table, p.Lk, width);
+        product<X, false>(L8, Dp / W, width, {weight.table.rows, width}, {weight.up.pairs, Dp}, {grad_k, Dp, true});
+        product<X, true>(Dp, width / W, p.Lk, {keys.pairs, Dp}, {weight.table.pairs, width}, {weight.gradient, width});
+        store_weight(term, weight.gradient, T(p.scale));
+      } else {
+        for (int64_t j = 0; j < p.Lk; ++j) {
+          store_table(term, term.result, row_of(term.result, b, h, j), weight.table.numbers + j * width, T(1));
+        }
+      }
+    }
+    for (int64_t t = 0; t < p.num_k; ++t) {
+      if (p.on_k[t].weight) store_weight(p.on_k[t], weights_k[t].gradient, late);
+    }
+    for (int64_t t = 0; t < p.num_v; ++t) {
+      const Term& term = p.on_v[t];
+      for (int64_t c = 0; term.weight && c < term.used; ++c) {  // the other rows are zero
+        store_row<T>(term.result, row_of(term.result, b, h, term.columns[c]), weights_v[t].gradient + c * Dp, p.D);
+      }
+    }
+    for (int64_t j = 0; j < p.Lk; ++j) {
+      store_row<T>(p.grad_k, row_of(p.grad_k, b, h, j), grad_k + j * Dp, p.D, late);
+      store_row<T>(p.grad_v, row_of(p.grad_v, b, h, j), grad_v + j * Dp, p.D);
+    }
+  }
+
+  void store_weight(const Term& term, const T* gradient, T factor) {
+    for (int64_t d = 0; d < p.D; ++d) {
+      store_table(term, term.result, row_of(term.result, b, h, d), gradient + d * term.width, factor);
+    }
+  }
+};
+
+template <class X>
+int64_t scratch_bytes(const Problem& problem) {
+  return Worker<X>(problem, nullptr).arena.used;
+}
+
+// tiles [begin, end), counted over all heads
+template <class X>
+void forward(const Problem& problem, char* scratch, int64_t begin, int64_t end) {
+  Worker<X> worker(problem, scratch);
+  for (int64_t t = begin; t < end; ++t) {
+    if (t / problem.tiles != worker.head) worker.enter(t / problem.tiles);
+    worker.forward_tile(t % problem.tiles);
+  }
+}
+
+// heads [begin, end)
+template <class X>
+void backward(const Problem& problem, char* scratch, int64_t begin, int64_t end) {
+  Worker<X> worker(problem, scratch);
+  for (int64_t head = begin; head < end; ++head) {
+    worker.enter(head);
+    for (int64_t tile = 0; tile < problem.tiles; ++tile) worker.backward_tile(tile);
+    worker.leave();
+  }
+}
