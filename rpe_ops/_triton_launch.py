@@ -4,11 +4,14 @@ Triton is imported when the first kernel is launched.
 """
 
 import contextlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ._triton_ahead import Variant
 
 _PADDED = 128  # rows of ids are padded to a multiple of it; as in _triton_tiles
 _TILE = 64
@@ -31,6 +34,74 @@ def tiles(kernel: str, head: int, bytes_each: int, sums: bool, major: int) -> di
     if major < 9:
         return dict(R=32 if heavy else 64, num_warps=4, num_stages=2)
     return dict(R=64, num_warps=8 if heavy else 4, num_stages=2)
+
+
+_KERNELS = ("forward", "backward_queries", "backward_keys")
+_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+_SIZES = dict(H="i32", Lq="i32")
+
+
+def variants(target: str) -> Iterator[Variant]:
+    """Kernels for a target such as "cuda:90": every number of tables, mask, dtype, head size and number of buckets."""
+    major = _major(target)
+    for kernel, dtype, wide in itertools.product(_KERNELS, _TYPES.values(), (16, 32, 64, 128)):
+        for on, mask, dropout in itertools.product(_PLACES, ("none", "bool", "added"), (False, True)):
+            for buckets in (16, 64, 300):
+                yield _variant(major, kernel, dtype, wide, on, mask, dropout, buckets)
+    for dtype, wide, terms in itertools.product(_TYPES.values(), (16, 32, 64, 128), range(3)):
+        data = f"*{dtype}"
+        pairs = ((data, *["i32"] * 4, data, "i32"),) * terms
+        types = dict(grad_out=_x(data), out=_x(data), delta="*fp32", pairs=pairs, **_SIZES)
+        yield _finished("backward_delta", types, dict(D=wide, WIDE=wide, R=32, NB=64), {})
+    for ids, small in itertools.product(("u8", "i16", "i32", "i64"), ("u8", "i16", "i32")):
+        types = dict(ids=f"*{ids}", small=f"*{small}", order="*u8", ends="*u8")
+        types |= dict.fromkeys(("rows", "columns", "padded", "stride_n", "N", "stride_i", "stride_j"), "i32")
+        yield _finished("plan", types, dict(R=4, NB=16), dict(num_warps=8))
+
+
+def usual(target: str) -> list[Variant]:
+    """Those of 16 bits and head size 64, with encodings on keys, or on queries, keys and values, by product."""
+    settings = itertools.product(_KERNELS, ("fp16", "bf16"), ("k", "qkv"))
+    return [_variant(_major(target), kernel, dtype, 64, on, "none", False, 64) for kernel, dtype, on in settings]
+
+
+def _major(target: str) -> int:
+    return int(target.split(":")[1]) // 10 if target.startswith("cuda") else 8
+
+
+_PLACES = ["".join(c * n for c in on) for n in (1, 2) for on in ("q", "k", "v", "qk", "qv", "kv", "qkv")] + [""]
+
+
+def _x(data: str) -> tuple[str, ...]:
+    return (data, *["i32"] * 3)
+
+
+def _variant(
+    major: int, kernel: str, dtype: str, wide: int, on: str, mask: str, dropout: bool, buckets: int
+) -> Variant:
+    data = f"*{dtype}"
+    x, table, sums = _x(data), (data, *["i32"] * 4, "*u8"), ("*u8", "*u8", "i32", "i32", data)
+    tables: dict[str, Any] = {f"on_{c}": (table,) * on.count(c) for c in "qkv"}
+    types: dict[str, Any] = dict(q=x, k=x, v=x)
+    if kernel == "forward":
+        types |= dict(out=x, lse="*fp32", on_q=tables["on_q"], on_k=tables["on_k"], sums=(sums,) * on.count("v"))
+    else:
+        outputs, own = (["grad_q"], "k") if kernel == "backward_queries" else (["grad_k", "grad_v"], "q")
+        types |= dict(grad_out=x, lse="*fp32", delta="*fp32") | dict.fromkeys(outputs, x) | tables
+        types["sums"] = (sums,) * on.count(own)
+    types["mask"] = () if mask == "none" else ("*u8" if mask == "bool" else data, *["i32"] * 4)
+    types |= dict(dropout=("*i64", "i32", "fp32") if dropout else (), size=("i32",) * 5, scale="fp32")
+    options = tiles(kernel, wide, 4 if dtype == "fp32" else 2, len(types["sums"]) > 0, major)
+    constants: dict[str, Any] = dict(
+        D=wide, WIDE=wide, R=options.pop("R"), NB=min(buckets, _MOST_BUCKETS), MANY=buckets > _MOST_BUCKETS
+    )
+    constants |= dict(MASK=mask, DROP=dropout, PRECISION="tf32x3" if dtype == "fp32" else "ieee")
+    return _finished(kernel, types, constants, options)
+
+
+def _finished(kernel: str, types: dict[str, Any], constants: dict[str, Any], options: dict[str, int]) -> Variant:
+    types |= dict.fromkeys(constants, "constexpr")
+    return Variant(kernel, *(tuple(x.items()) for x in (types, constants, options)))
 
 
 class _Call:

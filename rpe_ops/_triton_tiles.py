@@ -41,8 +41,8 @@ def plan(
     for start in range(0, N, NB):
         n = start + tl.arange(0, NB)
         count = tl.sum((key[:, None, :] < (n[None, :, None] + 1) * TILE).to(tl.int32), 2)  # (R, NB)
-        to = (i[:, None] * (padded // TILE) + tile) * stride_n + n
-        tl.store(ends + to, count.to(tl.uint8), mask=(i[:, None] < rows) & (n < N))
+        end = (i[:, None] * (padded // TILE) + tile) * stride_n + n
+        tl.store(ends + end, count.to(tl.uint8), mask=(i[:, None] < rows) & (n < N))
 
 
 @triton.jit
@@ -235,9 +235,9 @@ def backward_delta(
         for start in range(0, N, NB):
             n = start + tl.arange(0, NB)
             inside = there[:, None] & (n < N)
-            one = tl.load(grad + row * stride_i + n * stride_n, mask=inside, other=0.0).to(tl.float32)
-            other = tl.load(sums + (head.to(tl.int64) * Lq + row) * N + n, mask=inside, other=0.0).to(tl.float32)
-            acc += tl.sum(one * other, 1)
+            of_sums = tl.load(grad + row * stride_i + n * stride_n, mask=inside, other=0.0).to(tl.float32)
+            its_sums = tl.load(sums + (head.to(tl.int64) * Lq + row) * N + n, mask=inside, other=0.0).to(tl.float32)
+            acc += tl.sum(of_sums * its_sums, 1)
     tl.store(delta + head.to(tl.int64) * Lq + i, acc, mask=there)
 
 
