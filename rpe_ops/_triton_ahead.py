@@ -121,7 +121,7 @@ def _compiled(variant: Variant, target: str, only_front_end: bool) -> Report:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
 
-    from . import _triton_tiles
+    from . import _triton_lookup
 
     kind, arch = target.split(":")
     gpu = GPUTarget(kind, int(arch) if kind == "cuda" else arch, 64 if arch.startswith("gfx9") else 32)
@@ -129,7 +129,7 @@ def _compiled(variant: Variant, target: str, only_front_end: bool) -> Report:
     constants = {(places[name],): value for name, value in variant.constants}
     # torch allocates at multiples of 16, and the strides of what it allocates here are such multiples
     aligned = {path: [["tt.divisibility", 16]] for path, type_ in _leaves(variant.types) if type_.startswith("*")}
-    kernel = getattr(_triton_tiles, variant.kernel)
+    kernel = getattr(_triton_lookup, variant.kernel)
     source = ASTSource(kernel, signature=dict(variant.types), constexprs=constants, attrs=aligned)
     if only_front_end:
         backend = make_backend(gpu)

@@ -3,15 +3,12 @@
 import importlib.util
 import itertools
 import os
-import threading
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils._python_dispatch import _disable_current_modes
 
 from . import _triton_launch
 
@@ -62,58 +59,21 @@ def attention(
     if mask is not None:
         mask = mask.expand(*q.shape[:3], k.shape[2])
     sizes = [(ids, lut.shape[3]) for lut, ids in (*on_q, *on_k)] + list(on_v)
-    plans = [x for ids, num_buckets in sizes for x in (ids, *_plan(ids, num_buckets))]
-    numbers = (settings["scale"], settings["dropout_p"], len(on_q), len(on_k), settings["second"])
+    numbers = (
+        settings["scale"], settings["dropout_p"], len(on_q), len(on_k), settings["second"], tuple(n for _, n in sizes),
+    )  # fmt: skip
+    ids = [x for x, _ in sizes]
     tables = [lut for lut, _ in (*on_q, *on_k)]
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *tables))
     # where nothing is trained torch.compile calls forward with one argument too many
     bare = torch.compiler.is_compiling() and not trains
     call = RPEAttentionFunction.forward if bare else RPEAttentionFunction.apply
-    out, _, *sums = call(q, k, v, mask, seed, numbers, *tables, *plans)
+    out, _, *sums = call(q, k, v, mask, seed, numbers, *tables, *ids)
     return out, sums
 
 
-_plans: dict[tuple, tuple[Any, int, tuple[Tensor, Tensor, Tensor]]] = {}
-_plans_lock = threading.Lock()
-
-
-def _plan(ids: Tensor, num_buckets: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What the kernels read instead of ids: small ids, rows in order of their buckets, their ends. Kept with ids."""
-    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    if torch.compiler.is_compiling():
-        return torch.ops.rpe_ops.rpe_attention_triton_plan_of_graph(ids, num_buckets)
-    if type(ids) is not Tensor or ids.is_inference() or is_wrapped(ids):
-        return torch.ops.rpe_ops.rpe_attention_triton_plan(ids, num_buckets)
-    key = (id(ids), num_buckets)
-    with _plans_lock:
-        known = _plans.get(key)
-    if known is not None and known[0]() is ids and known[1] == ids._version:
-        return known[2]
-    if ids.is_cuda and torch.cuda.is_current_stream_capturing():  # it would hold nothing until the graph runs
-        return torch.ops.rpe_ops.rpe_attention_triton_plan(ids, num_buckets)
-    # a plan that is kept must be of plain tensors, whatever transform or tracing mode it is made in
-    with _disable_current_modes(), torch._C._DisableFuncTorch(), torch.inference_mode(False):
-        plan = torch.ops.rpe_ops.rpe_attention_triton_plan(ids, num_buckets)
-    if ids.is_cuda:
-        torch.cuda.current_stream(ids.device).synchronize()  # other streams may read it from now on
-    alive = weakref.ref(ids, lambda _: _plans.pop(key, None))
-    with _plans_lock:
-        _plans[key] = (alive, ids._version, plan)
-    return plan
-
-
-def _plan_of_graph(ids: Tensor, num_buckets: int) -> tuple[Tensor, Tensor, Tensor]:
-    # a compiled graph calls this each time it runs; what it gets is its own, and may be overwritten
-    small, order, ends = _plan(ids, num_buckets)
-    own = torch.empty_strided(ends.shape, ends.stride(), dtype=ends.dtype, device=ends.device)
-    return small.clone(), order.clone(), own.copy_(ends)
-
-
 class RPEAttentionFunction(torch.autograd.Function):
-    """(q, k, v, mask, seed, (scale, p, len(on_q), len(on_k), second), *tables, *plans) -> (out, lse, *sums).
-
-    A plan is ids and the three tensors that `_plan` makes of them.
-    """
+    """(q, k, v, mask, seed, (scale, p, len(on_q), len(on_k), second, Ns), *tables, *ids) -> (out, lse, *sums)."""
 
     @staticmethod
     def forward(
@@ -146,7 +106,7 @@ class RPEAttentionFunction(torch.autograd.Function):
 
 
 class RPEAttentionBackward(torch.autograd.Function):
-    """(grad_out, q, k, v, out, lse, mask, seed, numbers, *grad_sums, *sums, *tables, *plans) -> gradients.
+    """(grad_out, q, k, v, out, lse, mask, seed, numbers, *grad_sums, *sums, *tables, *ids) -> gradients.
 
     They are of q, k, v, *tables.
     """
@@ -164,7 +124,7 @@ class RPEAttentionBackward(torch.autograd.Function):
         numbers: tuple,
         *rest: Tensor,
     ) -> tuple[Tensor, ...]:
-        num_v = numbers[5]
+        num_v = numbers[6]
         grad_sums, sums, rest = list(rest[:num_v]), list(rest[num_v : 2 * num_v]), rest[2 * num_v :]
         arguments = _arguments(mask, seed, numbers, rest)
         grads = torch.ops.rpe_ops.rpe_attention_triton_backward(
@@ -175,13 +135,13 @@ class RPEAttentionBackward(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
         grad_out, q, k, v, _, _, mask, seed, ctx.numbers, *rest = inputs
-        num_v = ctx.numbers[5]
+        num_v = ctx.numbers[6]
         ctx.save_for_backward(grad_out, q, k, v, mask, seed, *rest[:num_v], *rest[2 * num_v :])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        scale, dropout_p, num_q, num_k, second_order, num_v = ctx.numbers
+        scale, dropout_p, num_q, num_k, second_order, sizes, num_v = ctx.numbers
         if not second_order:
             raise NotImplementedError('second derivatives of rpe_attention: call it with backend="eager", or None')
         grad_out, q, k, v, mask, seed, *rest = ctx.saved_tensors
@@ -190,8 +150,8 @@ class RPEAttentionBackward(torch.autograd.Function):
         with torch.enable_grad():
             inputs = [x.detach().requires_grad_() for x in (q, k, v, *tables)]
             outer = [x.detach().requires_grad_() for x in (grad_out, *sums)]
-            pairs = list(zip(inputs[3:], plans[::4], strict=False))
-            on_v = [(ids, ends.shape[2]) for ids, ends in zip(plans[::4], plans[3::4], strict=True)][num_q + num_k :]
+            pairs = list(zip(inputs[3:], plans, strict=False))
+            on_v = list(zip(plans, sizes, strict=True))[num_q + num_k :]
             settings = dict(scale=scale, attn_mask=mask, dropout_p=dropout_p, seed=seed)
             out, bucket_sums = FORMULA[0](*inputs[:3], pairs[:num_q], pairs[num_q:], on_v, **settings)
             first = torch.autograd.grad([out, *bucket_sums], inputs, outer, create_graph=True)
@@ -207,13 +167,13 @@ class RPEAttentionBackward(torch.autograd.Function):
 
 
 def _arguments(mask: Tensor | None, seed: Tensor | None, numbers: tuple, rest: Sequence[Tensor]) -> tuple:
-    """lut_q, lut_k, plan_q, plan_k, plan_v and the settings, as the operators take them: without the ids themselves."""
-    scale, dropout_p, num_q, num_k = numbers[:4]
-    tables, plans = rest[: num_q + num_k], rest[num_q + num_k :]
-    small = [x for n, x in enumerate(plans) if n % 4 > 0]
-    ends = [0, 3 * num_q, 3 * (num_q + num_k), len(small)]
-    parts = [small[a:b] for a, b in itertools.pairwise(ends)]
-    return list(tables[:num_q]), list(tables[num_q:]), *parts, mask, seed, scale, dropout_p
+    """lut_q, lut_k, the maps of q, k, v, their sizes and the settings, as the operators take them."""
+    scale, dropout_p, num_q, num_k, _, Ns = numbers[:6]
+    tables, ids = rest[: num_q + num_k], rest[num_q + num_k :]
+    ends = [0, num_q, num_q + num_k, len(ids)]
+    maps = [list(ids[a:b]) for a, b in itertools.pairwise(ends)]
+    sizes = [[x for n in Ns[a:b] for x in (0, 0, 0, n)] for a, b in itertools.pairwise(ends)]
+    return list(tables[:num_q]), list(tables[num_q:]), *maps, *sizes, mask, seed, scale, dropout_p
 
 
 def _vmap(function: Any, info: Any, in_dims: tuple, args: tuple) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -233,6 +193,31 @@ def _vmap(function: Any, info: Any, in_dims: tuple, args: tuple) -> tuple[tuple[
     return tuple(x.unflatten(0, (info.batch_size, -1)) for x in outputs), (0,) * len(outputs)
 
 
-if not hasattr(torch.ops.rpe_ops, "rpe_attention_triton_plan_of_graph"):
-    name = "rpe_ops::rpe_attention_triton_plan_of_graph"
-    torch.library.custom_op(name, _plan_of_graph, mutates_args=()).register_fake(_triton_launch.empty_plan)
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, lut_q: list[Tensor], lut_k: list[Tensor], maps_q: list[Tensor],
+    maps_k: list[Tensor], maps_v: list[Tensor], sizes_q: list[int], sizes_k: list[int], sizes_v: list[int],
+    attn_mask: Tensor | None, seed: Tensor | None, scale: float, dropout_p: float,
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    return _triton_launch.forward(
+        q, k, v, lut_q, lut_k, maps_q, maps_k, maps_v, sizes_q, sizes_k, sizes_v, attn_mask, seed, scale, dropout_p
+    )
+
+
+def _backward(
+    grad_out: Tensor, grad_sums: list[Tensor], q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: list[Tensor],
+    lse: Tensor, lut_q: list[Tensor], lut_k: list[Tensor], maps_q: list[Tensor], maps_k: list[Tensor],
+    maps_v: list[Tensor], sizes_q: list[int], sizes_k: list[int], sizes_v: list[int], attn_mask: Tensor | None,
+    seed: Tensor | None, scale: float, dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+    return _triton_launch.backward(
+        grad_out, grad_sums, q, k, v, out, sums, lse, lut_q, lut_k, maps_q, maps_k, maps_v, sizes_q, sizes_k, sizes_v,
+        attn_mask, seed, scale, dropout_p,
+    )  # fmt: skip
+
+
+if not hasattr(torch.ops.rpe_ops, "rpe_attention_triton"):  # once in a process, however many copies of this there are
+    for _name, _function, _its_fake in (
+        ("rpe_attention_triton", _forward, _triton_launch.fake_forward),
+        ("rpe_attention_triton_backward", _backward, _triton_launch.fake_backward),
+    ):
+        torch.library.custom_op(f"rpe_ops::{_name}", _function, mutates_args=()).register_fake(_its_fake)
