@@ -113,7 +113,7 @@ def _forward(
         pairs = _pairs(q, k, v, tables_q, tables_k, tables_v, *maps)
         rest = dict(scale=scale, attn_mask=attn_mask, dropout_p=dropout_p, seed=seed)
         out, lse, sums = rpe_attention_eager.attention_and_lse(*pairs, **rest)
-        return _heads_inside(out), lse, [_heads_first(x) for x in sums]
+        return _heads_inside(out), lse, [x.contiguous() for x in sums]
     for bucket_sums, W in zip(sums, tables_v, strict=False):
         _by_head(out).baddbmm_(_by_head(bucket_sums), W.to(q.dtype))
     return out, lse, sums
@@ -186,11 +186,6 @@ def _heads_inside(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _heads_first(x: Tensor) -> Tensor:
-    """The same, in memory (H, B, L, N)."""
-    return x.transpose(0, 1).contiguous().transpose(0, 1)
-
-
 def _side_table(x: Tensor, table: Tensor, scale: float) -> Tensor:
     """scale x @ W, (B, H, L, N), in memory (H, B, L, N); or the side table that is there already."""
     if table.dim() == 4:
@@ -235,7 +230,7 @@ def _empty_heads(q: Tensor, tokens: int) -> Tensor:
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     B, H, Lq, _ = q.shape
-    sums = [q.new_empty(H, B, Lq, num_buckets).transpose(0, 1) for num_buckets in rest[8][3::4]]
+    sums = [q.new_empty(B, H, Lq, num_buckets) for num_buckets in rest[8][3::4]]
     return _empty_heads(q, Lq), q.new_empty(q.shape[:3], dtype=torch.float32), sums
 
 

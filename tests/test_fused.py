@@ -37,7 +37,7 @@ def pairs(luts_q, luts_k, *maps):
 def forward(q, k, v, luts_q, luts_k, *rest):
     settings = dict(zip(("attn_mask", "seed", "scale", "dropout_p"), rest[6:], strict=True))
     out, lse, sums = rpe_attention_eager.attention_and_lse(q, k, v, *pairs(luts_q, luts_k, *rest[:6]), **settings)
-    return backend._heads_inside(out), lse, [backend._heads_first(x) for x in sums]
+    return backend._heads_inside(out), lse, [x.contiguous() for x in sums]
 
 
 def backward(grad_out, grad_sums, q, k, v, out, sums, lse, luts_q, luts_k, *rest):

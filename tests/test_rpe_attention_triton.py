@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +19,6 @@ from torch.library import opcheck
 import rpe_ops.rpe_attention_triton as backend
 from irpe import build_rpe, get_bucket_ids_2d, get_rpe_config
 from irpe import rpe_attention as irpe_attention
-from rpe_ops import _triton_launch
 from rpe_ops.rpe_attention import choose, rpe_attention, why_not
 
 triton = pytest.importorskip("triton")
@@ -103,13 +101,14 @@ def test_rows_without_a_key_are_zero_and_have_finite_gradients(kind):
 
 
 @interpreted
-@pytest.mark.parametrize("p", [0.25, 1.0])
+@pytest.mark.parametrize("p", [0.1, 0.75, 1.0])
 def test_one_seed_drops_what_the_formula_drops(p):
-    q, k, v, _, _, _ = problem((2, 3, 20, 31, 8), 31, (0, 0, 0), single)
-    on_v = [(torch.arange(31).expand(20, 31), 31)]  # the sums are the weights themselves
-    call = dict(on_v=on_v, dropout_p=p, seed=torch.tensor([2**40 + 7]))
-    (_, (ours,)), (_, (formula,)) = (rpe_attention(q, k, v, **call, backend=name) for name in ("triton", "eager"))
-    assert torch.equal(ours == 0, formula == 0) and (ours == 0).any()
+    # where v is the identity out is the weights themselves, each a product with 1; bucket sums would not do: kernels
+    # may get them as differences of a running total, which a GPU adds up as a tree, so that a 0 comes out as 1e-8
+    q, k, _, _, _, _ = problem((2, 3, 20, 31, 32), 1, (0, 0, 0), single)
+    call = dict(v=torch.eye(31, 32).expand(2, 3, 31, 32), dropout_p=p, seed=torch.tensor([2**40 + 7]))
+    ours, formula = (rpe_attention(q, k, **call, backend=name)[0] for name in ("triton", "eager"))
+    assert torch.equal(ours == 0, formula == 0) and (ours[..., :31] == 0).any()
     torch.testing.assert_close(ours, formula)
 
 
@@ -291,99 +290,3 @@ rpe_ops.rpe_attention.rpe_attention(*torch.randn(3, 1, 1, 4, 8))
 """
     run_python("import torch\n" + code, path=[ROOT])
     run_python(code, path=[ROOT], forbid={"triton"})
-
-
-def signature(kernel, dtype, on, mask, dropout):
-    """The types of a kernel's arguments, and which of them are multiples of 16, as torch's allocations have it."""
-    data = f"*{dtype}"
-    x, table, sums = (data, *["i32"] * 3), (data, *["i32"] * 4, "*u8"), ("*u8", "*u8", "i32", "i32", data)
-    tables = {f"on_{c}": (table,) * on.count(c) for c in "qkv"}
-    types = dict(q=x, k=x, v=x)
-    if kernel == "forward":
-        types |= dict(out=x, lse="*fp32", on_q=tables["on_q"], on_k=tables["on_k"], sums=(sums,) * on.count("v"))
-    else:
-        outputs, own = (["grad_q"], "k") if kernel == "backward_queries" else (["grad_k", "grad_v"], "q")
-        types |= dict(grad_out=x, lse="*fp32", delta="*fp32") | dict.fromkeys(outputs, x) | tables
-        types["sums"] = (sums,) * on.count(own)
-    types["mask"] = () if mask == "none" else ("*u8" if mask == "bool" else data, *["i32"] * 4)
-    types |= dict(dropout=("*i64", "i32", "fp32") if dropout else (), size=("i32",) * 5, scale="fp32")
-    aligned = {}
-
-    def visit(path, type_):
-        if isinstance(type_, tuple):
-            for n, inner in enumerate(type_):
-                visit((*path, n), inner)
-        elif type_.startswith("*"):
-            aligned[path] = [["tt.divisibility", 16]]
-
-    for place, (name, type_) in enumerate(types.items()):
-        visit((place,), type_)
-        inner = {"sums": [(n, 2) for n in range(len(type_))], "size": [(3,), (4,)]}
-        for path in inner.get(name, [(1,), (2,), (3,)] if type_ == x else []):
-            aligned[(place, *path)] = [["tt.divisibility", 16]]
-    return types, aligned
-
-
-def compiled(kernel, major, dtype="bf16", head=64, on="qkv", mask="none", dropout=False, buckets=50):
-    """(registers, bytes of stack, bytes of shared memory) of a kernel, compiled for compute capability `major`.0."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from rpe_ops import _triton_tiles
-
-    types, aligned = signature(kernel, dtype, on, mask, dropout)
-    options = _triton_launch.tiles(kernel, head, 4 if dtype == "fp32" else 2, len(types["sums"]) > 0, major)
-    constants = dict(D=head, WIDE=head, R=options.pop("R"), NB=_triton_launch._power_of_two(min(buckets, 128)))
-    constants |= dict(MANY=buckets > 128, MASK=mask, DROP=dropout, PRECISION="tf32x3" if dtype == "fp32" else "ieee")
-    types |= dict.fromkeys(constants, "constexpr")
-    places = {(list(types).index(name),): value for name, value in constants.items()}
-    source = ASTSource(getattr(_triton_tiles, kernel), signature=types, constexprs=places, attrs=aligned)
-    result = triton.compile(source, target=GPUTarget("cuda", 10 * major, 32), options=options)
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    cubin = ROOT / "build" / f"{os.getpid()}.cubin"
-    cubin.parent.mkdir(exist_ok=True)
-    cubin.write_bytes(result.asm["cubin"])
-    usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout.split()
-    cubin.unlink()
-    registers, stack = (next(int(w[len(key) :]) for w in usage if w.startswith(key)) for key in ("REG:", "STACK:"))
-    line = f"{kernel} sm_{major}0 {dtype} D={head} on={on} mask={mask} dropout={dropout} N={buckets}"
-    print(f"{line}: {constants['R']} rows, {options['num_warps']} warps, {options['num_stages']} stages;", end=" ")
-    print(f"{registers} registers, {stack} bytes of stack, {result.metadata.shared} of shared memory")
-    return registers, stack, result.metadata.shared
-
-
-SHARED = {8: 99 * 1024, 9: 227 * 1024, 10: 227 * 1024}  # of a program; 99 KiB is what sm_86 and sm_89 have
-
-
-@outside
-@pytest.mark.parametrize("major", [8, 9, 10])
-def test_compiles_ahead_of_time_within_registers_and_shared_memory(major):
-    for kernel in ("forward", "backward_keys"):
-        _, stack, shared = compiled(kernel, major)
-        assert shared <= SHARED[major] and stack <= 128, kernel
-
-
-@outside
-@pytest.mark.slow
-@pytest.mark.parametrize("major", [8, 9, 10])
-@pytest.mark.parametrize("kernel", ["forward", "backward_queries", "backward_keys"])
-@pytest.mark.parametrize(
-    "options",
-    [
-        dict(on="k"),
-        dict(on="qkv"),
-        dict(on="qqkkvv", buckets=15),
-        dict(on="qkv", mask="bool", dropout=True),
-        dict(on="qkv", mask="added", buckets=300),
-        dict(on="", head=32),
-        dict(head=128),
-        dict(dtype="fp16", head=16),
-        dict(dtype="fp32"),
-        dict(dtype="fp32", head=128),
-    ],
-    ids=str,
-)
-def test_every_configuration_fits(kernel, major, options):
-    _, _, shared = compiled(kernel, major, **options)
-    assert shared <= SHARED[major]
