@@ -102,7 +102,7 @@ def info() -> None:
     console.print(table)
     console.print("\nbackends")
     backends = Table(show_header=False, box=None, pad_edge=False)
-    for name, words in rpe_ops.backends().items():
+    for name, words in rpe_ops.backends(compile=True).items():
         backends.add_row(f"  {name}", words)
     console.print(backends)
 

@@ -327,7 +327,7 @@ def test_irpe_takes_it(method, mode):
     size = dict(height=3, width=4)
     expected = irpe_attention(q, k, v, *rpe, **size, backend="eager")
     actual = irpe_attention(q, k, v, *rpe, **size)
-    assert "RPEAttentionFunction" in str(irpe_attention(q, k, v, rpe[0], rpe[1], **size).grad_fn)
+    assert "RPEAttention" in str(irpe_attention(q, k, v, rpe[0], rpe[1], **size).grad_fn)
     torch.testing.assert_close(actual, expected)
     gradients = [torch.autograd.grad(out.sin().sum(), [q, k, v, *tables]) for out in (actual, expected)]
     torch.testing.assert_close(*gradients)
