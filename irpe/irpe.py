@@ -9,9 +9,9 @@ arXiv 2107.14222. This file needs torch and nothing else, and may be copied into
     attn += rpe_k(q)                                                       # inside forward: q scaled, (B, H, L, D)
     out = rpe_attention(q, k, v, rpe_q, rpe_k, rpe_v)                      # or the whole attention in one call
 
-Read it from top to bottom: configuration, positions to buckets, the two operators, the modules, attention.
-Letters: B batch, H heads, L tokens, D head_dim, N buckets, h and w height and width of the map of tokens, skip the
-number of tokens in front of the map, L = skip + h*w. H' is the number of tables: 1 when heads share one, else H.
+Read it from top to bottom: configuration, positions to buckets, the two operators, the modules, attention. B is batch,
+H heads, L tokens, D head_dim, N buckets, h and w height and width of the map of tokens, skip the number of tokens in
+front of it, L = skip + h*w. H' is the number of tables: 1 when heads share one, else H.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ RPE_OPS_MISSING = ""  # why the operators of `rpe_ops` are not used
 try:  # the directory copied beside this file, then the installed one
     from .rpe_ops import rpe_attention as _attention  # type: ignore[import-not-found]
     from .rpe_ops import rpe_index as _operators
-except ImportError as beside:
+except Exception as beside:  # whatever it is, this file works alone
     try:
         from rpe_ops import rpe_attention as _attention
         from rpe_ops import rpe_index as _operators
-    except ImportError as installed:
+    except Exception as installed:
         _attention = _operators = None
         RPE_OPS_MISSING = f"beside irpe.py: {beside}; installed: {installed}"
 
@@ -238,17 +238,12 @@ def get_offset_ids_2d(
 ) -> Tensor:
     """ids[h-1+dr, w-1+dc] = bucket of the offset (dr, dc) = (row, column of the query) - (row, column of the key).
 
-    >>> get_offset_ids_2d("product", 2, 2, 1.9, 3.8, 15.2)
-    tensor([[16, 17, 18],
-            [23, 24, 25],
-            [30, 31, 32]])
+    >>> get_offset_ids_2d("product", 2, 2, 1.9, 3.8, 15.2).tolist()
+    [[16, 17, 18], [23, 24, 25], [30, 31, 32]]
 
     Arguments are those of `get_bucket_ids_2d`. Returns (2h - 1, 2w - 1) ids, the offset 0 in the middle.
     """
-    height, width = _as_int(height, "height", 1), _as_int(width, "width", 1)
-    dr = torch.arange(1 - height, height, device=device).unsqueeze(1)  # (2h-1, 1)
-    dc = torch.arange(1 - width, width, device=device).unsqueeze(0)  # (1, 2w-1)
-    return sum(_parts(_as_method(method), dr, dc, alpha, beta, gamma)).to(dtype)  # type: ignore[union-attr]
+    return get_bucket_map(method, height, width, 0, alpha, beta, gamma).grid().to(device, dtype)
 
 
 def _parts(method: METHOD, dr: Tensor, dc: Tensor, alpha: float, beta: float, gamma: float) -> tuple[Tensor, ...]:
@@ -292,17 +287,21 @@ class BucketMap(NamedTuple):
         """One part of `offsets` for each axis; empty where the mapping does not factor."""
         return self.offsets.split([2 * n - 1 for n in self.size]) if self.offsets.dim() == 1 else ()
 
+    def grid(self) -> Tensor:
+        """The bucket of each offset, (2h-1, 2w-1)."""
+        grid = self.offsets
+        for n, part in enumerate(self.axes()):
+            grid = part if n == 0 else grid.unsqueeze(-1) + part
+        return grid
+
     def ids(self, dtype: torch.dtype | None = None) -> Tensor:
         """(L, L), L = skip + h*w, of the smallest dtype unless told: for the formula, pictures and people."""
         if dtype is None:
             dtype = (
                 torch.uint8 if self.num_buckets <= 2**8 else torch.int16 if self.num_buckets <= 2**15 else torch.int32
             )
-        grid = self.offsets
-        for n, part in enumerate(self.axes()):
-            grid = part if n == 0 else grid.unsqueeze(-1) + part  # (2h-1, 2w-1)
         every = tuple(range(len(self.size)))
-        windows = grid.to(dtype).flip(every)
+        windows = self.grid().to(dtype).flip(every)
         for axis in every:  # (h, w, h, w): keys as the query at (h-1-row, w-1-column) sees them
             windows = windows.unfold(axis, self.size[axis], 1)
         tokens = math.prod(self.size)
@@ -311,19 +310,12 @@ class BucketMap(NamedTuple):
 
 
 def get_bucket_map(
-    method: str | METHOD,
-    height: int,
-    width: int,
-    skip: int,
-    alpha: float,
-    beta: float,
-    gamma: float,
-    device: torch.device | str = "cpu",
+    method: str | METHOD, height: int, width: int, skip: int, alpha: float, beta: float, gamma: float
 ) -> BucketMap:
     """The `BucketMap` of a grid, whose `ids()` are those of `get_bucket_ids_2d`; the arguments are explained there."""
     method, skip = _as_method(method), _as_int(skip, "skip", 0)
     height, width = _as_int(height, "height", 1), _as_int(width, "width", 1)
-    dr, dc = torch.arange(1 - height, height, device=device), torch.arange(1 - width, width, device=device)
+    dr, dc = torch.arange(1 - height, height), torch.arange(1 - width, width)
     if method in (METHOD.EUCLIDEAN, METHOD.QUANT):  # neither sees signs, so a quarter is computed
         (offsets,) = _parts(method, dr[height - 1 :, None], dc[width - 1 :], alpha, beta, gamma)
         offsets = torch.cat([offsets.flip(0)[:-1], offsets])
@@ -359,8 +351,8 @@ def get_bucket_ids_2d(
 
     Returns ids (L, L) with L = skip + height*width, and the number of buckets with the skip bucket counted.
     """
-    bucket_map = get_bucket_map(method, height, width, skip, alpha, beta, gamma, device)
-    return bucket_map.ids(dtype), bucket_map.num_buckets
+    bucket_map = get_bucket_map(method, height, width, skip, alpha, beta, gamma)
+    return bucket_map.ids(dtype).to(device), bucket_map.num_buckets
 
 
 def get_bucket_ids(
@@ -398,14 +390,13 @@ def _build(kind: str, mapping: str, height: int, width: int, device: torch.devic
     """`BucketMap.offsets`, or ids (L, L), of a mapping "method skip alpha beta gamma"; symbolic sizes stay symbols."""
     method, skip, alpha, beta, gamma = mapping.split()
     numbers = float(alpha), float(beta), float(gamma)
+    bucket_map = get_bucket_map(method, height, width, int(skip), *numbers)
     if kind != "symbols":
-        bucket_map = get_bucket_map(method, height, width, int(skip), *numbers)
         return (bucket_map.offsets if kind == "offsets" else bucket_map.ids(torch.long)).to(device)
-    offsets = get_offset_ids_2d(method, height, width, *numbers, device=device)
-    cells = torch.arange(height * width, device=device)
+    offsets, cells = bucket_map.grid().to(device, torch.long), torch.arange(height * width, device=device)
     row, column = cells // width, cells % width
     ids = offsets[row.unsqueeze(1) - row + (height - 1), column.unsqueeze(1) - column + (width - 1)]
-    return F.pad(ids, (int(skip), 0, int(skip), 0), value=get_num_buckets(method, *numbers))
+    return F.pad(ids, (int(skip), 0, int(skip), 0), value=bucket_map.num_buckets - 1)
 
 
 def _build_aside(*key: Any) -> Tensor:
@@ -815,12 +806,13 @@ class _Encodings(NamedTuple):
         """Why `rpe_ops` cannot take the attention, as the end of a sentence; "" where it can."""
         if _attention is None:
             return f"needs rpe_ops, which is absent ({RPE_OPS_MISSING})"
-        some = [part for one in self[:3] if one is not None for part in one.modules()]
+        some = [one for one in self[:3] if one is not None]
         if some and any(places.dim() > 2 for places in self.of_q["positions"] or ()):
             return 'takes one map for all samples; use "eager" for positions (B, L, 2)'
-        forwards = (iRPE.forward, iRPE_Cross.forward)
-        if any(one._forward_hooks or one._forward_pre_hooks or type(one).forward not in forwards for one in some):
-            return 'reads the tables, which leaves out the hooks or the forward that an encoding has; use "eager"'
+        for one in some:
+            for part in (one, one.rp_rows, one.rp_cols) if isinstance(one, iRPE_Cross) else (one,):
+                if part._forward_hooks or part._forward_pre_hooks or type(part) not in (iRPE, iRPE_Cross):
+                    return 'reads the tables, without the hooks or the forward of an encoding; use "eager"'
         return ""
 
     def tables(self, q: Tensor, k: Tensor) -> tuple[list, list, list]:

@@ -13,6 +13,7 @@ A backend is a module with
 and a name in `BACKENDS`. Tables are side tables (B, H, L, N) or W: (H, D, N), on values (H, N, D).
 """
 
+import inspect
 import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -178,6 +179,11 @@ class RPEAttentionBackward(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         return _vmap(RPEAttentionBackward, info, in_dims, args)
+
+
+for _function in (RPEAttention, RPEAttentionBackward):
+    # `apply` asks for it in every call, and working it out takes longer than all the rest of `apply`
+    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[attr-defined]
 
 
 def _parts(call: Call, rest: Sequence[Any], kept: bool = True) -> tuple[Inputs, list[Tensor], list[Tensor]]:

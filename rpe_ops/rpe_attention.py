@@ -136,10 +136,13 @@ def why_not(backend: str, q: Tensor, attn_mask: Tensor | None = None) -> str | N
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p: float) -> None:
-    shapes = f"q has shape {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if not (q.dim() == k.dim() == v.dim() == 4):
-        raise ValueError(f"{shapes}; expected (B, H, Lq, D), (B, H, Lk, D), (B, H, Lk, D)")
-    if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+    if (
+        not (q.dim() == k.dim() == v.dim() == 4)
+        or k.shape != v.shape
+        or q.shape[:2] != k.shape[:2]
+        or q.shape[3] != k.shape[3]
+    ):
+        shapes = f"q has shape {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         raise ValueError(f"{shapes}; expected (B, H, Lq, D), (B, H, Lk, D), (B, H, Lk, D)")
     if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
         raise TypeError(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}; expected one floating-point dtype")
@@ -164,7 +167,7 @@ def _table(table: Tensor, place: Map, name: str, sizes: tuple[int, ...]) -> Tens
     B, H, rows, columns, D = sizes
     shape = table.shape
     if table.dim() == 3 and shape[0] in (1, H) and shape[1] == D:
-        table = table.expand(H, -1, -1)
+        table = table if shape[0] == H else table.expand(H, -1, -1)
     elif table.dim() == 4 and shape[0] in (1, B) and shape[1] in (1, H) and shape[2] == rows:
         table = table.expand(B, H, -1, -1)
     else:
@@ -184,7 +187,7 @@ def _on_values(on_v: OnValues, sizes: tuple[int, ...], device: torch.device) -> 
             if W.dim() != 3 or W.shape[0] not in (1, H) or W.shape[2] != D:
                 raise ValueError(f"on_v: W has shape {tuple(W.shape)}; expected ({H} or 1, N, {D})")
             _check_dtype(W, "on_v")
-            pairs.append((place, W.expand(H, -1, -1)))
+            pairs.append((place, W if W.shape[0] == H else W.expand(H, -1, -1)))
         else:
             pairs.append((place, W))
         maps.check(place, "on_v", (Lq, Lk), W.shape[1] if isinstance(W, Tensor) else W, device)

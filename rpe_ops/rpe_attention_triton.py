@@ -190,7 +190,7 @@ def _side_table(x: Tensor, table: Tensor, scale: float) -> Tensor:
     """scale x @ W, (B, H, L, N), in memory (H, B, L, N); or the side table that is there already."""
     if table.dim() == 4:
         return table
-    W = table.to(x.dtype)
+    W = table if table.dtype == x.dtype else table.to(x.dtype)
     product = torch.baddbmm(W[:, :1], _by_head(x), W, beta=0, alpha=scale)
     return product.view(x.shape[1], x.shape[0], x.shape[2], -1).transpose(0, 1)
 
