@@ -179,6 +179,12 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// The macros of torch for this are not in the headers of every torch that the library is built against.
+void check_launch() {
+  const cudaError_t error = cudaGetLastError();
+  check(error == cudaSuccess, "CUDA did not start a kernel of rpe_ops: ", cudaGetErrorString(error));
+}
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Grid dimensions: any number of blocks in x, 65535 in y.
@@ -205,7 +211,7 @@ void launch_index(
     index_kernel<<<grid_of(rows, maps), kThreads, ids_bytes + tables * table_bytes, stream>>>(
         x, rows, maps, buckets, index, keys, y, static_cast<int>(tables), chunk);
   }
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  check_launch();
 }
 
 template <class T, class From>
@@ -225,7 +231,7 @@ void launch_sum(
     sum_kernel<T, Sum, From><<<grid_of(rows, maps), threads, ids_bytes + warps * warp_bytes, stream>>>(
         x, rows, maps, buckets, index, keys, s, chunk);
   }
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  check_launch();
 }
 
 // call(zero of the C++ type) for the four floating-point types.
@@ -265,7 +271,8 @@ Rows rows_of(const Tensor& input) {
 
 cudaStream_t current_stream(const Tensor& input) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(input.get_device_index(), &stream));
+  const AOTITorchError error = aoti_torch_get_current_cuda_stream(input.get_device_index(), &stream);
+  check(error == AOTI_TORCH_SUCCESS, "torch knows no current stream of CUDA device ", input.get_device_index());
   return static_cast<cudaStream_t>(stream);
 }
 
