@@ -34,6 +34,9 @@ asan: .venv/installed  ## the operators' tests against a build that stops at any
 	cd build/asan && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  $(CURDIR)/$(BIN)/python -m pytest -q -s -p no:cacheprovider -m "not slow and not gpu" -k "not compile" \
 	  $(CURDIR)/tests/test_rpe_index.py $(CURDIR)/tests/test_rpe_index_kernels.py $(CURDIR)/tests/test_rpe_attention.py
+	cd build/asan && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  RPE_OPS_CXXFLAGS="-O1 -g -fsanitize=address" $(CURDIR)/$(BIN)/python -m pytest -q -s -p no:cacheprovider -k "law or strides" \
+	  $(CURDIR)/tests/test_rpe_index_cuda.py
 
 bench: .venv/ops  ## operators beside torch's own, as ratios; JSON in benchmarks/results/
 	$(BIN)/python benchmarks/bench_rpe_index.py --out benchmarks/results
