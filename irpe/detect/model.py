@@ -3,7 +3,6 @@
 import functools
 import os
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, ConvNextConfig, DetrConfig, DetrForObjectDetection, DetrImageProcessor
-from transformers.utils import logging as silence
 
 from ..config_io import rpe_config_from_string, rpe_config_to_dict
 from ..equip import equip, rpe_parameters
 from ..integrations import hf_vit
-from ..train.checkpoint import WriteError
+from ..train.files import reason_of
 from ..train.loader import seed_all
 from .data import NONE
+from .saved import check_folder, save, saved_at
 from .settings import Settings
 
 FOLDER, BEST = "model", "best"  # of the weights at the end, and of those with the highest AP, in the folder of a run
@@ -93,12 +92,16 @@ def processor_of(settings: Settings) -> Any:
     """transformers' image processor with the run's sizes; mean and deviation are those of the pretrained model."""
     size = {"shortest_edge": settings.size, "longest_edge": settings.max_size}
     options: dict[str, Any] = dict(size=size) if settings.size else dict(do_resize=False)
-    if settings.pretrained is not None and not _is_checkpoint(settings.pretrained):
-        try:
-            return DetrImageProcessor.from_pretrained(settings.pretrained, **options)
-        except OSError:
-            pass  # weights alone: those of ImageNet, as DETR has them
-    return DetrImageProcessor(**options)
+    name = settings.pretrained
+    if name is None or _is_checkpoint(name):
+        return DetrImageProcessor(**options)
+    own = Path(name) / "preprocessor_config.json"
+    if Path(name).is_dir() and not own.exists() and not own.with_name("processor_config.json").exists():
+        return DetrImageProcessor(**options)  # weights alone: those of ImageNet, as DETR has them
+    try:
+        return DetrImageProcessor.from_pretrained(name, **options)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"the image processor of {name} cannot be read: {reason_of(error)}") from None
 
 
 def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
@@ -118,9 +121,11 @@ def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any
 
 def load(folder: str | os.PathLike[str], **options: Any) -> Any:
     """The DETR of a folder or of a name on the hub, with the tables that were saved with it."""
-    _config(str(folder))  # refuses other models
+    _config(str(folder))  # refuses other models, and folders that name code or what would be fetched
     cls = DetrForObjectDetection
     config, options = DetrConfig.from_pretrained(folder, return_unused_kwargs=True, **options)
+    if hasattr(config.backbone_config, "use_pretrained_backbone"):
+        config.backbone_config.use_pretrained_backbone = False  # its weights are in the folder
     without = config.position_embedding_type == "none"
     if without:
         config.position_embedding_type = "sine"
@@ -148,42 +153,16 @@ def _remove_positions(model: Any) -> None:
     model.config.position_embedding_type = "none"
 
 
-def save(model: Any, processor: Any, folder: Path) -> Path:
-    """Writes weights, configuration (with `irpe`) and image processor, as `save_pretrained` does, all or nothing.
-
-    Raises:
-        WriteError: the disk is full, or the folder may not be written; what was there before still is.
-    """
-    new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{word}") for word in ("tmp", "old"))
-    silence.disable_progress_bar()  # of a second's work
-    try:
-        model.save_pretrained(new)
-        processor.save_pretrained(new)
-        for one in new.iterdir():
-            with open(one, "rb") as file:
-                os.fsync(file.fileno())
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(new, folder)
-    except Exception as error:  # safetensors has its own error for a full disk
-        shutil.rmtree(new, ignore_errors=True)
-        if old.exists() and not folder.exists():
-            os.replace(old, folder)
-        if isinstance(error, OSError) or "SafetensorError" in type(error).__name__:
-            raise WriteError(f"{folder} could not be written: {str(error).splitlines()[0]}") from error
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-    return folder
-
-
 def _is_checkpoint(name: str) -> bool:
     """Whether this is a file, which only checkpoints of the release are."""
     return Path(name).is_file()
 
 
 def _config(name: str) -> Any:
+    if (Path(name) / "config.json").exists():
+        check_folder(Path(name))
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         if (Path(name) / FOLDER / "config.json").exists():
             raise ValueError(
@@ -270,3 +249,6 @@ def _load_backbone(model: Any, source: str) -> None:
     if lost := [key for key in body.state_dict() if key not in state]:
         raise ValueError(f"--backbone {source} is no ResNet-50: it lacks {', '.join(lost[:3])}")
     body.load_state_dict(state)
+
+
+__all__ = ["BEST", "FOLDER", "build", "known_classes", "load", "parameter_groups", "processor_of", "save", "saved_at"]
