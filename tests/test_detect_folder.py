@@ -173,9 +173,7 @@ def test_a_flipped_bit_of_saved_weights_is_found(run):
     data = bytearray(path.read_bytes())
     data[-5] ^= 8
     path.write_bytes(data)
-    with pytest.raises(
-        ValueError, match=r"model.safetensors cannot be read: it is damaged: its checksum is"
-    ):
+    with pytest.raises(ValueError, match=r"model.safetensors cannot be read: it is damaged: its checksum is"):
         models.load(run / "model")
 
 

@@ -167,7 +167,7 @@ def _evaluate(
     irpe evaluate runs/RUN, or irpe evaluate --model NAME --pretrained FILE --data DATA.
     """
     from ..train import run as job
-    from ..train.data import refuse_two_digits, same_data
+    from ..train.data import elsewhere, refuse_two_digits, same_data
 
     options = given(settings | {"data": data, "val_split": split, "rpe": rpe})
     with sentences() as printer:
@@ -188,6 +188,11 @@ def _evaluate(
                 raise ValueError(f"{', '.join(taken)}: the run has its own; leave it out")
             if other:
                 options = {"val_share": 0.0, "val_split": None, "train_split": None, **options}
+            elif elsewhere(old.data) and data is None:
+                raise ValueError(
+                    f"{run} was trained on {old.data}, which is no folder here; what a file names is not fetched: say "
+                    f"--data {old.data} if you trust it, or name a folder"
+                )
             if split is not None:
                 options["val_share"] = 0.0
             chosen = settings_from_dict({**dataclasses.asdict(old), **options})

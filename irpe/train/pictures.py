@@ -9,7 +9,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from .files import check_regular, reason_of
 
 # formats that Pillow registers and cannot decode by itself, and one of measurements
 _OTHERS = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "WMF"}
@@ -45,22 +47,63 @@ def converted(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
-def _decoded(file: Any, mode: str) -> Image.Image:
+def decoded(file: Any) -> Image.Image:
+    """The picture in an open file, decoded.
+
+    Raises:
+        ValueError: it is none, damaged, or of more pixels than Pillow takes for a picture.
+    """
     try:
         image = Image.open(file)
+        image.load()
     except UnidentifiedImageError:  # whose words are about the Python object
         raise ValueError("its bytes are of no image format that Pillow knows") from None
-    return converted(image, mode)
+    except MemoryError:
+        raise ValueError("there is not enough memory to decode it") from None
+    except Exception as error:  # each format has errors of its own: OSError, SyntaxError, struct.error, ...
+        raise ValueError(f"it cannot be decoded: {reason_of(error)}") from None
+    return image
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """The picture of a file, decoded; the one way to pictures, of classification and of detection.
+
+    Raises:
+        ValueError: it is no file of a disk, or see `decoded`.
+    """
+    try:
+        check_regular(path)
+        with open(path, "rb") as file:
+            return decoded(file)
+    except OSError as error:
+        raise ValueError(f"it cannot be read: {reason_of(error)}") from None
 
 
 def read_picture(path: str | Path, mode: str) -> Image.Image:
-    """The picture of a file, decoded.
+    """The picture of a file in RGB or L; see `open_picture` and `converted`."""
+    return converted(open_picture(path), mode)
 
-    Raises:
-        ValueError: it is none; see also `converted`. Pillow has errors of its own for damaged ones.
+
+def orientation(image: Image.Image) -> int:
+    """The orientation that EXIF tells of a decoded picture: 1 is as stored, 2 to 8 are turned or mirrored."""
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged EXIF tells nothing
+        return 1
+    return found if found in range(1, 9) else 1
+
+
+def orientation_of(path: str | Path) -> int:
+    """The orientation that EXIF tells of a file, without decoding it; 1 where nothing can be read.
+
+    Formats that Pillow turns by itself when it decodes them (TIFF) are 1.
     """
-    with open(path, "rb") as file:
-        return _decoded(file, mode)
+    try:
+        check_regular(path)
+        with open(path, "rb") as file, Image.open(file) as image:
+            return 1 if image.format == "TIFF" else orientation(image)
+    except Exception:  # reading the picture itself will tell what is wrong
+        return 1
 
 
 class FolderSource:
@@ -96,7 +139,7 @@ class ReaderSource:
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         file, target = self.reader[index]
         with file:
-            return _decoded(file, self.mode), int(target)
+            return converted(decoded(file), self.mode), int(target)
 
     def name(self, index: int) -> str:
         return str(self.reader.filename(index, absolute=True))
@@ -120,7 +163,7 @@ def pictures(root: Path, mode: str) -> tuple[FolderSource | ReaderSource, list[s
     Raises:
         ValueError: there are none; a class has none; a picture has no class; two folders would be one class.
     """
-    if root.is_file() or (any(root.glob("*.tar")) and not any(one.is_dir() for one in root.iterdir())):
+    if not root.is_dir() or (any(root.glob("*.tar")) and not any(one.is_dir() for one in root.iterdir())):
         return _archives(root, mode)
     return _folders(root, mode)
 
@@ -168,7 +211,7 @@ def _archives(root: Path, mode: str) -> tuple[ReaderSource, list[str]]:
     from timm.data import get_img_extensions, set_img_extensions
     from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
-    paths = [root] if root.is_file() else sorted(root.glob("*.tar"))
+    paths = [root] if not root.is_dir() else sorted(root.glob("*.tar"))
     _check_tars(paths)
     place = root.parent if root.is_file() else root
     index = place / f"_{root.stem if root.is_file() else root.name}_tarinfos.pickle"
@@ -232,6 +275,10 @@ def _others(archive: tarfile.TarFile) -> Iterator[str]:
 
 def _check_tars(paths: Sequence[Path]) -> None:
     for path in paths:
+        try:
+            check_regular(path)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{path} cannot be read: {reason_of(error)}") from None
         if path.suffix.lower() != ".tar":
             raise ValueError(f"{path} is a file; expected a folder, or an archive that ends in .tar (not compressed)")
         if not tarfile.is_tarfile(path):

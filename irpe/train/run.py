@@ -257,8 +257,13 @@ def measure(
 def settings_of(folder: Path) -> tuple[Settings, list[str]]:
     """(settings, classes) of a run, without the weights that it started from; its data is found from everywhere."""
     values = read_record(folder)
-    settings = dataclasses.replace(settings_from_dict(values["settings"]), pretrained=None)
-    return located(settings, Path(values.get("started_in", "."))), values["classes"]
+    try:
+        own = settings_from_dict(values["settings"])
+    except ValueError as error:
+        raise ValueError(f"{folder / SETTINGS}: {error}") from None
+    # a file says neither what is fetched nor which others are loaded
+    settings = dataclasses.replace(own, pretrained=None, download=False)
+    return located(settings, Path(str(values.get("started_in", ".")))), values["classes"]
 
 
 def weights_of(folder: Path, which: str) -> Path:

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import struct
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -105,7 +106,8 @@ def read_torch(path: Path) -> Any:
         if zipfile.is_zipfile(path):
             _check_zip(path, size)
         # DETR and timm keep the arguments of a training beside the weights
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on the protocol of a pickle, before the error that tells
             return torch.load(path, map_location="cpu", weights_only=True)
     except ValueError:
         raise
@@ -113,7 +115,7 @@ def read_torch(path: Path) -> Any:
         raise ValueError("there is not enough memory for it") from None
     except Exception as error:  # damaged files raise many kinds; torch's words advise what is never done here
         words = str(error)
-        if any(one in words for one in ("Unsupported global", "Unsupported class", "GLOBAL", "Unsupported operand")):
+        if any(one in words.lower() for one in ("unsupported global", "unsupported class", "allowlisted")):
             raise ObjectsError("it holds Python objects besides tensors, which are not loaded") from None
         raise ValueError("it is not what torch.save writes, or it is damaged") from None
 
