@@ -9,7 +9,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from ..detect.settings import DIGITS, RECIPES, RPE, Settings, settings_from
+from ..detect.settings import DIGITS, RECIPES, RPE, Settings, settings_from, unused
 from .common import OUT, folder_of_run, new_folder
 from .options import FOLDER, Out, Overwrite, Resume, given, recipe_option, sentences, with_settings
 
@@ -82,6 +82,9 @@ def _detect(
         if rpe and not several:
             options["rpe"] = rpe[0]
         chosen = settings_from(options | {"data": data or DIGITS}, recipe)
+        released = chosen.pretrained is not None and Path(chosen.pretrained).is_file()
+        if words := unused(options, chosen, released=released):
+            raise ValueError("; ".join(words))
         if write_digits is not None:
             printer.print(str(job.make_digits(write_digits, chosen)), soft_wrap=True)
         elif several:

@@ -31,7 +31,7 @@ from ..train.run import say_to, signals, versions
 from ..train.world import World, started
 from . import model as models
 from .batches import transform_of
-from .data import Coco, open_part
+from .data import Coco, named, open_part, turned
 from .draw import draw
 from .evaluation import Prediction, average_precision, predict, words
 from .loop import DetectionLog, Trainer
@@ -79,6 +79,8 @@ def train(settings: Settings, make_folder: MakeFolder, resume: str | None, conso
         start = resumed(resume, KIND) if resume not in (None, "auto") else None
         state = _state(start, settings) if start else None
         model, processor = models.build(settings, data.classes, say), models.processor_of(settings)
+        if world.first:
+            _say_notes((data, val), model, settings, say)
         trainer = Trainer(settings, data, val, model, processor, world)
         folder = world.from_first(make_folder)
         with locked(folder) if world.first else nullcontext():
@@ -143,11 +145,11 @@ def measure(settings: Settings, make_folder: MakeFolder, console: Console) -> di
         say = say_to(console, world)
         if settings.pretrained is None:
             raise ValueError("--evaluate-only measures a trained model; name it with --pretrained")
-        ids = open_part(settings, "val").ids
-        val = open_part(settings, "val", models.known_classes(settings, ids))
-        for note in val.notes:
-            say(note)
+        val = open_part(settings, "val", models.known_classes(settings))
+        say(f"{len(val.ids)} categories, {len(val):,} pictures to evaluate on, {len(val.classes)} classes of the model")
         model, processor = models.build(settings, val.classes, say), models.processor_of(settings)
+        if world.first:
+            _say_notes((val,), model, settings, say)
         folder = world.from_first(make_folder)
         with locked(folder) if world.first else nullcontext():
             world.from_first(lambda: _check_measured(folder))
@@ -226,13 +228,28 @@ def make_digits(folder: Path, settings: Settings) -> Path:
 
 def _data(settings: Settings, say: Callable[[str], None]) -> tuple[Coco, Coco]:
     data = open_part(settings, "train")
-    known = models.known_classes(settings, data.ids)
-    if known is not None and set(data.classes) <= set(known):
+    known = models.known_classes(settings)
+    if known is not None and set(data.classes) <= set(named(known)):
         data = open_part(settings, "train", known)
     val = open_part(settings, "val", data.classes)
-    for note in (*data.notes, *val.notes):
-        say(note)
+    say(
+        f"{len(data.ids)} categories, {len(data):,} pictures to train on, {len(val):,} to evaluate on"
+        + f"; {len(data.classes)} classes of the model" * (len(data.classes) != len(data.ids))
+    )
     return data, val
+
+
+def _say_notes(parts: Sequence[Coco], model: Any, settings: Settings, say: Callable[[str], None]) -> None:
+    """What was found in the data, once, in the first process."""
+    most = model.config.num_queries
+    for data in parts:
+        for note in (*data.notes, *turned(data, settings)):
+            say(note)
+        if many := sum(int((one.crowd == 0).sum()) > most for one in data.pictures):
+            say(
+                f"{data.name}: {many} of {len(data)} pictures have more boxes than the model has queries ({most}); "
+                "those over are neither learned nor found"
+            )
 
 
 def _result(settings: Settings, score: dict[str, Any], model: Any, world: World) -> dict[str, Any]:
