@@ -172,6 +172,7 @@ def _folders(root: Path, mode: str) -> tuple[FolderSource, list[str]]:
     from timm.utils.misc import natural_key
 
     where: dict[str, str] = {}
+    places: set[str] = set()
     found: list[tuple[str, str]] = []
     empty, others = [], []
     for folder, below, files in os.walk(root, followlinks=True):
@@ -187,6 +188,9 @@ def _folders(root: Path, mode: str) -> tuple[FolderSource, list[str]]:
                 f"{root} holds pictures itself; expected a folder for each class, with its pictures inside"
             )
         name = os.path.basename(folder)
+        places.add(folder)
+        if (parent := next((str(one) for one in Path(folder).parents if str(one) in places), None)) is not None:
+            raise ValueError(nested(parent, folder))
         if name in where:
             raise ValueError(f"two folders of the name {name!r} would be one class: {where[name]} and {folder}")
         where[name] = folder
@@ -207,9 +211,17 @@ def _folders(root: Path, mode: str) -> tuple[FolderSource, list[str]]:
     return source, _left_out(root, others)
 
 
+def nested(parent: object, folder: object) -> str:
+    """The sentence about two folders of which the inner one would be a class beside the outer one."""
+    return (
+        f"{parent} holds pictures, and so does {folder} inside it, which would be a class of its own; move its "
+        "pictures up, or the folder out"
+    )
+
+
 def _archives(root: Path, mode: str) -> tuple[ReaderSource, list[str]]:
     from timm.data import get_img_extensions, set_img_extensions
-    from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+    from timm.data.readers import reader_image_in_tar
 
     paths = [root] if not root.is_dir() else sorted(root.glob("*.tar"))
     _check_tars(paths)
@@ -219,13 +231,17 @@ def _archives(root: Path, mode: str) -> tuple[ReaderSource, list[str]]:
     own = get_img_extensions()
     set_img_extensions(sorted(kinds()))  # the reader has no argument for them
     try:
-        reader = ReaderImageInTar(str(root), cache_tarinfo=None if os.access(place, os.W_OK) else False)
         others: list[str] = []
         for path in () if indexed else paths:
             with tarfile.open(path) as archive:
                 others += _others(archive)
-    except (tarfile.TarError, OSError, ValueError) as error:
-        raise ValueError(f"{root} cannot be read as a tar archive with pictures: {error}") from None
+        # the index is a pickle; timm reads it as plain data, and did not always
+        may = os.access(place, os.W_OK) and hasattr(reader_image_in_tar, "_TarInfoUnpickler")
+        reader = reader_image_in_tar.ReaderImageInTar(str(root), cache_tarinfo=None if may else False)
+    except RecursionError:
+        raise ValueError(f"{root} holds archives in archives without an end; expected one level of them") from None
+    except Exception as error:  # what a damaged archive, or its index, raises has no end
+        raise ValueError(f"{root} cannot be read as a tar archive with pictures: {reason_of(error)}") from None
     finally:
         set_img_extensions(own)
     notes = _left_out(root, others)
@@ -243,17 +259,33 @@ def _name_classes(reader: Any, root: Path) -> None:
     from timm.utils.misc import natural_key
 
     shown, labels = [], []
+    where: dict[str, PurePosixPath] = {}
+    files: Counter[str] = Counter()
     for number, (file, archive, inner) in enumerate(reader.samples):
-        parts = [Path(one).stem for one in (archive, inner and inner.name) if one]
+        parts = [PurePosixPath(one).with_suffix("").as_posix() for one in (archive, inner and inner.name) if one]
         path = PurePosixPath(file.path)  # which has no ./ any more
         if any(map(_hidden, path.parts)):
             continue
-        if not (parts := [*parts, *path.parent.parts]):
+        place = PurePosixPath(*parts, *path.parent.parts)
+        if not place.name:
             raise ValueError(
                 f"{root} holds pictures itself ({path}); expected a folder for each class, with its pictures inside"
             )
+        if where.setdefault(place.name, place) != place:
+            raise ValueError(
+                f"two folders of the name {place.name!r} would be one class: {where[place.name]} and {place} in {root}"
+            )
+        files[f"{place}/{path.name}"] += 1
         shown.append(number)
-        labels.append(parts[-1])
+        labels.append(place.name)
+    for place in where.values():
+        if outer := next((one for one in place.parents if where.get(one.name) == one and one.name), None):
+            raise ValueError(nested(f"{outer} in {root}", place))
+    if twice := [name for name, count in files.items() if count > 1]:
+        raise ValueError(
+            f"{root} holds {len(twice)} names twice, such as {twice[0]}: the last one of a name is its content; make "
+            "the archive anew"
+        )
     if not shown:
         raise ValueError(f"{root} has no pictures; expected a folder for each class, with its pictures inside")
     reader.class_name_to_idx = {name: k for k, name in enumerate(sorted(set(labels), key=natural_key))}
@@ -261,14 +293,16 @@ def _name_classes(reader: Any, root: Path) -> None:
     reader.targets = np.array([reader.class_name_to_idx[name] for name in labels])
 
 
-def _others(archive: tarfile.TarFile) -> Iterator[str]:
+def _others(archive: tarfile.TarFile, within: str = "") -> Iterator[str]:
     """The names of the files of an archive, and of archives in it, that are no pictures."""
     for one in archive:
         if not one.isfile() or any(map(_hidden, PurePosixPath(one.name).parts)):
             continue
         if _extension(one.name) == ".tar":
+            if within:
+                raise ValueError(f"{within}/{one.name} is an archive in an archive in another; expected one level")
             with tarfile.open(fileobj=archive.extractfile(one)) as inner:
-                yield from _others(inner)
+                yield from _others(inner, one.name)
         elif _extension(one.name) not in kinds():
             yield one.name
 

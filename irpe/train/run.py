@@ -161,6 +161,11 @@ def _open(settings: Settings, world: World, say: Callable[[str], None], *, train
     own: list[Data] = []
     world.from_first(lambda: own.append(open_data(settings, train=train)))
     data = own[0] if own else open_data(settings, train=train)
+    counts = [f"{len(data.classes):,} classes"]
+    for part, words in ((data.train, "to train on"), (data.val, "to evaluate on")):
+        if part is not None and hasattr(part, "labels"):
+            counts.append(f"{len(part):,} images {words}")
+    say(f"{settings.data}: {', '.join(counts)}")
     for note in data.notes:
         say(note)
     return data
