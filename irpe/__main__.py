@@ -1,7 +1,9 @@
 """The command `irpe`: train, evaluate, export, compare, sweep, detect, show and info."""
 
 import importlib.metadata
+import io
 import platform
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -36,6 +38,9 @@ app.command()(detect.detect)
 
 def main() -> None:
     """Runs the command; a missing package is one sentence, wrong input one sentence and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):  # a locale without the letters of a name is no reason to stop
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except ModuleNotFoundError as error:
@@ -100,7 +105,8 @@ def info() -> None:
     )
     table.add_row("device", device)
     console.print(table)
-    console.print("\nbackends")
+    console.print()
+    console.print("backends")
     backends = Table(show_header=False, box=None, pad_edge=False)
     for name, words in rpe_ops.backends(compile=True).items():
         backends.add_row(f"  {name}", words)

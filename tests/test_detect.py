@@ -810,28 +810,44 @@ def test_a_step_of_detr_r50(tmp_path):
     assert not any("layer4.2.conv" in name for name in fixed)
 
 
+NAMED = ("toothbrush", "person", "traffic light", "car", "dog", "tv", "cup", "kite", "bus", "sink")
+
+
+def release(folder, config=None, classes=91, **more):
+    """A checkpoint of the release with random numbers, and its state dict."""
+    sizes = dict(dim=256, heads=8, ffn=2048, layers=6, queries=100, classes=classes)
+    state = DETR(**sizes, config=config).state_dict() | more
+    for name, value in state.items():
+        if "in_proj_" in name:
+            value.normal_(0, 0.02)  # the module leaves them as the memory was
+    torch.save({"model": state, "epoch": 3}, folder / "release.pth")
+    return state
+
+
+def renamed(folder, names, ids):
+    """Gives the categories of every annotation file these names and ids."""
+    for file in (folder / "annotations").iterdir():
+        document = json.loads(file.read_text())
+        of = {one["id"]: number for one, number in zip(document["categories"], ids, strict=True)}
+        document["categories"] = [{"id": number, "name": name} for name, number in zip(names, ids, strict=True)]
+        for one in document["annotations"]:
+            one["category_id"] = of[one["category_id"]]
+        file.write_text(json.dumps(document))
+
+
 @pytest.mark.slow
 def test_a_checkpoint_of_the_release_is_measured(tmp_path):
-    """Its classes are numbered by the ids of COCO's categories, with holes; random numbers stand in for the weights."""
-    sizes = dict(dim=256, heads=8, ffn=2048, layers=6, queries=100, classes=91)
-    state = DETR(**sizes, config=rpe_config_from_string(RPE)).state_dict()
-    for name, value in state.items():
-        if "lookup_table" in name:
-            value.normal_()
-    torch.save({"model": state}, tmp_path / "release.pth")
+    """Its classes are COCO's, found by their names; random numbers stand in for the weights."""
+    state = release(tmp_path, rpe_config_from_string(RPE))
+    assert any("lookup_table" in name for name in state)
     folder = scenes.write(tmp_path / "data", 0, {"val": 2})
-    file = folder / "annotations" / "val.json"
-    document = json.loads(file.read_text())
-    for one in document["categories"]:
-        one["id"] += 80
-    for one in document["annotations"]:
-        one["category_id"] += 80
-    file.write_text(json.dumps(document))
+    renamed(folder, NAMED, range(10))
     settings = settings_from(
         {"data": str(folder), "pretrained": str(tmp_path / "release.pth"), "model": "r50", "rpe": RPE}
     )
-    classes = models.known_classes(settings, open_part(settings, "val").ids)
-    assert len(classes) == 91 and classes[81] == "0" and classes[90] == "9" and set(classes[:81]) == {"N/A"}
+    classes = models.known_classes(settings)
+    assert len(classes) == 91 and classes[90] == "toothbrush" and classes[1] == "person" and classes[12] == "N/A"
+    assert sum(one != "N/A" for one in classes) == 80
     model = models.build(settings, classes)
     table = model.model.encoder.layers[3].self_attn.rpe_k.table
     assert torch.equal(table, state["transformer.encoder.layers.3.self_attn.rpe_k.lookup_table_weight"])
@@ -840,6 +856,59 @@ def test_a_checkpoint_of_the_release_is_measured(tmp_path):
     assert "AP" in said and (tmp_path / "x" / "predictions.png").exists()
     with pytest.raises(ValueError, match="release.pth does not fit"):
         models.build(dataclasses.replace(settings, rpe="none"), classes)
+
+
+@pytest.mark.slow
+def test_classes_of_the_release_are_matched_by_name_whatever_their_ids(tmp_path):
+    """A checkpoint that always says car: it is right on cars under any id, and other names get rows of their own."""
+    say_car = torch.full((92,), -9.0)
+    say_car[3] = 9.0
+    state = release(tmp_path, **{"class_embed.weight": torch.zeros(92, 256), "class_embed.bias": say_car})
+    folder = scenes.write(tmp_path / "data", 0, {"train": 4, "val": 4}, 10)
+    options = {"data": str(folder), "pretrained": str(tmp_path / "release.pth"), "model": "r50", "rpe": "none"}
+    settings = settings_from({**options, "size": 32, "max_size": 48, "device": "cpu"})
+    for ids in (range(10), range(95, 105), range(1, 11)):
+        renamed(folder, NAMED, ids)
+        data = open_part(settings, "val", models.known_classes(settings))
+        model = models.build(settings, data.classes)
+        processor = models.processor_of(settings)
+        found = predict(model, data, transform_of(settings, processor, training=False), processor, settings, WORLD)
+        assert {data.classes[label] for one in found for label in one["labels"].tolist()} == {"car"}
+
+    for names, kept in ((("helmet", "vest", *NAMED[2:]), 8), (("Person", *NAMED[1:]), 9), (tuple("0123456789"), 0)):
+        renamed(folder, names, range(1, 11))
+        given = [folder, "--size", 32, "--max-size", 48, "--pretrained", tmp_path / "release.pth", "--model", "r50"]
+        given = [str(one) for one in given] + ["--rpe", "none", "--device", "cpu", "--out", str(tmp_path / "out")]
+        done = RUNNER.invoke(app, ["detect", *given, "--evaluate-only"])
+        assert done.exit_code == 2 and "categories that the training set or the model does not have" in " ".join(
+            done.output.replace("│", " ").split()
+        )
+        said = []
+        train, _ = job._data(settings, said.append)
+        assert train.classes == list(names)
+        model = models.build(settings, train.classes, said.append)
+        head = model.class_labels_classifier
+        assert head.out_features == 11 and model.config.num_labels == 10
+        if kept:
+            assert f"new rows of the classifier start from random weights, and {kept} keep theirs" in said[-1]
+            assert torch.equal(head.bias[3], state["class_embed.bias"][3])  # the car
+            assert torch.equal(head.bias[10], state["class_embed.bias"][91]) and head.bias[0] == 0
+        else:
+            assert "the classifier starts from random weights" in said[-1]
+
+
+def test_some_known_classes_keep_their_rows(tmp_path):
+    model = models.build(tiny(rpe="none"), ["cat", "dog", "N/A", "cow", "N/A"])
+    folder = str(models.save(model, models.processor_of(tiny()), tmp_path / "model"))
+    said = []
+    new = models.build(tiny(pretrained=folder, rpe=None), ["helmet", "cow", "N/A", "cat"], said.append)
+    old, head = model.class_labels_classifier, new.class_labels_classifier
+    for row, from_row in ((1, 3), (3, 0), (4, 5)):
+        assert torch.equal(head.weight[row], old.weight[from_row]) and torch.equal(head.bias[row], old.bias[from_row])
+    assert said[-1].startswith("helmet, N/A are not among the classes of ") and "and 2 keep theirs" in said[-1]
+    assert new.config.id2label == {0: "helmet", 1: "cow", 2: "N/A", 3: "cat"} and new.config.num_labels == 4
+    again = models.load(models.save(new, models.processor_of(tiny()), tmp_path / "again"))
+    assert torch.equal(again.class_labels_classifier.weight, head.weight)
 
 
 @pytest.mark.slow

@@ -188,3 +188,104 @@ def test_an_index_of_large_archives_that_was_there_is_told(tmp_path):
     assert notes == [] and (tmp_path / "_some_tarinfos.pickle").exists()
     source, notes = reading.pictures(tmp_path / "some.tar", "L")
     assert len(source) == 2 and "its files were taken from" in notes[0] and "_some_tarinfos.pickle" in notes[0]
+
+
+def folders(place, *names):
+    for name in names:
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (12, 8), 200).save(place / name)
+    return place
+
+
+@pytest.mark.parametrize("inner", ["a/indoor/2.png", "a/more/indoor/2.png"])
+@pytest.mark.parametrize("kind", ["folder", "archive", "archives"])
+def test_a_folder_of_pictures_in_a_folder_of_pictures_is_no_class(tmp_path, inner, kind):
+    place = folders(tmp_path / "all", "a/1.png", "b/1.png", inner)
+    if kind == "archive":
+        with tarfile.open(tmp_path / "all.tar", "w") as archive:
+            archive.add(place, ".")
+        place = tmp_path / "all.tar"
+    if kind == "archives":
+        for name in ("a", "b"):
+            with tarfile.open(tmp_path / f"{name}.tar", "w") as archive:
+                archive.add(place / name, ".")
+        (tmp_path / "sets").mkdir()
+        for name in ("a", "b"):
+            (tmp_path / f"{name}.tar").rename(tmp_path / "sets" / f"{name}.tar")
+        place = tmp_path / "sets"
+    with pytest.raises(
+        ValueError, match=r"holds pictures, and so does .*indoor inside it, which would be a class of its own"
+    ):
+        reading.pictures(place, "L")
+
+
+def test_classes_below_folders_without_pictures_stay(tmp_path):
+    place = folders(tmp_path / "all", "animals/cat/1.png", "animals/dog/1.png", "car/1.png")
+    with tarfile.open(tmp_path / "all.tar", "w") as archive:
+        archive.add(place, ".")
+    for one in (place, tmp_path / "all.tar"):
+        assert reading.pictures(one, "L")[0].classes == ["car", "cat", "dog"]
+    folders(place, "plants/cat/1.png")
+    with tarfile.open(tmp_path / "all.tar", "w") as archive:
+        archive.add(place, ".")
+    for one in (place, tmp_path / "all.tar"):
+        with pytest.raises(
+            ValueError, match=r"two folders of the name 'cat' would be one class: .*animals/cat and .*plants/cat"
+        ):
+            reading.pictures(one, "L")
+
+
+def test_the_number_of_classes_is_said_at_the_start(tmp_path):
+    folder = pictures(tmp_path / "pictures")
+    given = ["train", folder, *SMALL, "--batch-size", 6, "--max-steps", 1, "--out", tmp_path, "--name", "run"]
+    _, words = irpe(*given)
+    assert f"{folder}: 4 classes, 24 images to train on, 24 images to evaluate on" in words
+    _, words = irpe("evaluate", tmp_path / "run")
+    assert f"{folder}: 4 classes, 24 images to evaluate on" in words
+    _, words = irpe("train", folder / "train", "--val-share", 0.25, *given[2:])
+    assert "4 classes, 16 images to train on, 8 images to evaluate on" in words
+
+
+def test_archives_that_are_not_in_order(tmp_path):
+    place = folders(tmp_path / "all", "a/1.png", "b/1.png")
+    path = tmp_path / "twice.tar"
+    with tarfile.open(path, "w") as archive:
+        archive.add(place, ".")
+        archive.add(place / "b" / "1.png", "./a/1.png")
+    with pytest.raises(ValueError, match=r"holds 1 names twice, such as a/1.png"):
+        reading.pictures(path, "L")
+    for depth in (2, 60):
+        inner = tmp_path / "0.tar"
+        with tarfile.open(inner, "w") as archive:
+            archive.add(place, ".")
+        for number in range(1, depth + 1):
+            with tarfile.open(tmp_path / f"{number}.tar", "w") as archive:
+                archive.add(tmp_path / f"{number - 1}.tar", "x.tar")
+        with pytest.raises(ValueError, match=r"is an archive in an archive|without an end"):
+            reading.pictures(tmp_path / f"{depth}.tar", "L")
+    whole = (tmp_path / "0.tar").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(whole[:1500])
+    with pytest.raises(ValueError, match=r"cut.tar"):
+        reading.pictures(tmp_path / "cut.tar", "L")
+
+
+def test_the_index_of_large_archives_runs_nothing(tmp_path, monkeypatch):
+    import os
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, ("touch evil",)
+
+    monkeypatch.chdir(tmp_path)
+    folder = sixteen(tmp_path / "some")
+    with tarfile.open(tmp_path / "some.tar", "w") as archive:
+        archive.add(folder, ".")
+    with open(tmp_path / "some.tar", "r+b") as file:
+        file.truncate(10 * 1024**3 + 1024)
+    (tmp_path / "_some_tarinfos.pickle").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(
+        ValueError, match="cannot be read as a tar archive with pictures: Global .*system is not permitted"
+    ):
+        reading.pictures(tmp_path / "some.tar", "L")
+    assert not (tmp_path / "evil").exists()

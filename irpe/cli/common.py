@@ -1,15 +1,41 @@
 """What the commands share: the console, sentences for wrong input, folders for results."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import typer
 from rich.console import Console
+from rich.text import Text
+
+from ..train.files import printable, reason_of
 
 T = TypeVar("T")
+OUT = Path("runs")  # the folder of all results, where none is named
 
-console = Console(highlight=False)
+
+class Terminal(Console):
+    """A console that shows strings as they are: no markup, no emoji, and control characters as \\x1b.
+
+    Names of files, of classes and of encodings come from anywhere.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """The string, in lines of text, cells of tables, titles and captions alike."""
+        return super().render_str(printable(text), **options)
+
+
+console = Terminal()
+
+
+def sentence(error: BaseException | str) -> str:
+    """What an error says, in one line that a terminal may print."""
+    return printable(" ".join(str(error).split("\n")))
 
 
 def checked(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
@@ -17,7 +43,25 @@ def checked(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     try:
         return function(*args, **kwargs)
     except (ValueError, TypeError) as error:
-        raise typer.BadParameter(str(error)) from None
+        raise typer.BadParameter(sentence(error)) from None
+    except OSError as error:
+        raise typer.BadParameter(sentence(words_of(error))) from None
+
+
+@contextmanager
+def checked_lock(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of a folder, or says that one is there."""
+    from ..train.folder import locked
+
+    stack = ExitStack()
+    checked(stack.enter_context, locked(folder))
+    with stack:
+        yield
+
+
+def words_of(error: OSError) -> str:
+    """What went wrong with which file."""
+    return f"{error.filename}: {reason_of(error)}" if error.filename and error.strerror else str(error)
 
 
 def check_place(*files: Path | None) -> None:
@@ -25,32 +69,72 @@ def check_place(*files: Path | None) -> None:
     for file in files:
         if file is None:
             continue
-        folder = next(one for one in (file.parent, *file.parent.parents) if one.exists())
-        if not folder.is_dir() or file.is_dir():
-            raise typer.BadParameter(f"{file} cannot be a file: {file if file.is_dir() else folder} is in its way")
+        try:
+            folder = next(one for one in (file.parent, *file.parent.parents) if one.exists())
+            in_the_way = file if file.is_dir() else None if folder.is_dir() else folder
+        except OSError as error:  # a name that is too long, a folder that may not be looked into
+            raise typer.BadParameter(sentence(f"{file} cannot be a file: {reason_of(error)}")) from None
+        if in_the_way is not None:
+            raise typer.BadParameter(sentence(f"{file} cannot be a file: {in_the_way} is in its way"))
+        if not os.access(folder, os.W_OK):
+            raise typer.BadParameter(sentence(f"{file} cannot be written: {folder} may not be written into"))
 
 
 def write_json(file: Path, values: Any) -> None:
     """Writes plain values, and makes the folder where there is none."""
     from ..train import checkpoint
 
-    file.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_json(file, values)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(file, values)
+    except OSError as error:
+        raise typer.BadParameter(sentence(words_of(error))) from None
 
 
 def new_folder(out: Path, name: str, overwrite: bool) -> Path:
     """Makes and returns out/name; where that exists out/name-2, out/name-3, ..., or the same one when overwriting."""
-    if name in ("", ".", "..") or Path(name).name != name:
+    if name in ("", ".", "..") or Path(name).name != name or printable(name) != name:
         raise ValueError(f"--name {name!r}; expected the name of one folder, which is made inside --out")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; expected a folder")
-    folder, number = out / name, 1
-    while True:
-        try:
-            folder.mkdir(parents=True, exist_ok=overwrite)
-            return folder
-        except FileExistsError:
-            if overwrite:
-                raise ValueError(f"{folder} is a file; expected a folder") from None
-            number += 1
-            folder = out / f"{name}-{number}"
+    try:
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"--out {out} is a file; expected a folder")
+        folder, number = out / name, 1
+        while True:
+            try:
+                folder.mkdir(parents=True, exist_ok=overwrite)
+                return folder
+            except FileExistsError:
+                if overwrite:
+                    raise ValueError(f"{folder} is a file; expected a folder") from None
+                number += 1
+                folder = out / f"{name}-{number}"
+    except OSError as error:
+        raise ValueError(
+            f"{out / name} cannot be made: {error.strerror}; --out and --name say where else to write"
+        ) from None
+
+
+def folder_of_run(
+    out: Path | None, name: str | None, usual: str, *, overwrite: bool, resume: str | None, kind: Any
+) -> Path:
+    """The folder that a run writes into: that of the run that goes on, or one for --out and --name.
+
+    Args:
+        usual: the name where none was given.
+        kind: what the command writes there, an `irpe.train.folder.Kind`.
+    """
+    if resume not in (None, "auto"):
+        from ..train.folder import resumed, run_of
+
+        own = run_of(resumed(resume, kind), kind)
+        if own is not None:
+            other = (name is not None and name != own.resolve().name) or (
+                out is not None and out.resolve() != own.resolve().parent
+            )
+            if other:
+                raise ValueError(
+                    f"--resume {resume} goes on in the folder of its run, {own}: leave --out and --name out, or copy "
+                    "the checkpoint elsewhere to go on in another folder"
+                )
+            return own
+    return new_folder(out or OUT, name or usual, overwrite or resume == "auto")

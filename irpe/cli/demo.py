@@ -1,6 +1,5 @@
 """`irpe train` without data: the demo on handwritten digits."""
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from rich import box
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .common import checked, console, new_folder
+from .common import checked, checked_lock, console, new_folder, write_json
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,17 @@ def run(options: Options) -> None:
         for rate in ([lr] if lr is not None else job.GRID if tune else [job.rate_of(side)])
     ]
     folder = checked(new_folder, options.out, options.name or ("digits-tune" if tune else "digits"), options.overwrite)
+    from ..train.folder import check_results
+
+    checked(check_results, folder, "results.json", {"quick", "model", "recipe", "summary"}, "the demo")
+    with checked_lock(folder):
+        _run(folder, runs, options, sides, rest)
+
+
+def _run(folder: Path, runs: list[Any], options: Options, sides: Sequence[str], rest: dict[str, Any]) -> None:
+    from .. import demo as job
+
+    tune, quick = options.tune, options.quick
     started = time.perf_counter()
     results = _fit_with_progress(runs, options.workers)
     wall = time.perf_counter() - started
@@ -83,12 +93,12 @@ def run(options: Options) -> None:
         record["chosen"] = job.best_rates(rows)
         for side, rate in record["chosen"].items():
             console.print(f"chosen for {job.title_of(side)}: lr {rate:g}")
-    (folder / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_json(folder / "results.json", record)
     for path in (*paths, folder / "results.json"):
         console.print(str(path), soft_wrap=True)
     console.print(f"{len(runs)} runs, {wall:.0f} s, {record['cpu_seconds']:.0f} s of CPU time in the workers")
     if quick:
-        console.print("[bold]--quick: this was only a smoke run; its numbers mean nothing.[/bold]")
+        console.print("--quick: this was only a smoke run; its numbers mean nothing.", style="bold")
 
 
 def _fit_with_progress(runs: Sequence[Any], workers: int | None) -> list[dict[str, Any]]:

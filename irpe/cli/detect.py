@@ -9,8 +9,8 @@ import typer
 from rich import box
 from rich.table import Table
 
-from ..detect.settings import DIGITS, RECIPES, RPE, Settings, settings_from
-from .common import new_folder
+from ..detect.settings import DIGITS, RECIPES, RPE, Settings, settings_from, unused
+from .common import OUT, folder_of_run, new_folder
 from .options import FOLDER, Out, Overwrite, Resume, given, recipe_option, sentences, with_settings
 
 
@@ -44,7 +44,7 @@ def _detect(
     evaluate_only: Annotated[
         bool, typer.Option("--evaluate-only", help="Measure --pretrained, train nothing.")
     ] = False,
-    out: Out = Path("runs"),
+    out: Out = None,
     name: Annotated[str | None, typer.Option(help="Folder of this one inside --out.", rich_help_panel=FOLDER)] = None,
     overwrite: Overwrite = False,
     resume: Resume = None,
@@ -59,6 +59,7 @@ def _detect(
     with sentences() as printer:
         from ..detect import run as job
         from ..train.data import refuse_two_digits
+        from ..train.folder import locked
 
         if data is not None:
             refuse_two_digits(data)
@@ -81,23 +82,25 @@ def _detect(
         if rpe and not several:
             options["rpe"] = rpe[0]
         chosen = settings_from(options | {"data": data or DIGITS}, recipe)
+        released = chosen.pretrained is not None and Path(chosen.pretrained).is_file()
+        if words := unused(options, chosen, released=released):
+            raise ValueError("; ".join(words))
         if write_digits is not None:
             printer.print(str(job.make_digits(write_digits, chosen)), soft_wrap=True)
         elif several:
-            folder = new_folder(out, name or "detect-digits", overwrite or resume == "auto")
+            folder = new_folder(out or OUT, name or "detect-digits", overwrite or resume == "auto")
             sides = tuple(dict.fromkeys(rpe or ("none", RPE)))
             for side in sides:
                 dataclasses.replace(chosen, rpe=side)  # refuses what is no encoding, before anything is trained
-            printer.print(_table(job.compare(chosen, sides, seeds or 3, folder, resume, printer)["rows"]))
+            with locked(folder):
+                rows = job.compare(chosen, sides, seeds or 3, folder, resume, printer)["rows"]
+            printer.print(_table(rows))
             printer.print(str(folder / "results.json"), soft_wrap=True)
         else:
-            called = name or job.default_name(chosen) + "-evaluated" * evaluate_only
+            called = job.default_name(chosen) + "-evaluated" * evaluate_only
 
             def make() -> Path:
-                if resume in (None, "auto"):
-                    return new_folder(out, called, overwrite or resume == "auto")
-                path = Path(str(resume))
-                return path if path.is_dir() else path.parent.parent
+                return folder_of_run(out, name, called, overwrite=overwrite, resume=resume, kind=job.KIND)
 
             if evaluate_only:
                 job.measure(chosen, make, printer)

@@ -12,18 +12,18 @@ from typing import Annotated, Any, get_args
 import typer
 from rich.console import Console
 
-from .common import console
+from .common import Terminal, console, sentence, words_of
 
 FOLDER = "Folder and resuming"
-Out = Annotated[Path, typer.Option(help="Folder of all results.", rich_help_panel=FOLDER)]
+Out = Annotated[Path | None, typer.Option(help="Folder of all results. Default: runs.", rich_help_panel=FOLDER)]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Write into a folder that exists.", rich_help_panel=FOLDER)
 ]
 Resume = Annotated[
     str | None,
     typer.Option(
-        help="auto: go on from the last checkpoint in --out/--name, or begin if there is none. Or a checkpoint, or the "
-        "folder of a run.",
+        help="auto: go on from the last checkpoint in --out/--name, or begin if there is none. Or the folder of a run, "
+        "or a checkpoint: one of a run goes on in its folder, one that lies elsewhere in a new one.",
         rich_help_panel=FOLDER,
     ),
 ]
@@ -99,21 +99,36 @@ def given(options: Mapping[str, Any]) -> dict[str, Any]:
 @contextmanager
 def sentences() -> Iterator[Console]:
     """Gives the console of this process, and makes errors and signals what the first process prints, and a status."""
-    from ..train.checkpoint import WriteError
     from ..train.loader import RunError
     from ..train.loop import Stopped
 
     first = os.environ.get("RANK", "0") == "0"
-    printer = console if first else Console(quiet=True)
+    printer = console if first else Terminal(quiet=True)
     try:
         yield printer
     except Stopped as stopped:
         printer.print(str(stopped), soft_wrap=True)
         raise typer.Exit(128 + stopped.signal) from None
-    except (ValueError, TypeError, WriteError) as error:
+    except (ValueError, TypeError, OSError, MemoryError, RuntimeError) as error:
+        if (words := _words_of(error)) is None:
+            raise
         if not first:
             time.sleep(3)  # an error of all processes is the first one's to tell: torchrun ends the others meanwhile
-        if isinstance(error, (WriteError, RunError)):
-            typer.echo(f"irpe: {error}", err=True)
-            raise typer.Exit(1) from None
-        raise typer.BadParameter(str(error)) from None
+        if isinstance(error, (ValueError, TypeError)) and not isinstance(error, RunError):
+            raise typer.BadParameter(sentence(words)) from None
+        typer.echo(f"irpe: {sentence(words)}", err=True)
+        raise typer.Exit(1) from None
+
+
+def _words_of(error: BaseException) -> str | None:
+    """The sentence for an error; None for one that is a mistake of ours, whose traceback is wanted."""
+    words = str(error)
+    memory = ("out of memory", "can't allocate memory", "not enough memory", "Unable to allocate")
+    if isinstance(error, MemoryError) or any(one in words for one in memory):
+        return (
+            "there is not enough memory for this; a smaller --batch-size (or --accumulate, which keeps it) and fewer "
+            f"--loader-workers need less: {words or 'MemoryError'}"
+        )
+    if isinstance(error, OSError):
+        return words_of(error)
+    return None if isinstance(error, RuntimeError) and not isinstance(error, ValueError) else words

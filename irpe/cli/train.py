@@ -11,7 +11,7 @@ import typer
 from ..train.options import flag
 from ..train.settings import RECIPES, Settings, settings_from, settings_from_dict
 from . import demo
-from .common import check_place, new_folder, write_json
+from .common import OUT, check_place, folder_of_run, write_json
 from .options import FOLDER, Out, Overwrite, Resume, given, recipe_option, sentences, with_settings
 
 DEMO = "Demo on handwritten digits (without DATA)"
@@ -54,7 +54,7 @@ def _train(
         ),
     ] = None,
     recipe: Annotated[str | None, recipe_option(RECIPES)] = None,
-    out: Out = Path("runs"),
+    out: Out = None,
     name: Name = None,
     overwrite: Overwrite = False,
     resume: Resume = None,
@@ -90,7 +90,8 @@ def _train(
             raise typer.BadParameter(f"{', '.join(strange)}: the demo has no such option; name the DATA to train on")
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise typer.BadParameter("the demo is one process with workers of its own; name the DATA to train on")
-        demo.run(demo.Options(seeds or 3, epochs or 60, rpe or [], lr, workers, out, name, overwrite, quick, tune))
+        place = out or OUT
+        demo.run(demo.Options(seeds or 3, epochs or 60, rpe or [], lr, workers, place, name, overwrite, quick, tune))
         return
     if strange := [flag(one) for one in given(only_demo)]:
         raise typer.BadParameter(f"{', '.join(strange)}: only the demo, without DATA, has this option")
@@ -102,7 +103,12 @@ def _train(
 
     with sentences() as printer:
         chosen = _chosen(data, recipe, {**settings, "epochs": epochs, "lr": lr}, rpe)
-        job.train(chosen, lambda: _folder(out, name or job.default_name(chosen), overwrite, resume), resume, printer)
+
+        def make() -> Path:
+            usual = job.default_name(chosen)
+            return folder_of_run(out, name, usual, overwrite=overwrite, resume=resume, kind=job.KIND)
+
+        job.train(chosen, make, resume, printer)
 
 
 def _chosen(data: str, recipe: str | None, options: dict[str, Any], rpe: list[str] | None) -> Settings:
@@ -133,13 +139,6 @@ def settings_of(words: list[str]) -> Settings:
     return _chosen(values["data"], values["recipe"], options, values["rpe"])
 
 
-def _folder(out: Path, name: str, overwrite: bool, resume: str | None) -> Path:
-    if resume is None or resume == "auto":
-        return new_folder(out, name, overwrite or resume == "auto")
-    path = Path(resume)
-    return path if path.is_dir() else path.parent.parent
-
-
 def _evaluate(
     run: Annotated[
         Path | None,
@@ -168,7 +167,7 @@ def _evaluate(
     irpe evaluate runs/RUN, or irpe evaluate --model NAME --pretrained FILE --data DATA.
     """
     from ..train import run as job
-    from ..train.data import refuse_two_digits, same_data
+    from ..train.data import elsewhere, refuse_two_digits, same_data
 
     options = given(settings | {"data": data, "val_split": split, "rpe": rpe})
     with sentences() as printer:
@@ -189,6 +188,11 @@ def _evaluate(
                 raise ValueError(f"{', '.join(taken)}: the run has its own; leave it out")
             if other:
                 options = {"val_share": 0.0, "val_split": None, "train_split": None, **options}
+            elif elsewhere(old.data) and data is None:
+                raise ValueError(
+                    f"{run} was trained on {old.data}, which is no folder here; what a file names is not fetched: say "
+                    f"--data {old.data} if you trust it, or name a folder"
+                )
             if split is not None:
                 options["val_share"] = 0.0
             chosen = settings_from_dict({**dataclasses.asdict(old), **options})

@@ -31,6 +31,14 @@ class Batch(NamedTuple):
 
 # of pieces, in pixels: shorter side of the picture that they are cut from, and their own smallest and largest sides
 CROP_FROM, CROP_SIDES = (400, 500, 600), (384, 600)
+_LARGEST = 4_000_000  # pixels of a picture that is resized as a whole before a piece is cut out
+_LEAST = 32  # pixels along the sides of a batch, as backbones have them for one of their tokens
+
+
+def resized(image: Image.Image, short: int, longest: int | None = None) -> tuple[int, int]:
+    """(height, width) with `short` pixels along the shorter side, at most `longest` along the other, at least 1."""
+    height, width = get_size_with_aspect_ratio((image.height, image.width), short, longest)
+    return max(1, height), max(1, width)
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ class Transform:
         boxes = boxes / torch.tensor([image.width, image.height] * 2)
         short = self.sizes[int(draw.integers(len(self.sizes)))]
         if short:
-            height, width = get_size_with_aspect_ratio((image.height, image.width), short, self.longest)
+            height, width = resized(image, short, self.longest)
             image = image.resize((width, height), Image.Resampling.BILINEAR)
         if draw.random() < self.hflip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -74,12 +82,16 @@ def piece(image: Image.Image, boxes: Tensor, draw: np.random.Generator) -> tuple
     numbers are those of DETR's published code.)
     """
     short = CROP_FROM[int(draw.integers(len(CROP_FROM)))]
-    height, width = get_size_with_aspect_ratio((image.height, image.width), short)
+    height, width = resized(image, short)
     boxes = boxes * torch.tensor([width / image.width, height / image.height] * 2)
     least, most = CROP_SIDES
     h, w = (int(draw.integers(least, min(side, most) + 1)) for side in (height, width))
     top, left = int(draw.integers(height - h + 1)), int(draw.integers(width - w + 1))
-    image = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + w, top + h))
+    if height * width > _LARGEST:  # of a strip the piece alone is resized
+        x, y = image.width / width, image.height / height
+        image = image.resize((w, h), Image.Resampling.BILINEAR, box=(left * x, top * y, (left + w) * x, (top + h) * y))
+    else:
+        image = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + w, top + h))
     boxes = (boxes - torch.tensor([left, top] * 2)).clamp(min=torch.zeros(4), max=torch.tensor([w, h] * 2))
     which = torch.nonzero((boxes[:, 2:] > boxes[:, :2]).all(1))[:, 0]
     return image, boxes[which], which
@@ -108,8 +120,8 @@ class Samples(Careful[tuple[Tensor, dict[str, Tensor], int]]):
 
 
 def collate(samples: Sequence[tuple[Tensor, dict[str, Tensor], int]]) -> Batch:
-    """Pads to the largest height and the largest width."""
-    height, width = (max(image.shape[side] for image, _, _ in samples) for side in (1, 2))
+    """Pads to the largest height and the largest width, and to 32 pixels."""
+    height, width = (max(_LEAST, *(image.shape[side] for image, _, _ in samples)) for side in (1, 2))
     images = torch.zeros(len(samples), 3, height, width)
     mask = torch.zeros(len(samples), height, width, dtype=torch.long)
     for row, (image, _, _) in enumerate(samples):

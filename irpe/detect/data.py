@@ -1,18 +1,20 @@
 """Pictures with boxes, from annotations in COCO's format: a folder, or the scenes of digits made on the fly."""
 
-import json
 import math
 import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
+from ..train.files import read_json, reason_of
 from ..train.loader import RunError
-from ..train.pictures import converted
+from ..train.pictures import converted, open_picture, orientation, orientation_of
 from . import scenes
 from .settings import DIGITS, Settings
 
@@ -44,6 +46,8 @@ class Coco:
         name: of the file, for messages.
         classes: names of the classes of the model, in the order of its outputs; by default those of the file, in the
             order of their ids.
+        stored: whether boxes are drawn on pixels as they are stored, where EXIF turns a picture and its size does not
+            tell; by default they are drawn on what is displayed.
 
     Raises:
         ValueError: the file has no images or lacks a part, a category is not among `classes`, a box lies outside of its
@@ -52,17 +56,23 @@ class Coco:
     """
 
     def __init__(
-        self, document: Any, read: Callable[[str], Image.Image], name: str, classes: Sequence[str] | None = None
-    ) -> None:
+        self, document: Any, read: Callable[[str], Image.Image], name: str, classes: Sequence[str] | None = None, *,
+        stored: bool = False,
+    ) -> None:  # fmt: skip
         if not isinstance(document, dict) or (lacks := [k for k in _PARTS if not isinstance(document.get(k), list)]):
             lacks = lacks if isinstance(document, dict) else list(_PARTS)
             raise ValueError(
                 f"{name} has no list of {', '.join(lacks)}; expected a JSON file in COCO's detection format"
             )
-        self.name, self._read = name, read
+        self.name, self._read, self._stored = name, read, stored
+        for part in _PARTS:
+            if (at := next((k for k, one in enumerate(document[part]) if not isinstance(one, dict)), None)) is not None:
+                raise ValueError(
+                    f"{name}: number {at} of its {part} is {document[part][at]!r}; expected names and values"
+                )
         try:
             self._fill(document, classes)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"{name} is not in COCO's detection format: {type(error).__name__} {error}") from None
 
     def _fill(self, document: dict[str, Any], classes: Sequence[str] | None) -> None:
@@ -73,39 +83,65 @@ class Coco:
         if len(set(names)) < len(names) or len({one["id"] for one in categories}) < len(names):
             raise ValueError(f"{self.name} has two categories of one name or id, among {', '.join(names[:20])}")
         self.classes = list(names if classes is None else classes)
-        if strange := [one for one in names if one not in self.classes]:
+        known = named(self.classes)
+        if strange := [one for one in names if one not in known]:
             raise ValueError(
                 f"{self.name} has categories that the training set or the model does not have: {', '.join(strange[:5])}"
-                f"{' and others' * (len(strange) > 5)}; it has {', '.join(self.classes[:10])}"
+                f"{' and others' * (len(strange) > 5)}; it has {', '.join(list(known)[:10])}"
             )
         self.ids = {str(one["name"]): int(one["id"]) for one in categories}
-        label_of = {one["id"]: self.classes.index(str(one["name"])) for one in categories}
-        sizes = {one["id"]: (one["width"], one["height"]) for one in document["images"]}
+        label_of = {one["id"]: known[str(one["name"])] for one in categories}
+        sizes = {one["id"]: _size(one, self.name) for one in document["images"]}
         if len(sizes) < len(document["images"]):
             raise ValueError(f"{self.name} has several images of one id")
-        found: dict[Any, list[tuple[Box, int, float, int]]] = {one: [] for one in sizes}
-        clipped = empty = 0
+        found: dict[Any, list[Annotation]] = {one: [] for one in sizes}
+        count = Counter[str]()
         for one in document["annotations"]:
-            where = f"annotation {one.get('id')} of {self.name}"
-            if one["image_id"] not in sizes:
-                raise ValueError(f"{where} is of image {one['image_id']}, which is not among its images")
-            if one["category_id"] not in label_of:
-                raise ValueError(f"{where} is of category {one['category_id']}, which is not among its categories")
+            where = f"annotation {one.get('id')!r} of {self.name}"
+            for kind, key, ids in (("image", "image_id", sizes), ("category", "category_id", label_of)):
+                if one[key] not in ids:
+                    plural, other = "images" if kind == "image" else "categories", next(iter(ids))
+                    raise ValueError(
+                        f"{where} is of {kind} {one[key]!r}, which is not among its {plural}, such as {other!r}"
+                    )
+            if one.get("bbox") is None:
+                raise ValueError(f"{where} has no bbox; expected [x, y, width, height] in pixels")
             box, was_clipped = _corners(one["bbox"], sizes[one["image_id"]], where)
-            clipped += was_clipped
+            count["clipped"] += was_clipped
             if box[2] <= box[0] or box[3] <= box[1]:
-                empty += 1
+                count["empty"] += 1
                 continue
-            area = float(one.get("area", (box[2] - box[0]) * (box[3] - box[1])))
-            found[one["image_id"]].append((box, label_of[one["category_id"]], area, int(one.get("iscrowd", 0))))
-        self.pictures = [_picture(one, found[one["id"]]) for one in document["images"]]
+            area, was_given = _area(one.get("area"), box)
+            count["area"] += not was_given
+            crowd = one.get("iscrowd") or 0
+            if crowd not in (0, 1):
+                raise ValueError(f"{where} has iscrowd {crowd!r}; expected 0 or 1")
+            found[one["image_id"]].append((box, label_of[one["category_id"]], area, int(crowd)))
+        self.pictures = [_picture(one, sizes[one["id"]], found[one["id"]], self.name) for one in document["images"]]
         if not any(len(one.boxes) for one in self.pictures):
             raise ValueError(f"{self.name} has no boxes")
-        self.notes = [
+        if all(one.crowd.all() for one in self.pictures):
+            raise ValueError(
+                f"{self.name} has boxes of crowds alone (iscrowd 1), which are not learned and not measured"
+            )
+        self.notes = self._notes(count) + _of_categories(categories, document["annotations"], self.name, classes)
+
+    def _notes(self, count: Mapping[str, int]) -> list[str]:
+        files = Counter(one.name for one in self.pictures)
+        twice = [name for name, number in files.items() if number > 1]
+        return [
             words
             for number, words in (
-                (clipped, f"{self.name}: {clipped} boxes reach over the edge of their image and were clipped"),
-                (empty, f"{self.name}: {empty} boxes without area were left out"),
+                (
+                    count["clipped"],
+                    f"{self.name}: {count['clipped']} boxes reach over the edge of their image and were clipped",
+                ),
+                (count["empty"], f"{self.name}: {count['empty']} boxes without area were left out"),
+                (count["area"], f"{self.name}: {count['area']} areas that are none were computed from the boxes"),
+                (
+                    len(twice),
+                    f"{self.name}: {len(twice)} files are several images each, such as {', '.join(twice[:2])}",
+                ),
             )
             if number
         ]
@@ -114,16 +150,17 @@ class Coco:
         return len(self.pictures)
 
     def image(self, number: int) -> Image.Image:
-        """The image of a picture, in RGB.
+        """The image of a picture, in RGB, as its boxes are drawn on it.
 
         Raises:
             RunError: it cannot be read, or is not as large as the annotations say.
         """
         picture = self.pictures[number]
         try:
-            image = converted(self._read(picture.name), "RGB")
-        except (OSError, SyntaxError, ValueError) as error:
-            raise RunError(f"{picture.name} of {self.name} cannot be read: {error}") from None
+            image = self._turned(self._read(picture.name), picture)
+            image = converted(image, "RGB")
+        except (OSError, SyntaxError, ValueError, MemoryError) as error:
+            raise RunError(f"{picture.name} of {self.name} cannot be read: {reason_of(error)}") from None
         if image.size != (picture.width, picture.height):
             raise RunError(
                 f"{picture.name} has {image.width}x{image.height} pixels, but {self.name} says {picture.width}x"
@@ -131,15 +168,50 @@ class Coco:
             )
         return image
 
+    def _turned(self, image: Image.Image, picture: Picture) -> Image.Image:
+        """The image as displayed or as stored: the annotations' size tells where it can."""
+        if orientation(image) == 1:
+            return image
+        displayed, size = ImageOps.exif_transpose(image), (picture.width, picture.height)
+        displayed.format = image.format  # by which `converted` knows 16 bits
+        if displayed.size == image.size:
+            return image if self._stored else displayed
+        return displayed if displayed.size == size else image
 
+
+Annotation = tuple[Box, int, float, int]  # box, label, area, crowd
 _PARTS = ("images", "annotations", "categories")
+_LARGEST = 1_000_000  # pixels along a side
+
+
+def named(classes: Sequence[str]) -> dict[str, int]:
+    """{name: number} of classes, without those that stand for holes among COCO's numbers."""
+    holes = list(classes).count(NONE) > 1
+    found: dict[str, int] = {}
+    for number, name in enumerate(classes):
+        if not (holes and name == NONE):
+            found.setdefault(name, number)
+    return found
+
+
+def _size(image: dict[str, Any], name: str) -> tuple[int, int]:
+    size = image["width"], image["height"]
+    if not all(isinstance(one, (int, float)) and 0 < one <= _LARGEST and one == int(one) for one in size):
+        raise ValueError(
+            f"image {image['id']!r} of {name} has width and height {size}; expected whole numbers of pixels"
+        )
+    return int(size[0]), int(size[1])
 
 
 def _corners(bbox: Any, size: tuple[int, int], where: str) -> tuple[Box, bool]:
     """(x, y, x, y inside the image, whether something was cut off)."""
-    if len(bbox) != 4 or not all(math.isfinite(one) for one in bbox):
-        raise ValueError(f"{where} has the bbox {bbox}; expected [x, y, width, height] in pixels")
-    x, y, width, height = (float(one) for one in bbox)
+    try:
+        x, y, width, height = (float(one) for one in bbox)
+        finite = all(map(math.isfinite, (x, y, width, height))) and not isinstance(bbox, str)
+    except (TypeError, ValueError, OverflowError):
+        finite = False
+    if not finite:
+        raise ValueError(f"{where} has the bbox {str(bbox)[:80]}; expected [x, y, width, height] in pixels")
     if width < 0 or height < 0 or x + width < 0 or y + height < 0 or x > size[0] or y > size[1]:
         raise ValueError(
             f"{where} has the bbox {bbox} outside of its image of {size[0]}x{size[1]} pixels; expected [x, y, width, "
@@ -151,10 +223,53 @@ def _corners(bbox: Any, size: tuple[int, int], where: str) -> tuple[Box, bool]:
     return box, reach > 0.5
 
 
-def _picture(image: dict[str, Any], found: list[tuple[Box, int, float, int]]) -> Picture:
+def _area(given: Any, box: Box) -> tuple[float, bool]:
+    """(area, whether the file told a number that is one, or none at all); that of the box otherwise."""
+    own = (box[2] - box[0]) * (box[3] - box[1])
+    if given is None:
+        return own, True
+    try:
+        area = float(given)
+    except (TypeError, ValueError, OverflowError):
+        area = math.nan
+    return (area, True) if 0 <= area < math.inf else (own, False)
+
+
+def _of_categories(
+    categories: Sequence[dict[str, Any]],
+    annotations: Sequence[dict[str, Any]],
+    name: str,
+    classes: Sequence[str] | None,
+) -> list[str]:
+    """What is kept of numbers with holes, and of a category that only stands above the others."""
+    ids, notes = [one["id"] for one in categories], []
+    if classes is None and ids != list(range(ids[0], ids[0] + len(ids))):
+        names = ", ".join(str(one["name"]) for one in categories[:5]) + ", ..." * (len(categories) > 5)
+        notes.append(
+            f"{name}: the ids of its {len(ids)} categories, {ids[0]} to {ids[-1]}, have holes; classes are numbered "
+            f"from 0 in their order: {names}"
+        )
+    used = {one["category_id"] for one in annotations}
+    above = {str(one.get("supercategory")) for one in categories}
+    for one in categories:
+        if one["id"] not in used and str(one["name"]) in above and len(categories) > 1:
+            notes.append(
+                f"{name}: category {one['name']} (id {one['id']}) has no boxes and stands above others; it is kept as "
+                "a class of its own"
+            )
+    return notes
+
+
+def _picture(image: dict[str, Any], size: tuple[int, int], found: list[Annotation], where: str) -> Picture:
+    name = image["file_name"]
+    path = PurePath(name) if isinstance(name, str) and name else None
+    if path is None or path.is_absolute() or ".." in path.parts or "\0" in name:
+        raise ValueError(
+            f"image {image['id']!r} of {where} has the file_name {name!r}; expected a name inside the folder of images"
+        )
     boxes, labels, areas, crowd = zip(*found, strict=True) if found else ((), (), (), ())
     return Picture(
-        str(image["file_name"]), int(image["height"]), int(image["width"]), torch.tensor(boxes).reshape(-1, 4).float(),
+        name, size[1], size[0], torch.tensor(boxes).reshape(-1, 4).float(),
         torch.tensor(labels, dtype=torch.long), torch.tensor(areas).float(), torch.tensor(crowd, dtype=torch.long),
     )  # fmt: skip
 
@@ -171,11 +286,7 @@ def open_part(settings: Settings, part: str, classes: Sequence[str] | None = Non
         document = scenes.document(part, 0, count, settings.digit_classes)
         return Coco(document, _Scenes(part), f"digits ({part})", classes)
     file, folder = _places(settings, part)
-    try:
-        document = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
-    data = Coco(document, _Files(folder), str(file), classes)
+    data = Coco(read_json(file), _Files(folder), str(file), classes, stored=settings.orientation == "stored")
     present = {one.name for one in os.scandir(folder)}
     lost = [one.name for one in data.pictures if one.name not in present and not (folder / one.name).is_file()]
     if lost:
@@ -202,7 +313,22 @@ class _Files:
         self.folder = folder
 
     def __call__(self, name: str) -> Image.Image:
-        return Image.open(self.folder / name)
+        return open_picture(self.folder / name)
+
+
+def turned(data: Coco, settings: Settings) -> list[str]:
+    """A line about pictures that EXIF turns, or none: how many, and what their boxes are taken to be drawn on."""
+    if settings.data == DIGITS or not isinstance(data._read, _Files):
+        return []
+    paths = [data._read.folder / one.name for one in data.pictures]
+    with ThreadPoolExecutor(8) as threads:
+        count = sum(one != 1 for one in threads.map(orientation_of, paths))
+    if not count:
+        return []
+    return [
+        f"{data.name}: {count} of {len(data)} pictures have an orientation in EXIF; their boxes are taken to be drawn "
+        f"on them as they are {settings.orientation} (--orientation), unless the sizes in the file say otherwise"
+    ]
 
 
 def _places(settings: Settings, part: str) -> tuple[Path, Path]:

@@ -7,6 +7,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from ..train.drawing import plain_text
+from ..train.files import printable
 from .data import Coco
 from .evaluation import Prediction
 
@@ -19,6 +21,11 @@ def draw(path: Path, data: Coco, predictions: Sequence[Prediction], *, count: in
     Args:
         threshold: least score of a prediction that is drawn.
     """
+    with plain_text():
+        return _draw(path, data, predictions, count, threshold)
+
+
+def _draw(path: Path, data: Coco, predictions: Sequence[Prediction], count: int, threshold: float) -> Path:
     count = min(count, len(data))
     columns = min(4, count)
     rows = -(-count // columns)
@@ -41,7 +48,7 @@ def draw(path: Path, data: Coco, predictions: Sequence[Prediction], *, count: in
             axes.add_patch(
                 Rectangle((x - 0.5, y - 0.5), right - x, bottom - y, fill=False, edgecolor=color, linewidth=1.8)
             )
-            words = f"{data.classes[label]} {score:.2f}"
+            words = f"{printable(data.classes[label])} {score:.2f}"
             axes.text(x, max(0, y - 1), words, color="white", fontsize=7, backgroundcolor=color, va="bottom")
         axes.set_xlim(-0.5, picture.width - 0.5)
         axes.set_ylim(picture.height - 0.5, -0.5)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
 
-from ..train.evaluation import Interrupted, autocast
+from ..train.evaluation import Interrupted, autocast, not_numbers
 from ..train.world import World
 from .batches import Transform, eval_batches
 from .data import Coco
@@ -31,9 +31,11 @@ def predict(
 
     Raises:
         Interrupted: `interrupted()` became true, in any process.
+        RunError: outputs of the model are not numbers.
     """
     model.eval()
     mine: list[tuple[int, Prediction]] = []
+    strange = 0
     # processes agree on an end before each batch, and may have one batch more or less than others
     batches = eval_batches(data, transform, settings, world.rank, world.size)
     for _ in range(-(-len(range(0, len(data), world.size)) // settings.eval_batch_size)):
@@ -44,6 +46,7 @@ def predict(
         with autocast(settings.amp, world.device):
             output = model(batch.images.to(world.device), pixel_mask=batch.mask.to(world.device))
         output.logits, output.pred_boxes = output.logits.float(), output.pred_boxes.float()
+        strange += int((~(output.logits.isfinite().all(2) & output.pred_boxes.isfinite().all(2))).any(1).sum())
         sizes = torch.tensor([[data.pictures[one].height, data.pictures[one].width] for one in batch.numbers])
         found = processor.post_process_object_detection(output, threshold=0.0, target_sizes=sizes)
         mine += [
@@ -52,6 +55,8 @@ def predict(
         ]
     both: Any = world.gathered(mine)  # type: ignore[arg-type]
     everything: dict[int, Prediction] = dict(both)
+    if count := int(world.total(torch.tensor([float(strange)]))):
+        raise not_numbers(count, len(data), "pictures")
     if len(everything) != len(data):
         raise RuntimeError(f"{len(everything)} pictures were measured, of {len(data)}")
     return [everything[number] for number in range(len(data))]

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from ..train import checkpoint
 from ..train.evaluation import autocast
+from ..train.files import reason_of
 from ..train.loader import RunError, seed_all
 from ..train.logs import Log
 from ..train.loop import Stopped
+from ..train.tensors import not_finite
 from ..train.world import World, wrapped
 from . import model as models
 from .batches import Batch, train_batches, transform_of
@@ -78,12 +80,28 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "losses": self._sum(),
         }  # fmt: skip
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: dict[str, Any], *, elsewhere: bool = False) -> None:
         """Goes to where `state` was taken.
 
+        Args:
+            elsewhere: whether the run goes on in another folder, which has no best weights yet.
+
         Raises:
-            ValueError: the data has changed since then.
+            ValueError: the data has changed since then, or the state holds numbers that are not finite.
         """
+        try:
+            self._load(state)
+        except (KeyError, AttributeError, RuntimeError, TypeError) as error:
+            raise ValueError(f"the checkpoint is not of this run: {type(error).__name__} {reason_of(error)}") from None
+        if elsewhere:
+            self.best, self.best_step, self.measured = -1.0, 0, 0
+
+    def _load(self, state: dict[str, Any]) -> None:
+        if bad := not_finite(state["model"]):
+            raise ValueError(
+                f"the checkpoint of step {state['step']} holds numbers that are not finite, in {', '.join(bad[:3])}; "
+                "remove it, and go on from one before it"
+            )
         if state["images"] != len(self.train) or state["classes"] != self.train.classes:
             raise ValueError(
                 f"the data has changed: there were {state['images']} images of {len(state['classes'])} classes, now "
@@ -92,8 +110,9 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        for name, value in json.loads(state["progress"]).items():
-            setattr(self, name, value)
+        progress = json.loads(state["progress"])
+        for name in _PROGRESS:
+            setattr(self, name, progress[name])
         self._losses = list(state["losses"]) if self.world.first else []
 
     def _sum(self) -> Tensor:
@@ -161,17 +180,22 @@ class Trainer:
                 except ValueError as error:
                     if "corner" not in str(error):  # transformers' word on boxes that are not numbers
                         raise
-                    raise self._not_finite("boxes are not numbers") from None
+                    raise self._not_finite("boxes are not numbers", self.step) from None
                 loss = whole_loss(output.loss_dict, batch, self.model.config, totals)
                 self.scaler.scale(loss).backward()
             losses.append(loss.detach())
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_grad or math.inf)
+        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_grad or math.inf))
+        # the loss scaler leaves such steps out by itself
+        if not self.scaler.is_enabled() and not math.isfinite(norm):
+            total = float(torch.stack(losses).sum())
+            what = "the gradient is not finite" if math.isfinite(total) else f"the loss is {total}"
+            raise self._not_finite(what, self.step + 1)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.step += 1
         self._losses.append(torch.stack(losses).sum())
-        return float(norm)
+        return norm
 
     def _without_sync(self, last: bool) -> Any:
         """Gradients are exchanged in the last of the accumulated batches only."""
@@ -188,9 +212,9 @@ class Trainer:
             return 1.0 if self.step < self.settings.lr_drop * self.steps_per_epoch else 0.1
         return 0.5 * (1 + math.cos(math.pi * (self.step - warmup) / max(1, self.schedule - warmup)))
 
-    def _not_finite(self, what: str) -> RunError:
+    def _not_finite(self, what: str, step: int) -> RunError:
         return RunError(
-            f"{what} at step {self.step}; the last checkpoint is from before. A lower --lr, more --warmup-steps or a "
+            f"{what} at step {step}; the last checkpoint is from before. A lower --lr, more --warmup-steps or a "
             "smaller --clip-grad often helps"
         )
 
@@ -199,7 +223,7 @@ class Trainer:
         self._losses.clear()
         loss = float(total[0] / total[1])
         if not math.isfinite(loss):
-            raise self._not_finite(f"the loss is {loss}")
+            raise self._not_finite(f"the loss is {loss}", self.step)
         log.step(step=self.step, epoch=epoch, loss=loss, lr=self.settings.lr * self._factor(), grad_norm=norm)
 
     def measure(self, stop: Stop = lambda: 0) -> dict[str, Any]:
@@ -218,16 +242,41 @@ class Trainer:
             self._leave(folder, self.world.any(stop()))
         log.score(step=self.step, epoch=epoch, score=self.score, seconds=self.seconds)
         self.measured = self.step
-        if (self.score["AP"] or 0.0) > self.best:
+        is_best = (self.score["AP"] or 0.0) > self.best
+        if is_best:
             self.best, self.best_step = self.score["AP"] or 0.0, self.step
-            if self.world.first:
-                models.save(self.model, self.processor, folder / models.BEST)
+        # the checkpoint comes before the best weights, which `restore_best` takes from it after a kill between them
         self.save(folder)
+        if is_best:
+            self._write_best(folder)
+
+    def _write_best(self, folder: Path) -> None:
+        if self.world.first:
+            models.save(self.model, self.processor, folder / models.BEST, {"step": str(self.best_step)})
+
+    def restore_best(self, folder: Path) -> None:
+        """Makes the best weights in the folder those that this run knows of, where it goes on.
+
+        A kill may have come before they were written; or they are of a later step, from which the run does not go on.
+        """
+        if self.best < 0 or self.world.from_first(lambda: models.saved_at(folder / models.BEST)) == self.best_step:
+            return
+        if self.best_step == self.step:
+            self._write_best(folder)
+        else:
+            self.best, self.best_step = -1.0, 0
 
     def save(self, folder: Path) -> None:
-        """Writes a checkpoint."""
+        """Writes a checkpoint.
+
+        Raises:
+            RunError: weights are not finite; the checkpoints that are there stay.
+        """
         if self.world.first:
-            checkpoint.save(folder, self.state(), self.settings.keep)
+            state = self.state()
+            if bad := not_finite({name: state[name] for name in ("model", "optimizer")}):
+                raise self._not_finite(f"{bad[0]} is not finite", self.step)
+            checkpoint.save(folder, state, self.settings.keep, later=False)
 
     def _leave(self, folder: Path, signal: int) -> None:
         self.save(folder)

@@ -3,7 +3,6 @@
 import functools
 import os
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,26 +10,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, ConvNextConfig, DetrConfig, DetrForObjectDetection, DetrImageProcessor
-from transformers.utils import logging as silence
 
 from ..config_io import rpe_config_from_string, rpe_config_to_dict
+from ..detr import detr_r50, detr_state_dict
 from ..equip import equip, rpe_parameters
 from ..integrations import hf_vit
-from ..train.checkpoint import WriteError
+from ..train.files import reason_of
 from ..train.loader import seed_all
-from .data import NONE
+from ..train.tensors import read_torch
+from .coco_names import COUNT, NAMES
+from .data import NONE, named
+from .saved import check_folder, save, saved_at
 from .settings import Settings
 
 FOLDER, BEST = "model", "best"  # of the weights at the end, and of those with the highest AP, in the folder of a run
-COCO_CLASSES = 91  # of the releases of DETR: classes are numbered by the ids of COCO's categories
 Say = Callable[[str], None]
 
 
-def known_classes(settings: Settings, ids: Mapping[str, int]) -> list[str] | None:
+def known_classes(settings: Settings, ids: Mapping[str, int] | None = None) -> list[str] | None:
     """Names of the classes of the pretrained model, in the order of its outputs; None where a model is new.
 
-    Args:
-        ids: {name: id} of the categories of the data, which name the classes of a checkpoint of the release.
+    Those of a checkpoint of the release are COCO's: the ids of the data's own categories say nothing about them.
 
     Raises:
         ValueError: there is no such model, or it is no DETR.
@@ -38,14 +38,9 @@ def known_classes(settings: Settings, ids: Mapping[str, int]) -> list[str] | Non
     if settings.pretrained is None:
         return None
     if _is_checkpoint(settings.pretrained):
-        names = [NONE] * COCO_CLASSES
-        for name, number in ids.items():
-            if not 0 <= number < COCO_CLASSES:
-                raise ValueError(f"category {name} has the id {number}; {settings.pretrained} knows COCO's, up to 90")
-            names[number] = name
-        return names
+        return [NAMES.get(number, NONE) for number in range(COUNT)]
     config = _config(settings.pretrained)
-    return [str(config.id2label[number]) for number in range(config.num_labels)]
+    return [str(config.id2label.get(number, NONE)) for number in range(config.num_labels)]
 
 
 def build(settings: Settings, classes: Sequence[str], say: Say = lambda words: None) -> Any:
@@ -61,30 +56,27 @@ def build(settings: Settings, classes: Sequence[str], say: Say = lambda words: N
     wanted = None if settings.rpe == "none" else settings.rpe
     model: Any
     labels = {"id2label": dict(enumerate(classes)), "label2id": {name: k for k, name in enumerate(classes)}}
+    if settings.backbone is not None and (settings.model != "r50" or settings.pretrained):
+        raise ValueError("--backbone gives weights to --model r50 without --pretrained; leave it out here")
     if settings.pretrained is not None and not _is_checkpoint(settings.pretrained):
-        model = _pretrained(settings, classes, labels, say)
-    elif settings.model == "small" and settings.pretrained is None:
+        model = _pretrained(settings, classes, say)
+    elif settings.pretrained is not None:
+        model = _released(settings.pretrained, wanted, classes, say)
+    elif settings.model == "small":
         model = _small(settings, labels)
         if wanted is not None:
             equip(model, wanted)
     else:
-        from ..detr import detr_r50
-
-        try:
-            model = detr_r50(wanted, checkpoint=settings.pretrained, num_labels=len(classes), auxiliary_loss=True)
-        except RuntimeError as error:
-            raise ValueError(f"--pretrained {settings.pretrained} does not fit: {str(error)[:300]}") from None
-        model.config.id2label, model.config.label2id = labels["id2label"], labels["label2id"]
+        model = detr_r50(wanted, num_labels=len(classes), auxiliary_loss=True)
         if settings.backbone is not None:
             _load_backbone(model, settings.backbone)
-        elif settings.pretrained is None:
+        else:
             say("the ResNet starts from random weights and its normalisation is fixed: use --backbone hub to train")
+    model.config.id2label, model.config.label2id = labels["id2label"], labels["label2id"]
     if settings.positions == "sine" and model.config.position_embedding_type == "none":
         raise ValueError(f"--positions sine, but {settings.pretrained} was trained without; leave --positions out")
     if settings.positions == "none":
         _remove_positions(model)
-    if settings.backbone is not None and (settings.model != "r50" or settings.pretrained):
-        raise ValueError("--backbone gives weights to --model r50 without --pretrained; leave it out here")
     _choose_trained(model)
     return model.eval()
 
@@ -93,12 +85,16 @@ def processor_of(settings: Settings) -> Any:
     """transformers' image processor with the run's sizes; mean and deviation are those of the pretrained model."""
     size = {"shortest_edge": settings.size, "longest_edge": settings.max_size}
     options: dict[str, Any] = dict(size=size) if settings.size else dict(do_resize=False)
-    if settings.pretrained is not None and not _is_checkpoint(settings.pretrained):
-        try:
-            return DetrImageProcessor.from_pretrained(settings.pretrained, **options)
-        except OSError:
-            pass  # weights alone: those of ImageNet, as DETR has them
-    return DetrImageProcessor(**options)
+    name = settings.pretrained
+    if name is None or _is_checkpoint(name):
+        return DetrImageProcessor(**options)
+    own = Path(name) / "preprocessor_config.json"
+    if Path(name).is_dir() and not own.exists() and not own.with_name("processor_config.json").exists():
+        return DetrImageProcessor(**options)  # weights alone: those of ImageNet, as DETR has them
+    try:
+        return DetrImageProcessor.from_pretrained(name, **options)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"the image processor of {name} cannot be read: {reason_of(error)}") from None
 
 
 def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
@@ -118,9 +114,11 @@ def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any
 
 def load(folder: str | os.PathLike[str], **options: Any) -> Any:
     """The DETR of a folder or of a name on the hub, with the tables that were saved with it."""
-    _config(str(folder))  # refuses other models
+    _config(str(folder))  # refuses other models, and folders that name code or what would be fetched
     cls = DetrForObjectDetection
     config, options = DetrConfig.from_pretrained(folder, return_unused_kwargs=True, **options)
+    if hasattr(config.backbone_config, "use_pretrained_backbone"):
+        config.backbone_config.use_pretrained_backbone = False  # its weights are in the folder
     without = config.position_embedding_type == "none"
     if without:
         config.position_embedding_type = "sine"
@@ -148,49 +146,23 @@ def _remove_positions(model: Any) -> None:
     model.config.position_embedding_type = "none"
 
 
-def save(model: Any, processor: Any, folder: Path) -> Path:
-    """Writes weights, configuration (with `irpe`) and image processor, as `save_pretrained` does, all or nothing.
-
-    Raises:
-        WriteError: the disk is full, or the folder may not be written; what was there before still is.
-    """
-    new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{word}") for word in ("tmp", "old"))
-    silence.disable_progress_bar()  # of a second's work
-    try:
-        model.save_pretrained(new)
-        processor.save_pretrained(new)
-        for one in new.iterdir():
-            with open(one, "rb") as file:
-                os.fsync(file.fileno())
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(new, folder)
-    except Exception as error:  # safetensors has its own error for a full disk
-        shutil.rmtree(new, ignore_errors=True)
-        if old.exists() and not folder.exists():
-            os.replace(old, folder)
-        if isinstance(error, OSError) or "SafetensorError" in type(error).__name__:
-            raise WriteError(f"{folder} could not be written: {str(error).splitlines()[0]}") from error
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-    return folder
-
-
 def _is_checkpoint(name: str) -> bool:
     """Whether this is a file, which only checkpoints of the release are."""
     return Path(name).is_file()
 
 
 def _config(name: str) -> Any:
+    if (Path(name) / "config.json").exists():
+        check_folder(Path(name))
     try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # what a configuration of somebody else can raise has no end
         if (Path(name) / FOLDER / "config.json").exists():
             raise ValueError(
                 f"--pretrained {name} is the folder of a run; name {name}/{FOLDER} or {name}/{BEST}"
             ) from None
         raise ValueError(
-            f"--pretrained {name} cannot be read: {str(error).splitlines()[0]}; expected a folder of save_pretrained, "
+            f"--pretrained {name} cannot be read: {reason_of(error)}; expected a folder of save_pretrained, "
             "a name on the hub such as facebook/detr-resnet-50, or a checkpoint of the release"
         ) from None
     if not isinstance(config, DetrConfig):
@@ -198,7 +170,7 @@ def _config(name: str) -> Any:
     return config
 
 
-def _pretrained(settings: Settings, classes: Sequence[str], labels: dict[str, Any], say: Say) -> Any:
+def _pretrained(settings: Settings, classes: Sequence[str], say: Say) -> Any:
     name = settings.pretrained
     assert name is not None
     config = _config(name)
@@ -207,14 +179,57 @@ def _pretrained(settings: Settings, classes: Sequence[str], labels: dict[str, An
         asked = None if wanted == "none" else rpe_config_to_dict(rpe_config_from_string(wanted))
         if asked is None or any(entry["rpe_config"] != asked for entry in has):
             raise ValueError(f"--rpe {wanted}, but {name} was trained with another iRPE; leave --rpe out")
-    same = [str(config.id2label[number]) for number in range(config.num_labels)] == list(classes)
-    options: dict[str, Any] = {} if same else {"num_labels": len(classes), **labels, "ignore_mismatched_sizes": True}
-    if not same:
-        say(f"the classes are others than those of {name}: the classifier starts from random weights")
-    model = load(name, auxiliary_loss=True, **options)
+    model = load(name, auxiliary_loss=True)
+    _set_classes(model, known_classes(settings) or [], classes, name, say)
     if not has and wanted not in (None, "none"):
         equip(model, wanted)
     return model
+
+
+def _released(name: str, wanted: str | None, classes: Sequence[str], say: Say) -> Any:
+    """A DETR-R50 with the weights of a checkpoint of the release, or of the original DETR."""
+    model: Any = detr_r50(wanted, num_labels=COUNT, auxiliary_loss=True)
+    try:
+        found = read_torch(Path(name))
+        state = found.get("model", found) if isinstance(found, dict) else found
+        if not isinstance(state, dict) or not all(isinstance(one, Tensor) for one in state.values()):
+            raise ValueError("it holds no state dict under model")
+        renamed = detr_state_dict(state)
+        model.load_state_dict(renamed, strict=True)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--pretrained {name} cannot be read as a checkpoint of DETR: {reason_of(error)}") from None
+    except RuntimeError as error:
+        raise ValueError(f"--pretrained {name} does not fit: {' '.join(str(error).split())[:300]}") from None
+    coco = [NAMES.get(number, NONE) for number in range(COUNT)]
+    _set_classes(model, coco, classes, name, say)
+    return model
+
+
+def _set_classes(model: Any, known: Sequence[str], classes: Sequence[str], name: str, say: Say) -> None:
+    """Gives the classifier a row for each class: that of the same name where there is one, and else a new one."""
+    if list(known) == list(classes):
+        return
+    rows, old = named(known), model.class_labels_classifier
+    kept = [one for one in classes if one in rows]
+    new = nn.Linear(old.in_features, len(classes) + 1)
+    with torch.no_grad():
+        nn.init.normal_(new.weight, std=model.config.init_std)
+        nn.init.zeros_(new.bias)
+        for number, one in enumerate(classes):
+            if one in rows:
+                new.weight[number], new.bias[number] = old.weight[rows[one]], old.bias[rows[one]]
+        if kept:  # beside known classes, "no object" means what it meant
+            new.weight[-1], new.bias[-1] = old.weight[-1], old.bias[-1]
+    model.class_labels_classifier = new
+    if not kept:
+        say(f"the classes are others than those of {name}: the classifier starts from random weights")
+        return
+    made = [one for one in classes if one not in rows]
+    shown = ", ".join(made[:5]) + " and others" * (len(made) > 5)
+    say(
+        f"{shown} {'is' if len(made) == 1 else 'are'} not among the classes of {name}: "
+        f"new rows of the classifier start from random weights, and {len(kept)} keep theirs"
+    )
 
 
 def _small(settings: Settings, labels: dict[str, Any]) -> Any:
@@ -262,11 +277,19 @@ def _load_backbone(model: Any, source: str) -> None:
         state = timm.create_model("resnet50", pretrained=True).state_dict()
     else:
         try:
-            state = torch.load(source, map_location="cpu", weights_only=True)
-        except Exception as error:  # damaged files raise many kinds
-            raise ValueError(f"--backbone {source} cannot be read: {str(error).splitlines()[0]}") from None
+            state = read_torch(Path(source))
+        except (ValueError, OSError) as error:
+            raise ValueError(f"--backbone {source} cannot be read: {reason_of(error)}") from None
+        if not isinstance(state, dict):
+            raise ValueError(f"--backbone {source} is no ResNet-50: it holds no state dict")
     body = model.model.backbone.model
     state = {key: value for key, value in state.items() if key in body.state_dict()}
     if lost := [key for key in body.state_dict() if key not in state]:
         raise ValueError(f"--backbone {source} is no ResNet-50: it lacks {', '.join(lost[:3])}")
-    body.load_state_dict(state)
+    try:
+        body.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"--backbone {source} does not fit: {' '.join(str(error).split())[:300]}") from None
+
+
+__all__ = ["BEST", "FOLDER", "build", "known_classes", "load", "parameter_groups", "processor_of", "save", "saved_at"]

@@ -2,29 +2,52 @@
 
 import dataclasses
 import importlib.metadata
-import shutil
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from ..train import checkpoint
+from ..train.files import write_json
+from ..train.folder import (
+    SAVED,
+    SETTINGS,
+    Kind,
+    begin,
+    check_names,
+    check_results,
+    clean,
+    empty,
+    lies_in,
+    locked,
+    resumed,
+)  # fmt: skip
 from ..train.options import changed
 from ..train.run import say_to, signals, versions
 from ..train.world import World, started
 from . import model as models
 from .batches import transform_of
-from .data import Coco, open_part
+from .data import Coco, named, open_part, turned
 from .draw import draw
 from .evaluation import Prediction, average_precision, predict, words
 from .loop import DetectionLog, Trainer
 from .scenes import write as write_scenes
 from .settings import Settings, settings_from_dict
 
-RESULT, PICTURES = "result.json", "predictions.png"
+RESULT, RESULTS, PICTURES = "result.json", "results.json", "predictions.png"
+_KEYS = {"settings", "score", "parameters", "versions"}
+KIND = Kind(
+    "irpe detect",
+    files=(SETTINGS, "log.jsonl", RESULT, PICTURES),
+    results=(RESULT, PICTURES, models.FOLDER, models.BEST),
+    # the settings themselves, of this version or of one that had fewer
+    is_ours=lambda values: {"data", "recipe", "train_scenes", "digit_classes", "rpe", "queries"} <= set(values),
+    folders={models.FOLDER: SAVED, models.BEST: SAVED},
+)
 MakeFolder = Callable[[], Path]
 
 
@@ -53,46 +76,66 @@ def train(settings: Settings, make_folder: MakeFolder, resume: str | None, conso
     with signals() as stop, started(settings.device) as world:
         say = say_to(console, world)
         data, val = _data(settings, say)
-        start = _checkpoint(resume) if resume not in (None, "auto") else None
+        start = resumed(resume, KIND) if resume not in (None, "auto") else None
+        state = _state(start, settings) if start else None
         model, processor = models.build(settings, data.classes, say), models.processor_of(settings)
+        if world.first:
+            _say_notes((data, val), model, settings, say)
         trainer = Trainer(settings, data, val, model, processor, world)
         folder = world.from_first(make_folder)
-        if resume == "auto":
-            start = world.from_first(lambda: next(reversed(checkpoint.checkpoints(folder)), None))
-        if start is not None:
-            state = checkpoint.read(start)
-            if differences := changed(settings_from_dict(state["settings"]), settings):
-                raise ValueError(f"{start} is of a run with other settings: {'; '.join(differences)}")
-            trainer.load(state)
-            say(f"goes on after step {trainer.step} of {trainer.total_steps}, from {start}")
-        if world.first:
-            checkpoint.clean(folder)
-            if start is None:
-                checkpoint.empty(folder, ("log.jsonl", RESULT, PICTURES))
-                for name in (models.FOLDER, models.BEST):
-                    shutil.rmtree(folder / name, ignore_errors=True)
-            checkpoint.write_json(folder / "settings.json", dataclasses.asdict(settings))
-        images, weights = settings.batch_size, sum(one.numel() for one in model.parameters())
-        say(f"{folder}: {trainer.total_steps:,} steps of {images:,} images, {weights:,} weights, on {world.device}")
-        log = DetectionLog(
-            folder if world.first else None, console, step=trainer.step, measured=trainer.measured,
-            total_images=(trainer.total_steps - trainer.step) * settings.batch_size,
-        )  # fmt: skip
-        try:
-            trainer.run(folder, log, stop)
-        finally:
-            log.close()
-        result = _result(settings, trainer.score, model, world)
-        result |= {
-            "steps": trainer.step,
-            "seconds": trainer.seconds,
-            "best": trainer.best,
-            "best_step": trainer.best_step,
-        }
-        if world.first:
-            models.save(model, processor, folder / models.FOLDER)
-            _write(folder, result, val, trainer.predictions, settings)
-            say(f"{words(trainer.score)} on {len(val)} pictures; {folder}")
+        with locked(folder) if world.first else nullcontext():
+            found = world.from_first(lambda: _begin(folder, settings, resume, start))
+            if found is not None and found != start:
+                start, state = found, _state(found, settings)
+            if start is not None and state is not None:
+                trainer.load(state, elsewhere=not lies_in(start, folder, KIND))
+                trainer.restore_best(folder)
+                say(f"goes on after step {trainer.step} of {trainer.total_steps}, from {start}")
+            if world.first:
+                clean(folder, KIND)
+                if start is None:
+                    empty(folder, KIND)
+                write_json(folder / SETTINGS, dataclasses.asdict(settings))
+            return _run(trainer, folder, console, stop, say)
+
+
+def _begin(folder: Path, settings: Settings, resume: str | None, start: Path | None) -> Path | None:
+    """The checkpoint to go on from, in the first process; see `irpe.train.folder.begin`."""
+    if start is not None and lies_in(start, folder, KIND):
+        check_names(folder, KIND)
+        return start
+    return begin(folder, KIND, auto=resume == "auto", sources=(settings.pretrained, settings.backbone)) or start
+
+
+def _state(path: Path, settings: Settings) -> dict[str, Any]:
+    state = checkpoint.read(path)
+    if differences := changed(settings_from_dict(state["settings"]), settings):
+        raise ValueError(f"{path} is of a run with other settings: {'; '.join(differences)}")
+    return state
+
+
+def _run(
+    trainer: Trainer, folder: Path, console: Console, stop: Callable[[], int], say: Callable[[str], None]
+) -> dict[str, Any]:
+    settings, model, world = trainer.settings, trainer.model, trainer.world
+    images, weights = settings.batch_size, sum(one.numel() for one in model.parameters())
+    say(f"{folder}: {trainer.total_steps:,} steps of {images:,} images, {weights:,} weights, on {world.device}")
+    log = DetectionLog(
+        folder if world.first else None, console, step=trainer.step, measured=trainer.measured,
+        total_images=(trainer.total_steps - trainer.step) * settings.batch_size,
+    )  # fmt: skip
+    try:
+        trainer.run(folder, log, stop)
+    finally:
+        log.close()
+    result = _result(settings, trainer.score, model, world)
+    result |= {
+        "steps": trainer.step, "seconds": trainer.seconds, "best": trainer.best, "best_step": trainer.best_step,
+    }  # fmt: skip
+    if world.first:
+        models.save(model, trainer.processor, folder / models.FOLDER)
+        _write(folder, result, trainer.val, trainer.predictions, settings)
+        say(f"{words(trainer.score)} on {len(trainer.val)} pictures; {folder}")
     return result
 
 
@@ -102,20 +145,30 @@ def measure(settings: Settings, make_folder: MakeFolder, console: Console) -> di
         say = say_to(console, world)
         if settings.pretrained is None:
             raise ValueError("--evaluate-only measures a trained model; name it with --pretrained")
-        ids = open_part(settings, "val").ids
-        val = open_part(settings, "val", models.known_classes(settings, ids))
-        for note in val.notes:
-            say(note)
+        val = open_part(settings, "val", models.known_classes(settings))
+        say(f"{len(val.ids)} categories, {len(val):,} pictures to evaluate on, {len(val.classes)} classes of the model")
         model, processor = models.build(settings, val.classes, say), models.processor_of(settings)
-        folder = world.from_first(make_folder)
-        transform = transform_of(settings, processor, training=False)
-        predictions = predict(model.to(world.device), val, transform, processor, settings, world)
-        score = world.from_first(lambda: average_precision(predictions, val))
-        result = _result(settings, score, model, world)
         if world.first:
-            _write(folder, result, val, predictions, settings)
-            say(f"{words(score)} on {len(val)} pictures; {folder}")
+            _say_notes((val,), model, settings, say)
+        folder = world.from_first(make_folder)
+        with locked(folder) if world.first else nullcontext():
+            world.from_first(lambda: _check_measured(folder))
+            transform = transform_of(settings, processor, training=False)
+            predictions = predict(model.to(world.device), val, transform, processor, settings, world)
+            score = world.from_first(lambda: average_precision(predictions, val))
+            result = _result(settings, score, model, world)
+            if world.first:
+                _write(folder, result, val, predictions, settings)
+                say(f"{words(score)} on {len(val)} pictures; {folder}")
     return result
+
+
+def _check_measured(folder: Path) -> None:
+    """Refuses a folder that --overwrite names and that is not of a measurement: a run's result is of its training."""
+    check_names(folder, KIND)
+    if (folder / SETTINGS).exists():
+        raise ValueError(f"{folder} is the folder of a run, whose result would be replaced; use another --name")
+    check_results(folder, RESULT, _KEYS, "irpe detect --evaluate-only")
 
 
 def compare(
@@ -125,6 +178,7 @@ def compare(
 
     With resume="auto" runs that have ended are only measured, and the one that was stopped goes on.
     """
+    check_several(out)
     runs = []
     for seed in range(seeds):
         for side in sides:
@@ -133,8 +187,18 @@ def compare(
             runs.append(train(one, _folder_of(out, one), resume, console))
     rows = [_row(side, [one for one in runs if one["settings"]["rpe"] == side]) for side in sides]
     result = {"rows": rows, "runs": runs, "command": sys.argv[1:], "versions": _versions()}
-    checkpoint.write_json(out / "results.json", result)
+    write_json(out / RESULTS, result)
     return result
+
+
+def check_several(out: Path) -> None:
+    """Refuses a folder for several runs that has a results.json of something else.
+
+    Raises:
+        ValueError: it has one; each run looks at its own folder.
+    """
+    if (path := out / RESULTS).exists() or path.is_symlink():
+        check_results(out, RESULTS, {"rows", "runs", "command", "versions"}, "irpe detect without DATA")
 
 
 def _folder_of(out: Path, settings: Settings) -> MakeFolder:
@@ -164,22 +228,28 @@ def make_digits(folder: Path, settings: Settings) -> Path:
 
 def _data(settings: Settings, say: Callable[[str], None]) -> tuple[Coco, Coco]:
     data = open_part(settings, "train")
-    known = models.known_classes(settings, data.ids)
-    if known is not None and set(data.classes) <= set(known):
+    known = models.known_classes(settings)
+    if known is not None and set(data.classes) <= set(named(known)):
         data = open_part(settings, "train", known)
     val = open_part(settings, "val", data.classes)
-    for note in (*data.notes, *val.notes):
-        say(note)
+    say(
+        f"{len(data.ids)} categories, {len(data):,} pictures to train on, {len(val):,} to evaluate on"
+        + f"; {len(data.classes)} classes of the model" * (len(data.classes) != len(data.ids))
+    )
     return data, val
 
 
-def _checkpoint(resume: str | None) -> Path:
-    path = Path(resume or "")
-    if path.is_dir() and (found := checkpoint.checkpoints(path)):
-        return found[-1]
-    if path.is_file():
-        return path
-    raise ValueError(f"--resume {path}: expected auto, a checkpoint, or the folder of a run with checkpoints")
+def _say_notes(parts: Sequence[Coco], model: Any, settings: Settings, say: Callable[[str], None]) -> None:
+    """What was found in the data, once, in the first process."""
+    most = model.config.num_queries
+    for data in parts:
+        for note in (*data.notes, *turned(data, settings)):
+            say(note)
+        if many := sum(int((one.crowd == 0).sum()) > most for one in data.pictures):
+            say(
+                f"{data.name}: {many} of {len(data)} pictures have more boxes than the model has queries ({most}); "
+                "those over are neither learned nor found"
+            )
 
 
 def _result(settings: Settings, score: dict[str, Any], model: Any, world: World) -> dict[str, Any]:
@@ -198,7 +268,7 @@ def _versions() -> dict[str, str]:
 def _write(
     folder: Path, result: dict[str, Any], val: Coco, predictions: Sequence[Prediction], settings: Settings
 ) -> None:
-    checkpoint.write_json(folder / RESULT, result)
+    write_json(folder / RESULT, result)
     if settings.draw:
         draw(folder / PICTURES, val, predictions, count=settings.draw)
 

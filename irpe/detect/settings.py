@@ -1,6 +1,6 @@
 """All settings of a detection run as one frozen dataclass: the options of the command, the recipes, a run's JSON."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,12 @@ class Settings:
     val_json: str | None = option(None, DATA, "Annotations to evaluate on.", free=True)
     train_images: str | None = option(None, DATA, "Folder of the images to train on.", free=True)
     val_images: str | None = option(None, DATA, "Folder of the images to evaluate on.", free=True)
+    orientation: str = option(
+        "displayed",
+        DATA,
+        "What boxes are drawn on where EXIF turns a picture and its size does not tell: displayed or stored.",
+        choices=("displayed", "stored"),
+    )
     train_scenes: int = option(2000, DATA, "Built-in scenes to train on.", low=1)
     val_scenes: int = option(300, DATA, "Built-in scenes to evaluate on.", low=1)
     digit_classes: int = option(
@@ -111,6 +117,35 @@ RECIPES: dict[str, dict[str, Any]] = {
         eval_batch_size=20, eval_every=4,
     ),
 }  # fmt: skip
+
+
+def unused(options: Mapping[str, Any], settings: Settings, *, released: bool) -> list[str]:
+    """Sentences about options that were given and that nothing would use.
+
+    Args:
+        released: whether --pretrained is a checkpoint of the release, and not a folder or a name on the hub.
+    """
+    found = []
+
+    def refuse(names: Iterable[str], why: str) -> None:
+        if given := [flag(name) for name in names if name in options]:
+            found.append(f"{', '.join(given)}: {why}; leave {'it' if len(given) == 1 else 'them'} out")
+
+    of_small = ("d_model", "layers", "queries", "dropout")
+    if settings.pretrained is not None:
+        refuse(of_small, f"the model is that of --pretrained {settings.pretrained}")
+        if not released or settings.model != "r50":
+            refuse(("model",), f"the model is that of --pretrained {settings.pretrained}")
+    elif settings.model != "small":
+        refuse(of_small, f"--model {settings.model} has its own")
+    if settings.data == DIGITS:
+        places = ("train_json", "val_json", "train_images", "val_images", "orientation")
+        refuse(places, "the built-in scenes have no files")
+    else:
+        refuse(("train_scenes", "val_scenes", "digit_classes"), f"only of the built-in scenes ({DIGITS})")
+    if not settings.size:
+        refuse(("max_size",), "--size 0 leaves images as they are")
+    return found
 
 
 def settings_from(options: Mapping[str, Any], recipe: str | None = None) -> Settings:

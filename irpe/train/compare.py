@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from .drawing import plain_text
+from .files import printable
 from .logs import epochs_of, read_log
 from .run import read_record
 from .settings import Settings, settings_from_dict
@@ -108,6 +110,11 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
 
 def draw(path: Path, groups: Sequence[Group]) -> Path:
     """Accuracy and training loss over epochs: the mean of the seeds as a line, their range as a band."""
+    with plain_text():
+        return _draw(path, groups)
+
+
+def _draw(path: Path, groups: Sequence[Group]) -> Path:
     figure = Figure(figsize=(10, 4.2), dpi=130, layout="constrained")
     left, right = figure.subplots(1, 2)
     for number, group in enumerate(groups):
@@ -117,7 +124,7 @@ def draw(path: Path, groups: Sequence[Group]) -> Path:
         top1 = np.array([[line["val"]["top1"] for line in lines] for lines in epochs])
         loss = np.array([[line["train_loss"] for line in lines] for lines in epochs])
         for ax, values in ((left, top1), (right, loss)):
-            ax.plot(x, values.mean(0), color=color, lw=1.8, label=group.title)
+            ax.plot(x, values.mean(0), color=color, lw=1.8, label=printable(group.title))
             ax.fill_between(x, values.min(0), values.max(0), color=color, alpha=0.18, lw=0)
     left.set_ylabel("top-1 in percent")
     right.set_ylabel("training loss")

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +13,10 @@ import torch
 from PIL import Image
 from torch.utils.data import IterableDataset
 
+from .files import read_text
 from .pictures import ReaderSource, converted, pictures, read_picture
 from .settings import Settings
+from .shards import check_pattern, check_shards, local_only, root_of
 
 DIGITS = "digits"  # the built-in ones
 TRAIN, VAL = ("train", "training"), ("val", "valid", "validation", "eval", "test")
@@ -195,6 +198,28 @@ def located(settings: Settings, start: Path) -> Settings:
     return dataclasses.replace(settings, data=data, data_dir=settings.data_dir and there(settings.data_dir))
 
 
+def elsewhere(data: str) -> bool:
+    """Whether a name of data is one on the hub, or of a download: no folder or file here has it."""
+    kind = next((one for one in ("hfds/", "hfids/", "tfds/") if data.startswith(one)), None)
+    return kind is not None and not Path(data.removeprefix(kind)).exists()
+
+
+def check_card(name: str) -> None:
+    """Refuses a local data set of Hugging Face whose card names addresses, which would be fetched.
+
+    Raises:
+        ValueError: with the card.
+    """
+    card = Path(name.removeprefix("hfds/")) / "README.md"
+    if not card.is_file():
+        return
+    head = read_text(card).split("\n---", 1)[0]
+    if head.startswith("---") and re.search(r"data_(?:files|dir)[^\0]*?(?:://|::)", head):
+        raise ValueError(
+            f"{name}: {card} names data at an address; what a file names is not fetched. Download it first"
+        )
+
+
 def same_data(a: str, b: str) -> bool:
     """Whether both name the same data: pictures, ./pictures/ and /home/me/pictures do."""
     return a == b or (DIGITS not in (a, b) and Path(a).exists() and Path(b).exists() and os.path.samefile(a, b))
@@ -310,7 +335,10 @@ def _create(settings: Settings, mode: str, split: str, training: bool) -> Any:
     options: dict[str, Any] = dict(root=root, split=split, download=settings.download)
     if name.startswith("wds/"):
         # timm takes the folder of the shards as root, and the split as a pattern such as train-{000..009}.tar
-        name, options = "wds/", dict(root=settings.data.removeprefix("wds/") or root, split=split)
+        check_pattern(split)
+        name, options = "wds/", dict(root=root_of(name, name.removeprefix("wds/") or root or ""), split=split)
+    if name.startswith("hfds/"):
+        check_card(name)
     if settings.data.startswith(STREAMS):
         # tfds decodes into the mode itself; what the others have decoded is converted by StreamSamples
         own = mode if name.startswith("tfds/") else ""
@@ -318,12 +346,16 @@ def _create(settings: Settings, mode: str, split: str, training: bool) -> Any:
         if training and settings.train_samples:
             options["num_samples"] = settings.train_samples
     try:
+        if name == "wds/":
+            local_only()
         dataset = create_dataset(name, **options)
     except ImportError as error:
         raise ValueError(f"{settings.data}: {error}; install the package that reads it") from None
-    except (AssertionError, RuntimeError, ValueError, OSError) as error:
+    except Exception as error:  # what a data set of somebody else can bring about has no end
         hint = "" if settings.download or not name.startswith("torch/") else "; --download lets torchvision fetch it"
-        raise ValueError(f"{settings.data}, split {split}: {error}{hint}") from None
+        raise ValueError(f"{settings.data}, split {split}: {error or type(error).__name__}{hint}") from None
+    if name == "wds/":
+        check_shards(settings.data, dataset.reader)
     if settings.data.startswith(STREAMS):
         if not training and hasattr(dataset.reader, "dist_num_replicas"):
             # shares of processes would leave images out, or count them twice, where shards do not divide

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from .loader import eval_loader
+from .loader import RunError, eval_loader
 from .settings import Settings
 from .world import World
 
@@ -35,6 +35,28 @@ class Score:
     def plain(self) -> dict[str, Any]:
         """For JSON: nan, which JSON lacks, is None."""
         return asdict(self) | {"per_class": [None if one != one else one for one in self.per_class]}
+
+
+def not_numbers(count: int, seen: int, what: str) -> RunError:
+    """The error for outputs that are not finite, whose figures would look like any others."""
+    return RunError(
+        f"the outputs are not numbers on {count:,} of {seen:,} {what}: the weights are damaged or training went wrong, "
+        "or --amp fp16 is too narrow for this model (--amp bf16 or none has the range)"
+    )
+
+
+def check_labels(targets: Tensor, num_classes: int) -> None:
+    """Refuses numbers of classes that the model does not have; streams tell theirs picture by picture.
+
+    Raises:
+        RunError: with the number.
+    """
+    strange = targets[(targets < 0) | (targets >= num_classes)]
+    if len(strange):
+        raise RunError(
+            f"an image is of class {int(strange[0])}, and there are {num_classes}, numbered from 0; --num-classes says "
+            "how many"
+        )
 
 
 def autocast(amp: str, device: torch.device) -> torch.autocast:
@@ -64,13 +86,14 @@ def evaluate(
 
     Raises:
         Interrupted: `interrupted()` became true, in any process.
+        RunError: outputs of the model are not numbers.
         RuntimeError: images were left out or counted twice, which would be a mistake of ours.
     """
     model.eval()
     batch_size = settings.eval_batch_size or max(1, settings.batch_size // (world.size * settings.accumulate))
     right = torch.zeros(num_classes, dtype=torch.float64)
     count = torch.zeros(num_classes, dtype=torch.float64)
-    sums = torch.zeros(2, dtype=torch.float64)  # loss, among the first five
+    sums = torch.zeros(3, dtype=torch.float64)  # loss, among the first five, images whose outputs are not numbers
     bad: list[str] = []
     stream = isinstance(source, IterableDataset)
     loader = eval_loader(source, transform, settings, world.rank, world.size, batch_size)
@@ -86,6 +109,8 @@ def evaluate(
         with eager, torch.no_grad(), autocast(settings.amp, world.device):
             output = model(to_device(batch.images, settings, world.device))
         output, targets = output.float().cpu()[batch.real], batch.targets[batch.real]
+        check_labels(targets, num_classes)
+        sums[2] += (~output.isfinite()).any(1).sum()
         first = output.topk(min(5, num_classes), dim=1).indices
         sums[0] += F.cross_entropy(output.double(), targets, reduction="sum") if len(targets) else 0.0
         sums[1] += (first == targets[:, None]).any(1).sum()
@@ -99,6 +124,8 @@ def evaluate(
         raise RuntimeError(f"{seen} images and {len(bad)} unreadable ones were counted, of {len(source)}")
     if not seen:
         raise ValueError("no image could be read")
+    if sums[2]:
+        raise not_numbers(int(sums[2]), seen, "images")
     score = Score(
         loss=float(sums[0]) / seen, top1=100 * float(right.sum()) / seen, top5=100 * float(sums[1]) / seen, images=seen,
         bad=len(bad), per_class=tuple((100 * right / count).tolist()),

@@ -1,6 +1,7 @@
 """A trained classifier as one file that needs neither this package nor timm: torch.export's or ONNX."""
 
 import dataclasses
+import glob
 import importlib.util
 import os
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from . import model as models
-from .checkpoint import write_json
+from .files import write_json
 from .settings import Settings
 
 FORMATS = {".pt2": "torch.export", ".onnx": "ONNX"}
@@ -83,7 +84,7 @@ def export(
             raise RuntimeError(f"the exported file differs from the model by {difference:.2e} of {largest:.2e}")
         os.replace(part, path)
     finally:
-        for left in path.parent.glob(f"{part.name}*"):
+        for left in path.parent.glob(f"{glob.escape(part.name)}*"):
             left.unlink()
     facts = {
         "format": FORMATS[path.suffix], "model": settings.model, "rpe": settings.rpe,

@@ -12,6 +12,7 @@ import random
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from .data import Source
 from .pictures import converted
 from .settings import Settings
+from .shards import local_only
 
 S = TypeVar("S")
 TRIES = 20  # pictures in a row that may be unreadable before a run gives up
@@ -322,7 +324,11 @@ def loader_workers(settings: Settings, *, stream: bool = False) -> int:
 
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
-    source = getattr(get_worker_info().dataset, "source", None)  # type: ignore[union-attr]
+    dataset = get_worker_info().dataset  # type: ignore[union-attr]
+    if isinstance(dataset, StreamSamples):
+        with suppress(ImportError):  # a process that was spawned has nothing of its parent's
+            local_only()
+    source = getattr(dataset, "source", None)
     while source is not None:
         if hasattr(source, "reopen"):
             source.reopen()

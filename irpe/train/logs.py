@@ -1,7 +1,5 @@
 """What one sees of a run: a progress bar, a line for each epoch, log.jsonl, and TensorBoard's files."""
 
-import json
-import math
 import os
 import time
 from collections.abc import Iterable
@@ -11,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .checkpoint import WriteError, write_whole
+from .files import WriteError, as_json, parse_json, plain, read_text, write_whole
 
 FILE = "log.jsonl"
 
@@ -20,20 +18,35 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's log; a last line that was torn by a kill is left out.
 
     Raises:
-        ValueError: there is none, or a line within it is not JSON.
+        ValueError: there is none, or a line within it is not one of a log.
     """
     path = folder / FILE
     if not path.exists():
         raise ValueError(f"{folder} has no {FILE}: it is not the folder of a run")
-    lines = path.read_text().splitlines()
+    lines = read_text(path).split("\n")
     found = []
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise ValueError(f"line {number} of {path} is not JSON") from None
+            found.append(parse_json(line, f"line {number} of {path}"))
+        except ValueError:
+            if number < len(lines):  # whole lines have an end
+                raise
+            continue
+        if not _is_line(found[-1]):
+            raise ValueError(f"line {number} of {path} is not of the log of a run: {line[:60]}")
     return found
+
+
+def _is_line(line: Any) -> bool:
+    """Whether these values have what every line has, and a measurement its score."""
+    return (
+        isinstance(line, dict)
+        and line.get("kind") in ("step", "epoch")
+        and all(isinstance(line.get(name), int) for name in ("step", "epoch"))
+        and (line["kind"] == "step" or isinstance(line.get("val"), dict))
+    )
 
 
 def epochs_of(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -78,8 +91,8 @@ class Log:
     def _keep(self, folder: Path, step: int, measured: int) -> None:
         """Removes the lines that the run will write again."""
         last = {"step": step, "epoch": measured}
-        text = "".join(json.dumps(line) + "\n" for line in read_log(folder) if line["step"] <= last[line["kind"]])
-        write_whole(folder / FILE, lambda file: file.write(text.encode()))
+        data = b"".join(as_json(line) for line in read_log(folder) if line["step"] <= last[line["kind"]])
+        write_whole(folder / FILE, lambda file: file.write(data))
 
     def advance(self, images: int) -> None:
         """A step was done."""
@@ -104,10 +117,7 @@ class Log:
             return
         rate = self.rate()
         self.since, self.at_last_line = time.perf_counter(), self.done
-        # a norm may overflow in float16, where the step is left out; JSON has no word for it
-        values = {
-            name: None if isinstance(one, float) and not math.isfinite(one) else one for name, one in values.items()
-        }
+        values = plain(values)  # a norm may overflow in float16, where the step is left out
         self._write({"kind": "step", **values, "images_per_second": round(rate, 1)})
         if self.board is not None:
             for name in ("loss", "lr", "grad_norm"):
@@ -155,8 +165,8 @@ class Log:
         assert self.folder is not None
         path = self.folder / FILE
         try:
-            with open(path, "a") as file:
-                file.write(json.dumps(line) + "\n")
+            with open(path, "ab") as file:
+                file.write(as_json(line))
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,13 @@ from torch.utils.data import IterableDataset
 from . import checkpoint
 from . import model as models
 from .data import Data
-from .evaluation import Interrupted, Score, autocast, evaluate, to_device
+from .evaluation import Interrupted, Score, autocast, check_labels, evaluate, to_device
+from .files import printable, reason_of
 from .loader import RunError, Share, Transform, seed_all, train_loader
 from .logs import Log
+from .progress import BEST, Progress, Sums, best_is
 from .settings import Settings
+from .tensors import not_finite
 from .world import World, shard, wrapped
 
 Stop = Callable[[], int]  # the number of the signal that asked for an end, or 0
@@ -30,29 +33,6 @@ class Stopped(Exception):  # noqa: N818 - nothing went wrong
     def __init__(self, signal: int, step: int, folder: Path) -> None:
         super().__init__(f"stopped after step {step}; --resume {folder} goes on")
         self.signal, self.step, self.folder = signal, step, folder
-
-
-@dataclass
-class Sums:
-    """What has been added up since the epoch began and since the last line of the log."""
-
-    loss: float = 0.0
-    images: int = 0
-    line_loss: float = 0.0
-    line_images: int = 0
-    bad: int = 0
-
-
-@dataclass
-class Progress:
-    """Where a run is: optimizer steps done, the last that was measured, the best epoch, seconds of training."""
-
-    step: int = 0
-    measured: int = 0
-    best: float = -1.0
-    best_epoch: int = 0
-    seconds: float = 0.0
-    sums: Sums = field(default_factory=Sums)
 
 
 class Trainer:
@@ -81,7 +61,9 @@ class Trainer:
         self.scheduler = models.make_scheduler(self.optimizer, settings, self.steps_per_epoch)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=settings.amp == "fp16")
         self.progress = Progress()
-        self._losses: list[tuple[Tensor, int]] = []  # of the last steps, still on the device
+        # of the last steps, still on the device: (loss, images, step) of each batch, and (norm of the gradient, step)
+        self._losses: list[tuple[Tensor, int, int]] = []
+        self._norms: list[tuple[Tensor, int]] = []
 
     def _steps_per_epoch(self) -> int:
         source, size = self.data.train, self.settings.batch_size
@@ -107,12 +89,32 @@ class Trainer:
             "scheduler": self.scheduler.state_dict() if self.scheduler else None, "scaler": self.scaler.state_dict(),
         }  # fmt: skip
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: dict[str, Any], *, elsewhere: bool = False) -> None:
         """Goes to where `state` was taken.
 
+        Args:
+            elsewhere: whether the run goes on in another folder, which has no best weights yet.
+
         Raises:
-            ValueError: the data has changed since then.
+            ValueError: the data has changed since then, or the state holds numbers that are not finite.
         """
+        try:
+            self._load(state)
+        except (KeyError, AttributeError, RuntimeError, TypeError) as error:
+            raise ValueError(f"the checkpoint is not of this run: {type(error).__name__} {reason_of(error)}") from None
+        if elsewhere:
+            self._forget_best()
+
+    def _forget_best(self) -> None:
+        """The best weights are not in this folder: those of the next measurement will be."""
+        self.progress.best, self.progress.best_epoch, self.progress.measured = -1.0, 0, 0
+
+    def _load(self, state: dict[str, Any]) -> None:
+        if bad := not_finite({name: state[name] for name in ("model", "ema")}):
+            raise ValueError(
+                f"the checkpoint of step {state['step']} holds numbers that are not finite, in {', '.join(bad[:3])}; "
+                "remove it, and go on from one before it"
+            )
         if state["steps_per_epoch"] != self.steps_per_epoch or state["classes"] != self.data.classes:
             raise ValueError(
                 f"the data has changed: an epoch had {state['steps_per_epoch']} steps and "
@@ -156,19 +158,26 @@ class Trainer:
         return self.optimizer.state_dict()
 
     def _share_sums(self) -> None:
-        """Adds the losses of the last steps up, and leaves the sums over all processes with the first."""
+        """Adds the losses of the last steps up, and leaves the sums over all processes with the first.
+
+        Raises:
+            RunError: a loss or a gradient was not finite, in any process.
+        """
         sums = self.progress.sums
-        for value, (_, count) in zip(
-            torch.stack([one for one, _ in self._losses]).tolist() if self._losses else [], self._losses, strict=True
-        ):
-            if not math.isfinite(value):
-                raise RunError(
-                    f"the loss is {value} at step {self.progress.step}; the last checkpoint is from before. A lower "
-                    "--lr, a longer --warmup-epochs, --clip-grad 1, or --amp bf16 in place of fp16 often helps"
-                )
+        losses = torch.stack([one[0] for one in self._losses]).tolist() if self._losses else []
+        norms = torch.stack([one[0] for one in self._norms]).tolist() if self._norms else []
+        steps = [step for value, (_, _, step) in zip(losses, self._losses, strict=True) if not math.isfinite(value)]
+        of_gradient = [step for value, (_, step) in zip(norms, self._norms, strict=True) if not math.isfinite(value)]
+        # every process has to stop, and the earliest step is the one to tell
+        if late := self.world.any(max((2**31 - step for step in steps + of_gradient), default=0)):
+            first = 2**31 - late
+            value = next((one for one, at in zip(losses, self._losses, strict=True) if at[2] == first), math.nan)
+            raise self.not_finite(f"the loss is {value}" if first in steps else "the gradient is not finite", first)
+        for value, (_, count, _) in zip(losses, self._losses, strict=True):
             sums.loss, sums.line_loss = sums.loss + value * count, sums.line_loss + value * count
             sums.images, sums.line_images = sums.images + count, sums.line_images + count
         self._losses.clear()
+        self._norms.clear()
         if self.world.size == 1:
             return
         values = asdict(self.progress.sums)
@@ -176,6 +185,13 @@ class Trainer:
         kinds = [type(one) for one in values.values()]
         whole = Sums(*(kind(one) for kind, one in zip(kinds, total, strict=True)))
         self.progress.sums = whole if self.world.first else Sums()
+
+    def not_finite(self, what: str, step: int) -> RunError:
+        """The end of a run whose numbers are none any more; nothing is saved then."""
+        return RunError(
+            f"{what} at step {step}; the last checkpoint is from before. A lower --lr, a longer --warmup-epochs, "
+            "--clip-grad 1, or --amp bf16 in place of fp16 often helps"
+        )
 
     def run(self, folder: Path, log: Log, stop: Stop) -> None:
         """Trains to the end of the schedule, saving on the way.
@@ -241,9 +257,10 @@ class Trainer:
                     "give --train-samples the number that there are for each process"
                 ) from None
             for words in batch.bad[: max(0, 10 - progress.sums.bad)]:
-                print(f"irpe: unreadable image, another one stands in: {words}", flush=True)
+                print(f"irpe: unreadable image, another one stands in: {printable(words)}", flush=True)
             progress.sums.bad += len(batch.bad)
             seed_all(settings.seed, "step", progress.step, self.world.rank, micro)
+            check_labels(batch.targets, len(self.data.classes))
             images, targets = to_device(batch.images, settings, device), batch.targets.to(device, non_blocking=True)
             if self.mixup is not None:
                 images, targets = self.mixup(images, targets)
@@ -253,12 +270,18 @@ class Trainer:
                     output = self.wrapped(images)
                 loss = self.loss(output.float(), targets)
                 self.scaler.scale(loss / settings.accumulate).backward()
-            self._losses.append((loss.detach(), len(images)))
+            self._losses.append((loss.detach(), len(images), progress.step + 1))
         norm = 0.0
         if settings.clip_grad:
             self.scaler.unscale_(self.optimizer)
             total = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_grad)
-            norm = float(total.full_tensor() if hasattr(total, "full_tensor") else total)
+            total = total.full_tensor() if hasattr(total, "full_tensor") else total
+            norm = float(total)
+        else:
+            grads = [one.grad for one in self.model.parameters() if one.grad is not None]
+            total = nn.utils.get_total_norm([one.to_local() if hasattr(one, "to_local") else one for one in grads])
+        if not self.scaler.is_enabled():  # which leaves such steps out by itself
+            self._norms.append((total.detach(), progress.step + 1))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         progress.step += 1
@@ -298,6 +321,7 @@ class Trainer:
     def _finish_epoch(self, folder: Path, log: Log, stop: Stop) -> None:
         """Measures, writes the line of the epoch, and saves."""
         progress = self.progress
+        self._share_sums()  # a loss that is not finite is told before what came of it
         score = self.measure(self.model, log, stop)
         average = None if self.ema is None else self.measure(self.ema.module, log, stop)
         self._share_sums()
@@ -311,23 +335,46 @@ class Trainer:
         if progress.step % self.steps_per_epoch == 0:  # a run that ends within an epoch may go on with it
             progress.sums = Sums()
         progress.measured = progress.step
-        weights = None
-        if score.top1 > progress.best:
+        is_best = score.top1 > progress.best
+        if is_best:
             progress.best, progress.best_epoch = score.top1, self._epoch()
-            weights = self._weights(self.model)  # of all processes, where they share the model
-        state = self.state()
         if self.world.first:
-            if weights is not None:
-                notes = {"epoch": str(self._epoch()), "top1": f"{score.top1:.4f}"}
-                checkpoint.write_weights(folder / "best.safetensors", weights, notes)
-            log.epoch(values, is_best=weights is not None)
-            checkpoint.save(folder, state, self.settings.keep)
+            log.epoch(values, is_best=is_best)
+        # the checkpoint comes before the best weights, which `restore_best` takes from it after a kill between them
+        self.save(folder)
+        if is_best:
+            self._write_best(folder)
+
+    def _write_best(self, folder: Path) -> None:
+        weights, progress = self._weights(self.model), self.progress  # of all processes, where they share the model
+        if self.world.first:
+            notes = {"epoch": progress.best_epoch, "step": progress.step, "top1": f"{progress.best:.4f}"}
+            checkpoint.write_weights(folder / BEST, weights, {name: str(one) for name, one in notes.items()})
+
+    def restore_best(self, folder: Path) -> None:
+        """Makes the best weights in the folder those that this run knows of, where it goes on.
+
+        A kill may have come before they were written; or they are of a later step, from which the run does not go on.
+        """
+        progress = self.progress
+        if progress.best < 0 or self.world.from_first(lambda: best_is(folder / BEST, progress)):
+            return
+        if progress.step == progress.measured and progress.best_epoch == self._epoch():
+            self._write_best(folder)
+        else:
+            progress.best, progress.best_epoch = -1.0, 0
 
     def save(self, folder: Path) -> None:
-        """Writes a checkpoint."""
+        """Writes a checkpoint.
+
+        Raises:
+            RunError: weights are not finite; the checkpoints that are there stay.
+        """
         state = self.state()
+        if self.world.any(int(bool(bad := not_finite({name: state[name] for name in ("model", "ema", "optimizer")})))):
+            raise self.not_finite(f"{bad[0] if bad else 'a weight'} is not finite", self.progress.step)
         if self.world.first:
-            checkpoint.save(folder, state, self.settings.keep)
+            checkpoint.save(folder, state, self.settings.keep, later=False)
 
     def _leave(self, folder: Path, signal: int) -> None:
         self.save(folder)

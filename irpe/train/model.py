@@ -1,21 +1,17 @@
 """The model of a run: timm's, with iRPE; its weights, its parameter groups and its optimizer."""
 
 import difflib
-import json
-import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..equip import equip, rpe_parameters
 from .loader import Shape, seed_all
+from .pretrained import WEIGHTS, find_weights, load_weights, read_weights, size_of_run
 from .settings import Settings
-
-WEIGHTS = "model.safetensors"
 
 
 def build(
@@ -60,7 +56,7 @@ def build(
     if settings.rpe != "none":
         equip(model, settings.rpe)
     if weights is not None:
-        load_weights(model, weights, say, strict=strict)
+        load_weights(model, weights, say, strict=strict, same_size=of_run is not None)
         if of_run is not None and of_run != (wanted := shape_of(settings, model).size):
             # only the model itself knows the height and width of the positions that it has
             if not hasattr(model, "set_input_size"):
@@ -114,107 +110,6 @@ def shape_of(settings: Settings, model: nn.Module) -> Shape:
     height, width = size
     crop_pct = settings.crop_pct or config.get("crop_pct") or 0.875
     return Shape((height, width), numbers(settings.mean, "mean", 0.5), numbers(settings.std, "std", 0.5), crop_pct)
-
-
-def find_weights(path: Path) -> Path:
-    """The file of weights: the path itself, or that of a run's folder, its best before its last."""
-    if path.is_dir():
-        for name in ("best.safetensors", WEIGHTS):
-            if (path / name).exists():
-                return path / name
-        raise ValueError(f"{path} has no {WEIGHTS}: the run has not ended, or it is not the folder of a run")
-    if not path.exists():
-        raise ValueError(f"{path} does not exist; expected a file of weights, the folder of a run, or hub")
-    return path
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from safetensors or from torch's format, of which nothing but plain data is loaded."""
-    from timm.models import load_state_dict
-
-    try:
-        return load_state_dict(str(path), use_ema=False, weights_only=True)
-    except Exception as error:  # each format has its own errors, and torch's has advice that is impossible here
-        if "Unsupported global" in str(error) or "Unsupported class" in str(error):
-            raise ValueError(
-                f"{path} holds Python objects besides weights, which are not loaded; save model.state_dict() alone"
-            ) from None
-        raise ValueError(
-            f"{path} is no file of weights; expected safetensors, or what torch.save made of a state dict"
-        ) from None
-
-
-def size_of_run(weights: Path) -> tuple[int, int] | None:
-    """(height, width) of the images of the run whose folder the file lies in, or None if it lies in no such folder."""
-    record = weights.parent / "settings.json"
-    if not record.exists():
-        return None
-    height, width = json.loads(record.read_text())["shape"]["size"]
-    return height, width
-
-
-def load_weights(model: nn.Module, path: Path, say: Callable[[str], None], *, strict: bool = False) -> None:
-    """Loads all of the file, but for a head of other classes and the tables of iRPE, which may be absent if not strict.
-
-    Raises:
-        ValueError: any other weight is missing, left over or of another shape; nothing has been loaded then.
-    """
-    state = read_weights(path)
-    # timm's function beside the model's class, which resamples positions and patch kernels to the model's size
-    beside = (getattr(sys.modules[cls.__module__], "checkpoint_filter_fn", None) for cls in type(model).__mro__)
-    _check_positions(state, model, path)
-    if (adapt := next(filter(None, beside), None)) is not None:
-        state = adapt(state, model)
-    own = model.state_dict()
-    head = tuple(f"{name}." for name in _head_names(model))
-    dropped = (
-        []
-        if strict
-        else [
-            name
-            for name, one in state.items()
-            if name.startswith(head) and (name not in own or own[name].shape != one.shape)
-        ]
-    )
-    state = {name: one for name, one in state.items() if name not in dropped}
-    tables = set() if strict else {name for name in own if "lookup_table" in name}
-    head = () if strict else head
-    missing = [name for name in own if name not in state]
-    problems = [f"{name} is missing" for name in missing if name not in tables and not name.startswith(head)]
-    problems += [f"{name} is left over" for name in state if name not in own]
-    problems += [
-        f"{name} is {tuple(one.shape)} in the file, {tuple(own[name].shape)} in the model"
-        for name, one in state.items()
-        if name in own and own[name].shape != one.shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        if all("lookup_table" in words.split()[0] for words in problems):
-            more += "; irpe.convert_tables makes the tables of one encoding into those of another"
-        raise ValueError(f"{path} does not fit the model: {'; '.join(problems[:4])}{more}")
-    model.load_state_dict(state, strict=False)
-    if dropped or any(name.startswith(head) for name in missing):
-        say(f"{path.name} has a head for other classes; a new one was made")
-    if absent := [name for name in missing if name in tables]:
-        say(f"{path.name} has no tables of iRPE for {len(absent)} encodings; they start at zero")
-
-
-def _check_positions(state: dict[str, Tensor], model: nn.Module, path: Path) -> None:
-    """timm resamples positions as if they had been a square."""
-    there, own = state.get("pos_embed"), getattr(model, "pos_embed", None)
-    if there is None or own is None or there.shape == own.shape or there.ndim != 3:
-        return
-    prefix = 0 if getattr(model, "no_embed_class", False) else getattr(model, "num_prefix_tokens", 0)
-    if math.isqrt(tokens := there.shape[1] - prefix) ** 2 != tokens:
-        raise ValueError(
-            f"{path} has positions for {tokens} tokens, which are no square; use the size that it was "
-            "trained with, or the folder of the run, which tells height and width"
-        )
-
-
-def _head_names(model: nn.Module) -> list[str]:
-    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or "head"
-    return [names] if isinstance(names, str) else list(names)
 
 
 def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
@@ -297,3 +192,6 @@ def make_mixup(settings: Settings, num_classes: int, local_batch: int) -> Any:
         mixup_alpha=settings.mixup, cutmix_alpha=settings.cutmix, prob=settings.mixup_prob,
         switch_prob=settings.mixup_switch, label_smoothing=settings.smoothing, num_classes=num_classes,
     )  # fmt: skip
+
+
+__all__ = ["WEIGHTS", "build", "find_weights", "load_weights", "make_loss", "read_weights", "shape_of"]

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 S = TypeVar("S")
 
@@ -53,11 +53,39 @@ def check(settings: Any) -> None:
 
 
 def from_dict(cls: type[S], values: Mapping[str, Any]) -> S:
-    """The settings that `dataclasses.asdict` and JSON have made into plain values."""
+    """The settings that `dataclasses.asdict` and JSON have made into plain values.
+
+    Raises:
+        ValueError: a name or a value that no settings have.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"the settings are {type(values).__name__}; expected names and values")
     known = {one.name for one in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    if strange := sorted(set(values) - known):
+    if strange := sorted(set(map(str, values)) - known):
         raise ValueError(f"unknown settings {', '.join(strange)}: they were written by another version")
-    return cls(**{name: tuple(one) if isinstance(one, list) else one for name, one in values.items()})
+    plain = {name: tuple(one) if isinstance(one, list) else one for name, one in values.items()}
+    hints = get_type_hints(cls)
+    for name, one in plain.items():
+        if not _fits(one, hints[name]):
+            raise ValueError(f"{flag(name)} is {one!r} in the file, which is damaged or not of irpe")
+    try:
+        return cls(**plain)
+    except TypeError as error:
+        raise ValueError(f"the settings are damaged or not of irpe: {error}") from None
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value from JSON is of the type of a field."""
+    inner = get_args(kind)
+    if kind is Any:
+        return True
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_fits(one, inner[0]) for one in value)
+    if inner:  # X | None
+        return any(_fits(value, one) for one in inner)
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def changed(old: S, new: S) -> list[str]:

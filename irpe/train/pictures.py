@@ -9,7 +9,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from .files import check_regular, reason_of
 
 # formats that Pillow registers and cannot decode by itself, and one of measurements
 _OTHERS = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "WMF"}
@@ -45,22 +47,63 @@ def converted(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
-def _decoded(file: Any, mode: str) -> Image.Image:
+def decoded(file: Any) -> Image.Image:
+    """The picture in an open file, decoded.
+
+    Raises:
+        ValueError: it is none, damaged, or of more pixels than Pillow takes for a picture.
+    """
     try:
         image = Image.open(file)
+        image.load()
     except UnidentifiedImageError:  # whose words are about the Python object
         raise ValueError("its bytes are of no image format that Pillow knows") from None
-    return converted(image, mode)
+    except MemoryError:
+        raise ValueError("there is not enough memory to decode it") from None
+    except Exception as error:  # each format has errors of its own: OSError, SyntaxError, struct.error, ...
+        raise ValueError(f"it cannot be decoded: {reason_of(error)}") from None
+    return image
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """The picture of a file, decoded; the one way to pictures, of classification and of detection.
+
+    Raises:
+        ValueError: it is no file of a disk, or see `decoded`.
+    """
+    try:
+        check_regular(path)
+        with open(path, "rb") as file:
+            return decoded(file)
+    except OSError as error:
+        raise ValueError(f"it cannot be read: {reason_of(error)}") from None
 
 
 def read_picture(path: str | Path, mode: str) -> Image.Image:
-    """The picture of a file, decoded.
+    """The picture of a file in RGB or L; see `open_picture` and `converted`."""
+    return converted(open_picture(path), mode)
 
-    Raises:
-        ValueError: it is none; see also `converted`. Pillow has errors of its own for damaged ones.
+
+def orientation(image: Image.Image) -> int:
+    """The orientation that EXIF tells of a decoded picture: 1 is as stored, 2 to 8 are turned or mirrored."""
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged EXIF tells nothing
+        return 1
+    return found if found in range(1, 9) else 1
+
+
+def orientation_of(path: str | Path) -> int:
+    """The orientation that EXIF tells of a file, without decoding it; 1 where nothing can be read.
+
+    Formats that Pillow turns by itself when it decodes them (TIFF) are 1.
     """
-    with open(path, "rb") as file:
-        return _decoded(file, mode)
+    try:
+        check_regular(path)
+        with open(path, "rb") as file, Image.open(file) as image:
+            return 1 if image.format == "TIFF" else orientation(image)
+    except Exception:  # reading the picture itself will tell what is wrong
+        return 1
 
 
 class FolderSource:
@@ -96,7 +139,7 @@ class ReaderSource:
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         file, target = self.reader[index]
         with file:
-            return _decoded(file, self.mode), int(target)
+            return converted(decoded(file), self.mode), int(target)
 
     def name(self, index: int) -> str:
         return str(self.reader.filename(index, absolute=True))
@@ -120,7 +163,7 @@ def pictures(root: Path, mode: str) -> tuple[FolderSource | ReaderSource, list[s
     Raises:
         ValueError: there are none; a class has none; a picture has no class; two folders would be one class.
     """
-    if root.is_file() or (any(root.glob("*.tar")) and not any(one.is_dir() for one in root.iterdir())):
+    if not root.is_dir() or (any(root.glob("*.tar")) and not any(one.is_dir() for one in root.iterdir())):
         return _archives(root, mode)
     return _folders(root, mode)
 
@@ -129,6 +172,7 @@ def _folders(root: Path, mode: str) -> tuple[FolderSource, list[str]]:
     from timm.utils.misc import natural_key
 
     where: dict[str, str] = {}
+    places: set[str] = set()
     found: list[tuple[str, str]] = []
     empty, others = [], []
     for folder, below, files in os.walk(root, followlinks=True):
@@ -144,6 +188,9 @@ def _folders(root: Path, mode: str) -> tuple[FolderSource, list[str]]:
                 f"{root} holds pictures itself; expected a folder for each class, with its pictures inside"
             )
         name = os.path.basename(folder)
+        places.add(folder)
+        if (parent := next((str(one) for one in Path(folder).parents if str(one) in places), None)) is not None:
+            raise ValueError(nested(parent, folder))
         if name in where:
             raise ValueError(f"two folders of the name {name!r} would be one class: {where[name]} and {folder}")
         where[name] = folder
@@ -164,11 +211,19 @@ def _folders(root: Path, mode: str) -> tuple[FolderSource, list[str]]:
     return source, _left_out(root, others)
 
 
+def nested(parent: object, folder: object) -> str:
+    """The sentence about two folders of which the inner one would be a class beside the outer one."""
+    return (
+        f"{parent} holds pictures, and so does {folder} inside it, which would be a class of its own; move its "
+        "pictures up, or the folder out"
+    )
+
+
 def _archives(root: Path, mode: str) -> tuple[ReaderSource, list[str]]:
     from timm.data import get_img_extensions, set_img_extensions
-    from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+    from timm.data.readers import reader_image_in_tar
 
-    paths = [root] if root.is_file() else sorted(root.glob("*.tar"))
+    paths = [root] if not root.is_dir() else sorted(root.glob("*.tar"))
     _check_tars(paths)
     place = root.parent if root.is_file() else root
     index = place / f"_{root.stem if root.is_file() else root.name}_tarinfos.pickle"
@@ -176,13 +231,17 @@ def _archives(root: Path, mode: str) -> tuple[ReaderSource, list[str]]:
     own = get_img_extensions()
     set_img_extensions(sorted(kinds()))  # the reader has no argument for them
     try:
-        reader = ReaderImageInTar(str(root), cache_tarinfo=None if os.access(place, os.W_OK) else False)
         others: list[str] = []
         for path in () if indexed else paths:
             with tarfile.open(path) as archive:
                 others += _others(archive)
-    except (tarfile.TarError, OSError, ValueError) as error:
-        raise ValueError(f"{root} cannot be read as a tar archive with pictures: {error}") from None
+        # the index is a pickle; timm reads it as plain data, and did not always
+        may = os.access(place, os.W_OK) and hasattr(reader_image_in_tar, "_TarInfoUnpickler")
+        reader = reader_image_in_tar.ReaderImageInTar(str(root), cache_tarinfo=None if may else False)
+    except RecursionError:
+        raise ValueError(f"{root} holds archives in archives without an end; expected one level of them") from None
+    except Exception as error:  # what a damaged archive, or its index, raises has no end
+        raise ValueError(f"{root} cannot be read as a tar archive with pictures: {reason_of(error)}") from None
     finally:
         set_img_extensions(own)
     notes = _left_out(root, others)
@@ -200,17 +259,33 @@ def _name_classes(reader: Any, root: Path) -> None:
     from timm.utils.misc import natural_key
 
     shown, labels = [], []
+    where: dict[str, PurePosixPath] = {}
+    files: Counter[str] = Counter()
     for number, (file, archive, inner) in enumerate(reader.samples):
-        parts = [Path(one).stem for one in (archive, inner and inner.name) if one]
+        parts = [PurePosixPath(one).with_suffix("").as_posix() for one in (archive, inner and inner.name) if one]
         path = PurePosixPath(file.path)  # which has no ./ any more
         if any(map(_hidden, path.parts)):
             continue
-        if not (parts := [*parts, *path.parent.parts]):
+        place = PurePosixPath(*parts, *path.parent.parts)
+        if not place.name:
             raise ValueError(
                 f"{root} holds pictures itself ({path}); expected a folder for each class, with its pictures inside"
             )
+        if where.setdefault(place.name, place) != place:
+            raise ValueError(
+                f"two folders of the name {place.name!r} would be one class: {where[place.name]} and {place} in {root}"
+            )
+        files[f"{place}/{path.name}"] += 1
         shown.append(number)
-        labels.append(parts[-1])
+        labels.append(place.name)
+    for place in where.values():
+        if outer := next((one for one in place.parents if where.get(one.name) == one and one.name), None):
+            raise ValueError(nested(f"{outer} in {root}", place))
+    if twice := [name for name, count in files.items() if count > 1]:
+        raise ValueError(
+            f"{root} holds {len(twice)} names twice, such as {twice[0]}: the last one of a name is its content; make "
+            "the archive anew"
+        )
     if not shown:
         raise ValueError(f"{root} has no pictures; expected a folder for each class, with its pictures inside")
     reader.class_name_to_idx = {name: k for k, name in enumerate(sorted(set(labels), key=natural_key))}
@@ -218,20 +293,26 @@ def _name_classes(reader: Any, root: Path) -> None:
     reader.targets = np.array([reader.class_name_to_idx[name] for name in labels])
 
 
-def _others(archive: tarfile.TarFile) -> Iterator[str]:
+def _others(archive: tarfile.TarFile, within: str = "") -> Iterator[str]:
     """The names of the files of an archive, and of archives in it, that are no pictures."""
     for one in archive:
         if not one.isfile() or any(map(_hidden, PurePosixPath(one.name).parts)):
             continue
         if _extension(one.name) == ".tar":
+            if within:
+                raise ValueError(f"{within}/{one.name} is an archive in an archive in another; expected one level")
             with tarfile.open(fileobj=archive.extractfile(one)) as inner:
-                yield from _others(inner)
+                yield from _others(inner, one.name)
         elif _extension(one.name) not in kinds():
             yield one.name
 
 
 def _check_tars(paths: Sequence[Path]) -> None:
     for path in paths:
+        try:
+            check_regular(path)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{path} cannot be read: {reason_of(error)}") from None
         if path.suffix.lower() != ".tar":
             raise ValueError(f"{path} is a file; expected a folder, or an archive that ends in .tar (not compressed)")
         if not tarfile.is_tarfile(path):

@@ -1,6 +1,5 @@
 """What a run leaves for people: curves of loss and accuracy, pictures of the encodings, and a model card."""
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch.utils.data import IterableDataset
 
 from .. import viz
 from ..irpe import get_offset_ids_2d
-from .checkpoint import write_json, write_whole
+from .files import read_json, write_json, write_whole
 from .loader import Shape, Transform
 from .logs import epochs_of, read_log
 from .settings import Settings, settings_from_dict
@@ -25,7 +24,7 @@ CURVES, ENCODINGS, CARD = "curves.png", "encodings.png", "README.md"
 
 def write_report(folder: Path, model: nn.Module | None, val: Any, console: Console) -> None:
     """Writes curves.png, encodings.png where keys have encodings, result.json and README.md into a run's folder."""
-    record = json.loads((folder / "settings.json").read_text())
+    record = read_json(folder / "settings.json")
     lines = read_log(folder)
     epochs = [line for line in lines if line["kind"] == "epoch"]
     result = {

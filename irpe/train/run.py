@@ -2,13 +2,12 @@
 
 import dataclasses
 import importlib.metadata
-import json
 import os
 import platform
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,6 +19,8 @@ from . import checkpoint
 from . import model as models
 from .data import Data, Source, difference, located, open_data
 from .evaluation import Score, evaluate
+from .files import read_json
+from .folder import SETTINGS, Kind, begin, check_names, clean, empty, lies_in, locked, resumed
 from .loader import Transform, unreadable
 from .logs import Log
 from .loop import Stopped, Trainer
@@ -27,10 +28,31 @@ from .options import changed
 from .settings import Settings, settings_from_dict
 from .world import World, started
 
-SETTINGS, RESULT = "settings.json", "result.json"
-FILES = (
-    *(SETTINGS, RESULT, "log.jsonl", "README.md", "curves.png", "encodings.png"),
-    *("best.safetensors", models.WEIGHTS, "ema.safetensors", "model.pt2", "model.pt2.json"),
+RESULT = "result.json"
+
+
+def _is_record(values: dict[str, Any]) -> bool:
+    """Whether these are what `record` makes, of this version or of another one."""
+    kinds = {"settings": dict, "classes": list, "shape": dict, "steps_per_epoch": int, "parameters": int}
+    if not all(isinstance(values.get(name), kind) for name, kind in kinds.items()):
+        return False
+    size = values["shape"].get("size")
+    return (
+        {"data", "model", "rpe"} <= set(values["settings"])
+        and all(isinstance(one, str) for one in values["classes"])
+        and isinstance(size, list)
+        and len(size) == 2
+        and all(isinstance(one, int) and 0 < one < 100_000 for one in size)
+    )
+
+
+_RESULTS = (RESULT, "README.md", "best.safetensors", models.WEIGHTS, "ema.safetensors", "model.pt2", "model.pt2.json")
+KIND = Kind(
+    "irpe train",
+    files=(SETTINGS, "log.jsonl", "curves.png", "encodings.png", *_RESULTS),
+    results=_RESULTS,
+    is_ours=_is_record,
+    signed={"README.md": "Made with irpe "},
 )
 MakeFolder = Callable[[], Path]
 
@@ -78,39 +100,55 @@ def train(settings: Settings, make_folder: MakeFolder, resume: str | None, conso
         data = _open(settings, world, say)
         if settings.verify:
             _verify([data.train, data.val], settings, world, console)
-        start = _start(resume) if resume not in (None, "auto") else None
+        start = resumed(resume, KIND) if resume not in (None, "auto") else None
+        state = _state(start, settings) if start else None
         fresh = dataclasses.replace(settings, pretrained=None) if start else settings
         model = models.build(fresh, len(data.classes), say)
         trainer = Trainer(settings, data, model, world)
         Transform(settings, trainer.shape, training=True)  # refuses what timm cannot make, before there is a folder
         folder = world.from_first(make_folder)
-        if resume == "auto":
-            start = world.from_first(lambda: next(reversed(checkpoint.checkpoints(folder)), None))
-        if start is not None:
-            _go_on(trainer, start)
-            say(f"goes on after step {trainer.progress.step} of {trainer.total_steps}, from {start}")
-        if world.first:
-            checkpoint.clean(folder)
-            if start is None:
-                checkpoint.empty(folder, FILES)
-            checkpoint.write_json(folder / SETTINGS, record(trainer))
-        images, weights = settings.batch_size, sum(one.numel() for one in model.parameters())
-        say(f"{folder}: {trainer.total_steps:,} steps of {images:,} images, {weights:,} weights, on {world.device}")
-        log = Log(
-            folder if world.first else None, console, step=trainer.progress.step, measured=trainer.progress.measured,
-            total_images=(trainer.total_steps - trainer.progress.step) * settings.batch_size,
-            tensorboard=settings.tensorboard,
-        )  # fmt: skip
-        try:
-            trainer.run(folder, log, stop)
-        finally:
-            log.close()
-        trainer.export(folder)
-        if world.first:
-            from .report import write_report
-
-            write_report(folder, trainer.model if settings.parallel == "ddp" else None, data.val, console)
+        with locked(folder) if world.first else nullcontext():
+            found = world.from_first(lambda: _begin(folder, settings, resume, start))
+            if found is not None and found != start:
+                start, state = found, _state(found, settings)
+            if start is not None and state is not None:
+                trainer.load(state, elsewhere=not lies_in(start, folder, KIND))
+                trainer.restore_best(folder)
+                say(f"goes on after step {trainer.progress.step} of {trainer.total_steps}, from {start}")
+            if world.first:
+                clean(folder, KIND)
+                if start is None:
+                    empty(folder, KIND)
+                checkpoint.write_json(folder / SETTINGS, record(trainer))
+            _run(trainer, folder, console, stop, say)
     return folder
+
+
+def _begin(folder: Path, settings: Settings, resume: str | None, start: Path | None) -> Path | None:
+    """The checkpoint to go on from, in the first process; see `folder.begin`."""
+    if start is not None and lies_in(start, folder, KIND):
+        check_names(folder, KIND)
+        return start
+    return begin(folder, KIND, auto=resume == "auto", sources=(settings.pretrained,)) or start
+
+
+def _run(trainer: Trainer, folder: Path, console: Console, stop: Callable[[], int], say: Callable[[str], None]) -> None:
+    settings, progress, first = trainer.settings, trainer.progress, trainer.world.first
+    images, weights = settings.batch_size, sum(one.numel() for one in trainer.model.parameters())
+    say(f"{folder}: {trainer.total_steps:,} steps of {images:,} images, {weights:,} weights, on {trainer.world.device}")
+    log = Log(
+        folder if first else None, console, step=progress.step, measured=progress.measured,
+        total_images=(trainer.total_steps - progress.step) * settings.batch_size, tensorboard=settings.tensorboard,
+    )  # fmt: skip
+    try:
+        trainer.run(folder, log, stop)
+    finally:
+        log.close()
+    trainer.export(folder)
+    if first:
+        from .report import write_report
+
+        write_report(folder, trainer.model if settings.parallel == "ddp" else None, trainer.data.val, console)
 
 
 def say_to(console: Console, world: World) -> Callable[[str], None]:
@@ -123,28 +161,21 @@ def _open(settings: Settings, world: World, say: Callable[[str], None], *, train
     own: list[Data] = []
     world.from_first(lambda: own.append(open_data(settings, train=train)))
     data = own[0] if own else open_data(settings, train=train)
+    counts = [f"{len(data.classes):,} classes"]
+    for part, words in ((data.train, "to train on"), (data.val, "to evaluate on")):
+        if part is not None and hasattr(part, "labels"):
+            counts.append(f"{len(part):,} images {words}")
+    say(f"{settings.data}: {', '.join(counts)}")
     for note in data.notes:
         say(note)
     return data
 
 
-def _start(resume: str) -> Path:
-    path = Path(resume)
-    if path.is_dir():
-        found = checkpoint.checkpoints(path)
-        if not found:
-            raise ValueError(f"--resume {path}: there is no checkpoint in it; expected the folder of a run")
-        return found[-1]
-    if not path.exists():
-        raise ValueError(f"--resume {path} does not exist; expected auto, a checkpoint, or the folder of a run")
-    return path
-
-
-def _go_on(trainer: Trainer, path: Path) -> None:
+def _state(path: Path, settings: Settings) -> dict[str, Any]:
     state = checkpoint.read(path)
-    if differences := changed(settings_from_dict(state["settings"]), trainer.settings):
+    if differences := changed(settings_from_dict(state["settings"]), settings):
         raise ValueError(f"{path} is of a run with other settings: {'; '.join(differences)}")
-    trainer.load(state)
+    return state
 
 
 def record(trainer: Trainer) -> dict[str, Any]:
@@ -182,7 +213,12 @@ def read_record(folder: Path) -> dict[str, Any]:
     path = folder / SETTINGS
     if not path.exists():
         raise ValueError(f"{folder} has no {SETTINGS}; expected the folder of a run, which irpe train DATA writes")
-    return json.loads(path.read_text())
+    values = read_json(path)
+    if not isinstance(values, dict) or not KIND.is_ours(values):
+        raise ValueError(
+            f"{path} is not of a run of irpe train, or it is damaged; expected what irpe train DATA writes"
+        )
+    return values
 
 
 def _verify(sources: list[Source], settings: Settings, world: World, console: Console) -> None:
@@ -226,8 +262,13 @@ def measure(
 def settings_of(folder: Path) -> tuple[Settings, list[str]]:
     """(settings, classes) of a run, without the weights that it started from; its data is found from everywhere."""
     values = read_record(folder)
-    settings = dataclasses.replace(settings_from_dict(values["settings"]), pretrained=None)
-    return located(settings, Path(values.get("started_in", "."))), values["classes"]
+    try:
+        own = settings_from_dict(values["settings"])
+    except ValueError as error:
+        raise ValueError(f"{folder / SETTINGS}: {error}") from None
+    # a file says neither what is fetched nor which others are loaded
+    settings = dataclasses.replace(own, pretrained=None, download=False)
+    return located(settings, Path(str(values.get("started_in", ".")))), values["classes"]
 
 
 def weights_of(folder: Path, which: str) -> Path:

@@ -17,6 +17,13 @@ _OWN_OPTIONS = {
 }  # fmt: skip
 
 
+# arguments of timm.create_model that name files and addresses, or choose what it builds
+_LOADING = {
+    "checkpoint_path", "cache_dir", "model_name", "model_cfg", "feature_cfg", "features_only", "out_indices",
+    "scriptable", "exportable", "no_jit", "custom_load", "url", "file", "source", "state_dict",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Settings:
     """One run. The defaults are DeiT's recipe (Touvron et al., ICML 2021), which the paper of iRPE trains with.
@@ -170,7 +177,7 @@ class Settings:
         return int(match[1]), int(match[2] or match[1])
 
     def model_kwargs(self) -> dict[str, Any]:
-        """--model-arg as arguments: numbers and booleans as such, everything else as text.
+        """--model-arg as arguments: numbers, booleans and tuples such as 7x7 or (2,2,6,2) as such, all else as text.
 
         There is no None: `timm.create_model` drops it, and `pos_embed=none` means the text.
         """
@@ -181,13 +188,27 @@ class Settings:
                 raise ValueError(f"--model-arg {text!r}; expected name=value such as depth=6")
             if name in _OWN_OPTIONS:
                 raise ValueError(f"--model-arg {text}: write {_OWN_OPTIONS[name]} {value} in its place")
-            words = {"true": True, "false": False}
-            found[name] = words[value.lower()] if value.lower() in words else _number(value)
+            if name in _LOADING or name.startswith(("pretrained", "hf_", "kwargs")):
+                raise ValueError(f"--model-arg {text}: {name} is about loading; --pretrained FILE names weights")
+            found[name] = _value(value)
         return found
 
     def peak_lr(self) -> float:
         """The highest learning rate of the schedule."""
         return self.lr or self.base_lr * self.batch_size / 512
+
+
+def _value(text: str) -> Any:
+    words = {"true": True, "false": False}
+    if text.lower() in words:
+        return words[text.lower()]
+    inside = text.strip().removeprefix("(").removesuffix(")").removeprefix("[").removesuffix("]")
+    if re.fullmatch(r"\d+(x\d+)+", inside):
+        return tuple(int(one) for one in inside.split("x"))
+    parts = [one.strip() for one in inside.removesuffix(",").split(",")]
+    if ("," in inside or inside != text.strip()) and not any(isinstance(_number(one), str) for one in parts):
+        return tuple(_number(one) for one in parts)
+    return _number(text)
 
 
 def _number(text: str) -> Any:
@@ -227,6 +248,6 @@ def settings_from(recipe: str, options: Mapping[str, Any]) -> Settings:
 
 def settings_from_dict(values: Mapping[str, Any]) -> Settings:
     """The settings that `dataclasses.asdict` and JSON have made into plain values."""
-    if "split_seed" not in values and values.get("val_share"):
-        values = {**values, "split_seed": values["seed"]}  # runs of before it existed
+    if isinstance(values, Mapping) and "split_seed" not in values and values.get("val_share"):
+        values = {**values, "split_seed": values.get("seed", 0)}  # runs of before it existed
     return from_dict(Settings, values)

@@ -1,11 +1,11 @@
 """The rows of the paper's Tables 1 to 4: encodings to train one after the other, with the paper's figures."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import compare
+from .files import read_json
 from .options import changed
 from .run import RESULT, SETTINGS, read_record
 from .settings import Settings, settings_from_dict
@@ -82,9 +82,17 @@ def unfinished(wanted: Mapping[tuple[Row, int], Settings], out: Path) -> list[tu
         steps = record["steps_per_epoch"] * settings.epochs
         steps = min(steps, settings.max_steps or steps)
         result = folder / RESULT
-        if not result.exists() or json.loads(result.read_text())["step"] < steps:
+        if not result.exists() or step_of(result) < steps:
             found.append((row, seed))
     return found
+
+
+def step_of(result: Path) -> int:
+    """The last step of a run, as its result.json has it."""
+    values = read_json(result)
+    if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+        raise ValueError(f"{result} is not of a run of irpe train, or it is damaged")
+    return values["step"]
 
 
 def _place(settings: Settings) -> Path:

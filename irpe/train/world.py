@@ -92,7 +92,9 @@ def _device(name: str, local: int) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"--device {name}; expected auto, cpu, cuda, cuda:1 or mps") from None
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {name}; expected auto, cpu, cuda, cuda:1 or mps")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"--device {name}, but torch sees no CUDA device")

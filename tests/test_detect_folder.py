@@ -1,0 +1,228 @@
+"""irpe detect: whose a folder is, resuming, numbers that are none; as tests/test_train_folder.py for irpe train."""
+
+import shutil
+
+import pytest
+import torch
+
+pytest.importorskip("torchmetrics")
+pytest.importorskip("pycocotools")
+
+from rich.console import Console
+from test_train_folder import content, words
+from train_tiny import irpe
+
+from irpe.detect import model as models
+from irpe.detect import run as job
+from irpe.detect.loop import Trainer
+from irpe.detect.settings import settings_from
+from irpe.train import checkpoint, folder, tensors
+from irpe.train.loader import RunError
+
+TINY = [
+    *("--train-scenes", 8, "--val-scenes", 4, "--d-model", 16, "--layers", 1, "--queries", 4, "--batch-size", 4),
+    *("--epochs", 2, "--device", "cpu", "--draw", 1, "--dropout", 0, "--keep", 9, "--save-every", 1, "--rpe", "none"),
+    *("--log-every", 1, "--eval-every", 1),
+]
+
+
+def detect(out, *more, name="run"):
+    return irpe("detect", "digits", *TINY, "--out", out, "--name", name, *more)
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """A run to its end, of four steps and as many checkpoints."""
+    out = tmp_path_factory.mktemp("ended")
+    result = detect(out)
+    assert result.exit_code == 0, result.output
+    return out / "run"
+
+
+@pytest.fixture
+def run(ended, tmp_path):
+    return shutil.copytree(ended, tmp_path / "run")
+
+
+OPTIONS = pytest.mark.parametrize("option", [["--resume", "auto"], ["--overwrite"]], ids=["resume", "overwrite"])
+FOREIGN = {
+    "sources": {"model/net.py": "mine", "best/weights/a.py": "mine"},
+    "model files": {"model/config.json": "mine", "model/model.safetensors": "mine"},
+    "an editor's settings": {"settings.json": '{"editor.fontSize": 14}', "result.json": "{}"},
+    "a run of irpe train": {
+        "settings.json": '{"settings": {"data": "", "model": "", "rpe": ""}, "classes": [], "shape": {}}',
+        "best/config.json": "mine",
+    },
+    "results alone": {"result.json": '{"score": 1}', "predictions.png": "mine"},
+}
+
+
+@OPTIONS
+@pytest.mark.parametrize("files", FOREIGN.values(), ids=FOREIGN)
+def test_a_folder_of_somebody_else_is_left_as_it_is(tmp_path, files, option):
+    for one, text in files.items():
+        (tmp_path / "run" / one).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / one).write_text(text)
+    before = content(tmp_path)
+    result = detect(tmp_path, *option)
+    assert result.exit_code == 2 and "is not the folder of a run of irpe detect: it holds" in words(result)
+    assert content(tmp_path) == before
+
+
+@OPTIONS
+@pytest.mark.parametrize("part", ["model", "best", "checkpoints", "log.jsonl", "result.json", "predictions.png"])
+def test_nothing_is_removed_or_written_through_a_link(run, tmp_path, part, option):
+    shutil.move(run / part, tmp_path / "mine")
+    (run / part).symlink_to(tmp_path / "mine")
+    before = content(tmp_path)
+    result = detect(tmp_path, *option)
+    assert result.exit_code == 2 and f"{part} is a link; expected a" in words(result)
+    assert content(tmp_path) == before
+
+
+def test_a_finished_run_without_its_checkpoints_is_not_begun_anew(run, tmp_path):
+    shutil.rmtree(run / "checkpoints")
+    before = content(run)
+    result = detect(tmp_path, "--resume", "auto")
+    assert result.exit_code == 2 and "has result.json, predictions.png, model, best of a run, but no" in words(result)
+    assert content(run) == before
+
+
+def test_what_a_user_has_put_into_the_folders_of_a_run_stays(run, tmp_path):
+    mine = ("model/notes.md", "best/more/a.py", "notes.txt", "checkpoints/mine.pt")
+    for one in mine:
+        (run / one).parent.mkdir(exist_ok=True)
+        (run / one).write_text("mine")
+    for more in (["--resume", "auto"], ["--overwrite"], ["--overwrite", "--max-steps", 1]):
+        result = detect(tmp_path, *more)
+        assert result.exit_code == 0, result.output
+        assert all((run / one).read_text() == "mine" for one in mine)
+    assert not [one for one in run.iterdir() if one.name.startswith(".")]
+    assert models.load(run / "model").config.d_model == 16
+
+
+def test_folders_that_a_kill_left_between_two_renames_come_back(run):
+    (run / "model").rename(run / ".model.7.old")
+    shutil.copytree(run / "best", run / ".best.8.old")
+    (run / ".best.8.old" / "notes.md").write_text("mine")
+    shutil.copytree(run / "best", run / ".best.9.tmp")
+    (run / ".mine.9.tmp").mkdir()
+    folder.clean(run, job.KIND)
+    assert (run / "model" / "config.json").exists() and (run / "best" / "notes.md").read_text() == "mine"
+    assert [one.name for one in run.iterdir() if one.name.startswith(".")] == [".mine.9.tmp"]
+
+
+def test_a_checkpoint_that_lies_elsewhere_goes_on_in_a_new_folder(ended, tmp_path):
+    around = tmp_path / "a" / "b"
+    around.mkdir(parents=True)
+    (tmp_path / "a" / "settings.json").write_text("mine")
+    shutil.copy(ended / "checkpoints" / "step-000000001.pt", around / "some.pt")
+    result = detect(tmp_path / "out", "--resume", around / "some.pt", name="new")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "a" / "settings.json").read_text() == "mine" and len(content(tmp_path / "a")) == 2
+    new = tmp_path / "out" / "new"
+    one, other = (checkpoint.read(path / "checkpoints" / "step-000000004.pt")["model"] for path in (new, ended))
+    assert all(torch.equal(one[key], other[key]) for key in other)
+    assert (new / "best" / "config.json").exists()
+
+
+def test_branches(run, tmp_path):
+    first = checkpoint.checkpoints(run)[0]
+    assert irpe("detect", "digits", *TINY, "--resume", first, "--max-steps", 2).exit_code == 0
+    assert [one.name for one in checkpoint.checkpoints(run)] == ["step-000000001.pt", "step-000000002.pt"]
+    assert models.saved_at(run / "best") == 2  # in place of that of a later step
+    assert "goes on after step 2 of 4" in detect(tmp_path, "--resume", "auto").output
+
+
+def test_two_runs_do_not_write_into_one_folder(run, tmp_path):
+    with folder.locked(run):
+        for option in (["--resume", "auto"], ["--overwrite"], ["--resume", run]):
+            assert "another run writes into" in words(irpe("detect", "digits", *TINY, "--resume", run))
+            result = detect(tmp_path, *option)
+            assert result.exit_code == 2 and "another run writes into" in words(result)
+
+
+def test_a_measurement_does_not_replace_the_result_of_a_run(run, tmp_path):
+    before = content(run)
+    given = ["detect", "digits", "--val-scenes", 4, "--pretrained", run / "model", "--evaluate-only", "--device", "cpu"]
+    given += ["--size", 0, "--draw", 0, "--out", tmp_path]
+    result = irpe(*given, "--name", "run", "--overwrite")
+    assert result.exit_code == 2 and "is the folder of a run, whose result would be replaced" in words(result)
+    assert content(run) == before
+    for more in ([], ["--overwrite"]):
+        assert irpe(*given, "--name", "measured", *more).exit_code == 0
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "result.json").write_text("{}")
+    result = irpe(*given, "--name", "mine", "--overwrite")
+    assert result.exit_code == 2 and "holds result.json, and no result.json of irpe detect" in words(result)
+    assert (tmp_path / "mine" / "result.json").read_text() == "{}"
+
+
+def test_several_runs_do_not_replace_a_results_json_of_something_else(tmp_path):
+    (tmp_path / "several").mkdir()
+    (tmp_path / "several" / "results.json").write_text("{}")
+    small = [*TINY[:12], "--device", "cpu", "--seeds", 1, "--max-steps", 1]
+    result = irpe("detect", *small, "--out", tmp_path, "--name", "several", "--overwrite")
+    assert result.exit_code == 2 and "no results.json of irpe detect without DATA" in words(result)
+    assert (tmp_path / "several" / "results.json").read_text() == "{}"
+
+
+def test_a_flipped_bit_of_saved_weights_is_found(run):
+    path = run / "model" / "model.safetensors"
+    assert tensors.CHECKSUM in tensors.notes_of(path) and tensors.notes_of(path)["format"] == "pt"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 8
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"model.safetensors cannot be read: it is damaged: its checksum is"):
+        models.load(run / "model")
+
+
+def settings(**options):
+    small = dict(train_scenes=8, val_scenes=4, d_model=16, layers=1, queries=4, batch_size=4, epochs=2, draw=0)
+    return settings_from({"data": "digits", "device": "cpu", "rpe": "none", **small, **options})
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_gradient_that_is_not_finite_is_not_saved(tmp_path, monkeypatch, accumulate):
+    step = Trainer._step
+
+    def spoiled(self, batches):
+        if self.step == 2:
+            self.model.class_labels_classifier.bias.register_hook(lambda gradient: gradient * torch.inf)
+        return step(self, batches)
+
+    chosen = settings(save_every=1, accumulate=accumulate)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", spoiled)
+        with pytest.raises(RunError, match="the gradient is not finite at step 3; the last checkpoint is from before"):
+            job.train(chosen, lambda: tmp_path, None, Console(quiet=True))
+    assert [one.name for one in checkpoint.checkpoints(tmp_path)][-1] == "step-000000002.pt"
+    assert job.train(chosen, lambda: tmp_path, "auto", Console(quiet=True))["steps"] == 4
+
+
+@pytest.mark.parametrize("part", ["class_labels_classifier", "bbox_predictor.layers.2"])
+def test_outputs_that_are_no_numbers_are_no_ap(tmp_path, part):
+    chosen = settings()
+    model = models.build(chosen, ["digit"])
+    model.get_submodule(part).bias.data[0] = torch.nan
+    place = models.save(model, models.processor_of(chosen), tmp_path / "model")
+    given = ["detect", "digits", "--val-scenes", 5, "--pretrained", place, "--evaluate-only", "--device", "cpu"]
+    result = irpe(*given, "--size", 0, "--out", tmp_path, "--name", "x")
+    assert result.exit_code == 1 and "the outputs are not numbers on 5 of 5 pictures" in words(result)
+    assert "AP 0" not in result.output and not (tmp_path / "x" / "result.json").exists()
+
+
+def test_a_detector_that_becomes_none_in_training_ends_the_run(tmp_path, monkeypatch):
+    step = Trainer._step
+
+    def spoiled(self, batches):
+        norm = step(self, batches)
+        if self.step == 4:
+            self.model.class_labels_classifier.bias.data[0] = torch.nan
+        return norm
+
+    monkeypatch.setattr(Trainer, "_step", spoiled)
+    with pytest.raises(RunError, match="the outputs are not numbers on 4 of 4 pictures"):
+        job.train(settings(), lambda: tmp_path, None, Console(quiet=True))
+    assert [one.name for one in checkpoint.checkpoints(tmp_path)] == ["step-000000002.pt"]
+    assert "NaN" not in (tmp_path / "log.jsonl").read_text()
