@@ -37,6 +37,7 @@ struct Map {
   int64_t row_slots = 0, col_slots = 0;
   const int32_t* run_of = nullptr;     // axes: (2h - 1), the run of rows; its slot is row_slots - 1 - run
   const int32_t* run_start = nullptr;  // axes: (row_slots + 1)
+  const int32_t* goes_on = nullptr;    // axes: (2h - 1), -1 where the run is that of the row before, else 0
   const int32_t* col_slot = nullptr;   // axes: (2w - 1), and 16 zeros on both sides
 
   const void* of_offset = nullptr;  // ids (2h - 1, 2w - 1), on queries (2w - 1, 2h - 1); 16 zeros behind each row

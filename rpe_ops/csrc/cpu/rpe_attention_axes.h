@@ -15,61 +15,56 @@ struct Segment {
   int64_t at, count, column, row;
 };
 
-// f(Segment) for all in a tile, whose queries stand column by column
-template <class T, class F>
-RPE_INLINE void for_segments(const Tile<T>& tile, const Map& map, const F& f) {
-  const int64_t places = map.height * map.width, end = tile.first + tile.rows;
-  for (int64_t place = tile.first; place < end;) {
-    Segment s{place - tile.first, end - place, -1, 0};
-    if (place < places) {
-      s.column = place / map.height, s.row = place % map.height;
-      s.count = least(s.count, map.height - s.row);
+// Those of a tile, whose queries stand column by column.
+struct Segments {
+  Segment all[33];
+  int64_t count = 0;
+  template <class T>
+  Segments(const Tile<T>& tile, const Map& map) {
+    const int64_t places = map.height * map.width, end = tile.first + tile.rows;
+    for (int64_t place = tile.first; place < end; place += all[count++].count) {
+      Segment s{place - tile.first, end - place, -1, 0};
+      if (place < places) {
+        s.column = place / map.height, s.row = place % map.height;
+        s.count = least(s.count, map.height - s.row);
+      }
+      all[count] = s;
     }
-    f(s);
-    place += s.count;
   }
-}
-
-// f(run, begin, end) for the runs of the rows [from, from + count) of the reversed axis, counted from `from`
-template <class F>
-RPE_INLINE void for_runs(const Map& map, int64_t from, int64_t count, const F& f) {
-  for (int64_t x = 0; x < count;) {
-    const int64_t run = map.run_of[from + x], end = least(map.run_start[run + 1] - from, count);
-    f(run, x, end);
-    x = end;
-  }
-}
+  const Segment* begin() const { return all; }
+  const Segment* end() const { return all + count; }
+};
 
 template <class T>
 inline void clear(T* at, int64_t n) {
   for (int64_t c = 0; c < n; ++c) at[c] = T(0);
 }
 
+// The rows [from, from + height) of the reversed axis; runs first, first + 1, ..., last.
+struct Window {
+  int64_t from, first, last;
+  Window(const Map& map, int64_t row, int64_t count)
+      : from(row), first(map.run_of[row]), last(map.run_of[row + count - 1]) {}
+};
+
 // N octets, or as many as `octets` says where N = 0
 template <int S, int N, class T>
 void fill_image_rows(T* to, const T* table, const Map& map, int64_t row, int64_t column, T* buffer) {
   const int64_t octets = N > 0 ? N : (map.width + 7) / 8;
   const int32_t* slots = map.col_slot + (map.width - 1 - column);
-  for_runs(map, map.height - 1 - row, map.height, [&](int64_t run, int64_t begin, int64_t end) {
+  const Window window(map, map.height - 1 - row, map.height);
+  for (int64_t run = window.first; run <= window.last; ++run) {
     const T* at = table + (map.row_slots - 1 - run) * map.col_slots;
-    oct<T> found[N > 0 ? N : 1];
-    for (int64_t n = 0; n < octets; ++n) {
-      const oct<T> x = look_up8<S, T>(at, slots + 8 * n);
-      if constexpr (N > 0) {
-        found[n] = x;
-      } else {
-        store8(buffer + 8 * n, x);
-      }
-    }
-    for (int64_t y = begin; y < end; ++y) {  // what is too long is overwritten by the next one
-      for (int64_t n = 0; n < octets; ++n) {
-        store8(to + y * map.width + 8 * n, N > 0 ? found[N > 0 ? n : 0] : load8(buffer + 8 * n));
-      }
-    }
-  });
+    T* found = buffer + 8 * octets * (run - window.first);
+    for (int64_t n = 0; n < octets; ++n) store8(found + 8 * n, look_up8<S, T>(at, slots + 8 * n));
+  }
+  for (int64_t y = 0; y < map.height; ++y) {  // what is too long is overwritten by the next one
+    const T* found = buffer + 8 * octets * (map.run_of[window.from + y] - window.first);
+    for (int64_t n = 0; n < octets; ++n) store8(to + y * map.width + 8 * n, load8(found + 8 * n));
+  }
 }
 
-// to[j] = table[id of (query i, key j)]; writes up to 7 numbers behind the last key. `buffer` holds an image row.
+// to[j] = table[id of (query i, key j)]; writes up to 7 numbers behind the last key. `buffer` holds image rows, one of each run.
 template <class T>
 void fill_by_axes(T* to, const T* table, const Map& map, int64_t i, int64_t keys, T* buffer) {
   const int64_t alone = i < map.skip ? keys : map.skip;
@@ -93,48 +88,43 @@ void fill_by_axes(T* to, const T* table, const Map& map, int64_t i, int64_t keys
   of_span(Count<0>());
 }
 
-// room that sum_by_axes wants
-inline int64_t axes_buffer(const Map& map) { return 8 * round_up(map.width, 8) + 16 * round_up(map.col_slots, 8); }
+// room that rows want: image rows of each run, for eight queries, and the columns' slots
+inline int64_t axes_buffer(const Map& map) {
+  return 8 * round_up(least(map.row_slots, map.height), 8) * round_up(map.width, 8) + 16 * round_up(map.col_slots, 8);
+}
 
-// sums[n] = sum of row[j] over the keys j with id n
-template <class T>
-void sum_by_axes(T* sums, const T* row, const Term& term, int64_t i, int64_t keys, T* buffer) {
-  const Map& map = term.map;
-  clear(sums, term.width);
-  const int64_t alone = i < map.skip ? keys : map.skip;
-  T total = 0;
-  for (int64_t j = 0; j < alone; ++j) total += row[j];
-  if (i < map.skip) {
-    sums[map.skip_id] = total;
-    return;
-  }
-  const int64_t w = map.width, padded = round_up(w, 8), slots8 = round_up(map.col_slots, 8);
-  const int64_t from = map.height - 1 - (i - map.skip) / w;
-  const int32_t* slots = map.col_slot + (w - 1 - (i - map.skip) % w);
-  const T* places = row + map.skip;
-  T* by_slot = buffer + 8 * padded;
-  // eight runs at a time, the last first: slots count downwards along the reversed axis
-  const int64_t earliest = map.run_of[from];
-  for (int64_t top = map.run_of[from + map.height - 1]; top >= earliest; top -= 8) {
-    const int64_t runs = least(top - earliest + 1, 8), base = map.row_slots - 1 - top;
-    for (int64_t lane = 0; lane < 8; ++lane) {
-      T* to = buffer + lane * padded;
-      if (lane >= runs) {
-        clear(to, padded);
-        continue;
-      }
-      const int64_t first = map.run_start[top - lane] - from, begin = first > 0 ? first : 0;
-      const int64_t end = least(map.run_start[top - lane + 1] - from, map.height);
-      for (int64_t n = 0; n < w; n += 8) {
-        oct<T> sum = load8(places + begin * w + n);
-        for (int64_t y = begin + 1; y < end; ++y) sum += load8(places + y * w + n);
-        store8(to + n, sum);
+// by_run[last run - run] = sum of the image rows of a run, whose sum so far stands there until its last row
+template <int N, class T>
+void add_up_runs(T* by_run, const T* places, const Map& map, const Window& window) {
+  const int64_t w = map.width, padded = round_up(w, 8);
+  const int32_t *runs = map.run_of + window.from, *goes_on = map.goes_on + window.from;
+  for (int64_t first = 0; first < padded; first += 8 * N) {
+    oct<T> sum[N] = {};
+    for (int64_t y = 0; y < map.height; ++y) {
+      const oct_bits<T> same = oct_bits<T>{} + goes_on[y];
+      T* to = by_run + (window.last - runs[y]) * padded + first;
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) {
+        const oct<T> x = load8(places + y * w + first + 8 * n);
+        sum[n] = y == 0 ? x : keep_bits<T>(sum[n], same) + x;
+        store8(to + 8 * n, sum[n]);
       }
     }
+  }
+}
+
+// sums[id] = sums of eight runs at a time by the columns' slots
+template <class T>
+void sum_columns(T* sums, const T* by_run, const Map& map, const Window& window, const int32_t* slots, T* by_slot) {
+  const int64_t w = map.width, padded = round_up(w, 8), slots8 = round_up(map.col_slots, 8);
+  // the last run first: slots count downwards along the reversed axis
+  for (int64_t top = window.last; top >= window.first; top -= 8) {
+    const int64_t lanes = least(top - window.first + 1, 8), base = map.row_slots - 1 - top;
+    const T* totals = by_run + (window.last - top) * padded;
     clear(by_slot, 16 * slots8);
     for (int64_t n = 0; n < w; n += 8) {
       oct<T> r[8];
-      for (int lane = 0; lane < 8; ++lane) r[lane] = load8(buffer + lane * padded + n);
+      for (int lane = 0; lane < 8; ++lane) r[lane] = load8(totals + lane * padded + n);
       transpose8<T>(r);
       const int64_t columns = least(w - n, 8);
       for (int64_t m = 0; m < columns; ++m) {  // two sums in turn: equal neighbours do not wait
@@ -146,7 +136,7 @@ void sum_by_axes(T* sums, const T* row, const Term& term, int64_t i, int64_t key
       oct<T> r[8];
       for (int m = 0; m < 8; ++m) r[m] = load8(by_slot + (c + m) * 16) + load8(by_slot + (c + m) * 16 + 8);
       transpose8<T>(r);
-      for (int64_t lane = 0; lane < runs; ++lane) {
+      for (int64_t lane = 0; lane < lanes; ++lane) {
         T* to = sums + (base + lane) * map.col_slots + c;
         if (map.col_slots <= 8) {
           store8(to, r[lane]);  // what is too long is zero, or overwritten by the next one
@@ -158,68 +148,112 @@ void sum_by_axes(T* sums, const T* row, const Term& term, int64_t i, int64_t key
       }
     }
   }
-  if (map.skip > 0) sums[map.skip_id] = total;
 }
 
-// Terms on queries: a tile's queries of one image column, the keys of one image row. The slot of the columns is one for
-// each key; those of rows are a run, eight of which are read or written of a key at once.
+// sums[n] = sum of row[j] over the keys j with id n, for at most eight rows whose queries are i[0], i[1], ...; each step is
+// taken for all of them, so that no row waits for its own sums. Writes zeros to 7 numbers behind.
+template <class T>
+void sum_by_axes(T* sums, const T* rows, int64_t stride, const int64_t* i, int64_t count, const Term& term,
+                 int64_t keys, T* buffer) {
+  const Map& map = term.map;
+  const int64_t w = map.width, padded = round_up(w, 8);
+  const int64_t size = round_up(least(map.row_slots, map.height), 8) * padded;
+  const auto window_of = [&](int64_t r) { return Window(map, map.height - 1 - (i[r] - map.skip) / w, map.height); };
+  for (int64_t r = 0; r < count; ++r) {
+    if (i[r] < map.skip) continue;
+    const Window window = window_of(r);
+    T* by_run = buffer + r * size;
+    const T* places = rows + r * stride + map.skip;
+    switch (padded / 8) {
+      case 1: add_up_runs<1>(by_run, places, map, window); break;
+      case 2: add_up_runs<2>(by_run, places, map, window); break;
+      case 3: add_up_runs<3>(by_run, places, map, window); break;
+      case 4: add_up_runs<4>(by_run, places, map, window); break;
+      default: add_up_runs<1>(by_run, places, map, window);
+    }
+    const int64_t used = window.last - window.first + 1;
+    clear(by_run + used * padded, (round_up(used, 8) - used) * padded);
+  }
+  for (int64_t r = 0; r < count; ++r) {
+    const T* row = rows + r * stride;
+    T *to = sums + r * term.width, total = 0;
+    clear(to, term.width);
+    const int64_t alone = i[r] < map.skip ? keys : map.skip;
+    for (int64_t j = 0; j < alone; ++j) total += row[j];
+    if (i[r] >= map.skip) {
+      const int32_t* slots = map.col_slot + (w - 1 - (i[r] - map.skip) % w);
+      sum_columns(to, buffer + r * size, map, window_of(r), slots, buffer + 8 * size);
+    }
+    if (map.skip > 0) to[map.skip_id] = total;
+  }
+}
+
+// ---- terms on queries: a tile's queries of one image column, the keys of one image row. The slot of the columns is one
+// for each key; those of rows are a run, eight of which are read or written of a key at once.
 
 // Up to eight keys of an image row, against a segment and up to eight runs of its rows.
 struct Cell {
   const Segment& s;
   int64_t key, keys;
   const int32_t* slots;  // the column slot of key m is slots[-m]
-  int64_t from;          // where the segment begins on the reversed axis of rows
-  int64_t top, last;     // runs top, top - 1, ..., last: their slots count upwards
+  int64_t top;           // runs top, top - 1, ..., at most eight: their slots count upwards
+  const int32_t* runs;   // of the segment's queries
+  int64_t begin, end;    // those with these runs
 };
 
-// f(Cell) for all in a tile, image row after image row
-template <class T, class F>
-RPE_INLINE void for_cells(const Tile<T>& tile, const Map& map, const F& f) {
-  for_segments(tile, map, [&](const Segment& s) {
-    if (s.column < 0) return;
-    const int32_t* slots = map.col_slot + (map.width - 1 + s.column);
-    for (int64_t row = 0; row < map.height; ++row) {
-      const int64_t from = map.height - 1 - row + s.row, earliest = map.run_of[from];
-      for (int64_t top = map.run_of[from + s.count - 1]; top >= earliest; top -= 8) {
-        const int64_t last = earliest > top - 7 ? earliest : top - 7;
+// f(Cell) for a tile and the image rows [begin, end) of its keys
+template <class F>
+RPE_INLINE void for_cells(const Segments& segments, const Map& map, int64_t begin, int64_t end, const F& f) {
+  for (int64_t row = begin; row < end; ++row) {
+    for (const Segment& s : segments) {
+      if (s.column < 0) continue;
+      const int32_t* slots = map.col_slot + (map.width - 1 + s.column);
+      const Window window(map, map.height - 1 - row + s.row, s.count);
+      for (int64_t top = window.last; top >= window.first; top -= 8) {
+        const int64_t last = most(top - 7, window.first);
+        const int64_t from = most(map.run_start[last] - window.from, 0);
+        const int64_t to = least(map.run_start[top + 1] - window.from, s.count);
         for (int64_t n = 0; n < map.width; n += 8) {
-          f(Cell{s, map.skip + row * map.width + n, least(map.width - n, 8), slots - n, from, top, last});
+          f(Cell{s, map.skip + row * map.width + n, least(map.width - n, 8), slots - n, top,
+                 map.run_of + window.from, from, to});
         }
       }
     }
-  });
+  }
 }
 
-// S[i, j] = (or +=) tables[j, id of (key j, query i)]; writes up to 7 numbers behind the last key, reads 7 rows of tables
-template <bool add, class T>
-void fill_tile_by_axes(const Tile<T>& tile, const T* tables, const Term& term) {
-  const Map& map = term.map;
-  const int64_t width = term.width;
-  const auto put = [&](T* to, T x) { *to = add ? *to + x : x; };
-  for_segments(tile, map, [&](const Segment& s) {
-    const int64_t alone = s.column < 0 ? tile.keys : map.skip;
+// S[i, j] += tables[j, id of (key j, query i)] for the keys that are alone in their bucket: skip tokens, and all for those
+template <class T>
+void add_skip_bucket(const Tile<T>& tile, const T* tables, const Term& term) {
+  for (const Segment& s : Segments(tile, term.map)) {
+    const int64_t alone = s.column < 0 ? tile.keys : term.map.skip;
     for (int64_t r = s.at; r < s.at + s.count; ++r) {
       T* row = tile.numbers + r * tile.stride;
-      for (int64_t j = 0; j < alone; ++j) put(row + j, tables[j * width + map.skip_id]);
+      for (int64_t j = 0; j < alone; ++j) row[j] += tables[j * term.width + term.map.skip_id];
     }
-  });
-  for_cells(tile, map, [&](const Cell& cell) {
+  }
+}
+
+// The same for the keys of the image rows [begin, end). Adds zeros to 7 numbers behind, reads 7 rows of tables more.
+template <class T>
+void add_by_axes(const Tile<T>& tile, const T* tables, const Term& term, int64_t begin, int64_t end) {
+  const Map& map = term.map;
+  const int64_t width = term.width;
+  for_cells(Segments(tile, map), map, begin, end, [&](const Cell& cell) {
     const T* at = tables + cell.key * width + (map.row_slots - 1 - cell.top);
     oct<T> r[8];
 #pragma GCC unroll 8
     for (int m = 0; m < 8; ++m) r[m] = load8(at + m * width + cell.slots[-m] * map.row_slots);
     transpose8<T>(r);
+    T by_run[8 * 8];
+#pragma GCC unroll 8
+    for (int lane = 0; lane < 8; ++lane) {
+      store8(by_run + 8 * lane, cell.keys < 8 ? first_of<T>(r[lane], cell.keys) : r[lane]);
+    }
     T* numbers = tile.numbers + cell.s.at * tile.stride + cell.key;
-    for (int64_t run = cell.top; run >= cell.last; --run) {
-      oct<T> x = r[cell.top - run];
-      if (add && cell.keys < 8) x = first_of<T>(x, cell.keys);
-      const int64_t first = map.run_start[run] - cell.from, begin = first > 0 ? first : 0;
-      const int64_t end = least(map.run_start[run + 1] - cell.from, cell.s.count);
-      for (int64_t y = begin; y < end; ++y) {
-        T* to = numbers + y * tile.stride;
-        store8(to, add ? load8(to) + x : x);
-      }
+    for (int64_t y = cell.begin; y < cell.end; ++y) {
+      T* to = numbers + y * tile.stride;
+      store8(to, load8(to) + load8(by_run + 8 * (cell.top - cell.runs[y])));
     }
   });
 }
@@ -229,24 +263,27 @@ template <class T>
 void sum_tile_by_axes(T* sums, const Tile<T>& tile, const Term& term) {
   const Map& map = term.map;
   const int64_t width = term.width;
-  for_segments(tile, map, [&](const Segment& s) {
+  const Segments segments(tile, map);
+  for (const Segment& s : segments) {
     const int64_t alone = s.column < 0 ? tile.keys : map.skip;
     for (int64_t r = s.at; r < s.at + s.count; ++r) {
       const T* row = tile.numbers + r * tile.stride;
       for (int64_t j = 0; j < alone; ++j) sums[j * width + map.skip_id] += row[j];
     }
-  });
-  for_cells(tile, map, [&](const Cell& cell) {
+  }
+  for_cells(segments, map, 0, map.height, [&](const Cell& cell) {
     const T* numbers = tile.numbers + cell.s.at * tile.stride + cell.key;
-    oct<T> r[8];
-    for (int lane = 0; lane < 8; ++lane) {
-      const int64_t run = cell.top - lane;
-      r[lane] = oct<T>{};
-      if (run < cell.last) continue;
-      const int64_t first = map.run_start[run] - cell.from, begin = first > 0 ? first : 0;
-      const int64_t end = least(map.run_start[run + 1] - cell.from, cell.s.count);
-      for (int64_t y = begin; y < end; ++y) r[lane] += load8(numbers + y * tile.stride);
+    const int32_t* goes_on = map.goes_on + (cell.runs - map.run_of);
+    T by_run[8 * 8] = {};
+    oct<T> sum{};
+    for (int64_t y = cell.begin; y < cell.end; ++y) {
+      const oct<T> x = load8(numbers + y * tile.stride);
+      sum = y == cell.begin ? x : keep_bits<T>(sum, oct_bits<T>{} + goes_on[y]) + x;
+      store8(by_run + 8 * (cell.top - cell.runs[y]), sum);
     }
+    oct<T> r[8];
+#pragma GCC unroll 8
+    for (int lane = 0; lane < 8; ++lane) r[lane] = load8(by_run + 8 * lane);
     transpose8<T>(r);
     T* to = sums + cell.key * width + (map.row_slots - 1 - cell.top);
     for (int64_t m = 0; m < cell.keys; ++m) {

@@ -60,13 +60,13 @@ void ids_of_block(Id* to, const Problem& p, const Map& map, int64_t first) {
     }
     return;
   }
-  const Tile<Id> block{to, 16, first, count, p.Lk};
+  const Segments segments(Tile<Id>{to, 16, first, count, p.Lk}, map);
   for (int64_t j = 0; j < map.skip; ++j) {
     for (int64_t m = 0; m < count; ++m) to[j * 16 + m] = Id(map.skip_id);
   }
   for (int64_t row = 0, j = map.skip; row < h; ++row) {
     for (int64_t column = 0; column < w; ++column, ++j) {
-      for_segments(block, map, [&](const Segment& s) {  // what is too long is overwritten by the next one
+      for (const Segment& s : segments) {  // what is too long is overwritten by the next one
         Id* at = to + j * 16 + s.at;
         if (s.column < 0) {
           for (int64_t m = 0; m < s.count; ++m) at[m] = Id(map.skip_id);
@@ -74,7 +74,7 @@ void ids_of_block(Id* to, const Problem& p, const Map& map, int64_t first) {
           const Id* from = offsets + (w - 1 - column + s.column) * map.stride + (h - 1 - row + s.row);
           __builtin_memcpy(at, from, 16 * sizeof(Id));
         }
-      });
+      }
     }
   }
 }
@@ -140,9 +140,9 @@ void fill_by_ids(T* to, const T* table, const Term& term, int64_t i, int64_t key
   look_up_rows(to + map.skip, table, term, ids, map.stride, map.height, map.width);
 }
 
-// S[i, j] = (or +=) tables[j, ids[j, i]] for the queries of a tile from row `at` on, at most 16, by a block of their ids
-template <bool add, class T, class Id>
-void fill_block(const Tile<T>& tile, int64_t at, const T* tables, const Term& term, const Id* ids) {
+// S[i, j] += tables[j, ids[j, i]] for the queries of a tile from row `at` on, at most 16, by a block of their ids
+template <class T, class Id>
+void add_block(const Tile<T>& tile, int64_t at, const T* tables, const Term& term, const Id* ids) {
   const int64_t rows = least(tile.rows - at, 16);
   T* numbers = tile.numbers + at * tile.stride;
 #ifdef RPE_AVX512
@@ -159,7 +159,7 @@ void fill_block(const Tile<T>& tile, int64_t at, const T* tables, const Term& te
 #pragma GCC unroll 16
         for (int w = 0; w < 16; ++w) {
           float* to = numbers + w * tile.stride + j;
-          _mm512_storeu_ps(to, add ? _mm512_add_ps(_mm512_loadu_ps(to), r[w]) : r[w]);
+          _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), r[w]));
         }
       }
     };
@@ -181,8 +181,7 @@ void fill_block(const Tile<T>& tile, int64_t at, const T* tables, const Term& te
       transpose8<T>(r);
       for (int64_t n = 0; n < least(rows - i, 8); ++n) {
         T* to = numbers + (i + n) * tile.stride + j;
-        if (add && count < 8) r[n] = first_of<T>(r[n], count);
-        store8(to, add ? load8(to) + r[n] : r[n]);
+        store8(to, load8(to) + (count < 8 ? first_of<T>(r[n], count) : r[n]));
       }
     }
   }

@@ -91,13 +91,19 @@ template <class T>
 RPE_INLINE void store8(T* to, oct<T> x) {
   *reinterpret_cast<typename eight<T>::u*>(to) = x;
 }
+template <class T>
+using oct_bits = typename eight<typename simd<T>::integer>::v;
+// x where the bits are all ones, 0 where they are all zeros
+template <class T>
+RPE_INLINE oct<T> keep_bits(oct<T> x, oct_bits<T> bits) {
+  return (oct<T>)((oct_bits<T>)x & bits);
+}
 // the first `count` numbers of x, zeros behind
 template <class T>
 RPE_INLINE oct<T> first_of(oct<T> x, int64_t count) {
-  T all[8];
-  store8(all, x);
-  for (int64_t m = count; m < 8; ++m) all[m] = T(0);
-  return load8<T>(all);
+  using I = typename simd<T>::integer;
+  static constexpr I ones_and_zeros[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  return keep_bits<T>(x, load8(ones_and_zeros + 8 - count));
 }
 
 // table[ids[m]] for eight ids below 8 * S, or of any size for S = 0

@@ -49,7 +49,7 @@ struct Worker {
   Arena<T> arena;
   Matrix keys, values, query, grad, scores, weights_grad;
   Item *keys_t, *values_t;
-  T *result, *mask_row, *keep, *row_table, *second, *buffer, *grad_k = nullptr, *grad_v = nullptr, *tables_q;
+  T *result, *mask_row, *keep, *row_table, *bias, *second, *buffer, *grad_k = nullptr, *grad_v = nullptr, *tables_q;
   int32_t* ids;
   Groups<T> groups;
   Weight<X> *weights_q, *weights_k, *weights_v;
@@ -88,7 +88,8 @@ struct Worker {
     look_at(p.on_q, p.num_q, true);
     look_at(p.on_k, p.num_k, false);
     look_at(p.on_v, p.num_v, false);
-    row_table = arena.take(4 * widest);
+    row_table = arena.take(8 * widest);
+    bias = p.num_k + p.num_v > 0 ? arena.take(L16) : nullptr;
     second = p.num_k > 1 || p.num_v > 1 ? arena.take(L16) : nullptr;
     buffer = arena.take(room);
     ids = arena.template array<int32_t>(ids_bytes / 4);
@@ -190,6 +191,26 @@ struct Worker {
     X::clear_row(to, rows * Dp, (round_up(rows, 8) - rows) * Dp);
   }
 
+  // rows that another head, or a later tile, reads soon; they lie far apart, so that no processor sees them coming
+  void fetch(const View& view, int64_t of_head, int64_t l) {
+    const int64_t size = view.storage == Storage::f64 ? 8 : view.storage == Storage::f32 ? 4 : 2;
+    const char* at = view.data + row_of(view, of_head / p.H, of_head % p.H, l) * size;
+    if (view.d != 1) return;
+    for (int64_t c = 0; c < p.D * size; c += 64) __builtin_prefetch(at + c, 0, 3);
+  }
+  void fetch_queries(const View& view, const Tile<T>& tile) {
+    for (int64_t r = 0; r < least(p.tile, p.Lq - tile.first); ++r) fetch(view, head, p.query_at(tile.first + r));
+  }
+  // the share of a tile in the keys and values of the next head
+  void fetch_next(int64_t tile) {
+    if (head + 1 >= p.B * p.H) return;
+    const int64_t share = (p.Lk + p.tiles - 1) / p.tiles, end = least((tile + 1) * share, p.Lk);
+    for (int64_t l = tile * share; l < end; ++l) {
+      fetch(p.k, head + 1, l);
+      fetch(p.v, head + 1, l);
+    }
+  }
+
   void enter(int64_t next) {
     head = next;
     b = head / p.H;
@@ -264,21 +285,30 @@ struct Worker {
     clear(row + p.Lk, L16 - p.Lk);
   }
 
-  // row_table = the sums of row[j] by the buckets of query i
-  void sum_row(const T* row, const Term& term, int64_t i) {
-    if (term.map.kind == Map::axes) {
-      sum_by_axes(row_table, row, term, i, p.Lk, buffer);
-    } else if (term.narrow) {
-      sum_by_ids(row_table, row, term, i, p.Lk, reinterpret_cast<uint8_t*>(ids), groups);
-    } else {
-      sum_by_ids(row_table, row, term, i, p.Lk, ids, groups);
+  // The sums of a tile's rows r, r + 1, ... by the buckets of their queries, at most eight, go where they are wanted.
+  void sum_rows(const Tile<T>& tile, int64_t r, const Term& term, const Weight<X>& weight, const T* factor) {
+    const int64_t count = least(tile.rows - r, 8);
+    const T* rows = tile.numbers + r * ld;
+    int64_t i[8];
+    for (int64_t n = 0; n < count; ++n) i[n] = p.query_at(tile.first + r + n);
+    if (term.map.kind == Map::axes) sum_by_axes(row_table, rows, ld, i, count, term, p.Lk, buffer);
+    for (int64_t n = 0; n < count; ++n) {
+      T* sums = row_table + n * term.width;
+      if (term.map.kind != Map::axes) {
+        sums = row_table;
+        if (term.narrow) {
+          sum_by_ids(sums, rows + n * ld, term, i[n], p.Lk, reinterpret_cast<uint8_t*>(ids), groups);
+        } else {
+          sum_by_ids(sums, rows + n * ld, term, i[n], p.Lk, ids, groups);
+        }
+      }
+      if (term.weight) {
+        T* to = weight.tile.numbers + (r + n) * term.width;
+        for (int64_t c = 0; c < term.width; c += W) store(to + c, load(sums + c));
+      } else {
+        store_table(term, term.result, row_of(term.result, b, h, i[n]), sums, factor == nullptr ? T(1) : factor[r + n]);
+      }
     }
-  }
-
-  // row r of the sums of query i goes where it is wanted
-  void put_sums(const Term& term, const Weight<X>& weight, int64_t r, int64_t i, T factor) {
-    if (!term.weight) return store_table(term, term.result, row_of(term.result, b, h, i), row_table, factor);
-    for (int64_t c = 0; c < term.width; c += W) store(weight.tile.numbers + r * term.width + c, load(row_table + c));
   }
 
   // f(ids of 16 queries, their first row) for all in a tile
@@ -290,13 +320,11 @@ struct Worker {
     }
   }
 
-  // S[i, j] = (or +=) what the table of key j has for query i
-  template <bool add>
-  void fill_tile(const Tile<T>& tile, const T* tables, const Term& term) {
-    if (term.map.kind == Map::axes) return fill_tile_by_axes<add>(tile, tables, term);
-    const auto fill = [&](const auto* block, int64_t at) { fill_block<add>(tile, at, tables, term, block); };
-    if (term.narrow) return for_blocks(tile, term.map, reinterpret_cast<uint8_t*>(ids), fill);
-    for_blocks(tile, term.map, ids, fill);
+  // S[i, j] += what the table of key j has for query i
+  void add_tables(const Tile<T>& tile, const T* tables, const Term& term) {
+    const auto add = [&](const auto* block, int64_t at) { add_block(tile, at, tables, term, block); };
+    if (term.narrow) return for_blocks(tile, term.map, reinterpret_cast<uint8_t*>(ids), add);
+    for_blocks(tile, term.map, ids, add);
   }
 
   // sums[j] += the sums of S[i, j] by the buckets of key j
@@ -309,7 +337,7 @@ struct Worker {
 
   // ---- scores
 
-  // scale q k^T and the encodings on keys and on queries
+  // scale q k^T and the encodings on queries; the tables of those on keys
   void score_tile(const Tile<T>& tile) {
     const int64_t padded = round_up(tile.rows, 8);
     load_queries(query, p.q, tile.first, tile.rows, early);
@@ -319,20 +347,29 @@ struct Worker {
       by_weight({query.rows, Dp}, padded, weights_k[t].down, term,
                 {weights_k[t].tile.numbers, term.width, false, late});
     }
-    for (int64_t r = 0; p.num_k > 0 && r < tile.rows; ++r) {
-      fill_row(tile.numbers + r * ld, p.on_k, p.num_k, weights_k, r, p.query_at(tile.first + r));
+    // a few columns of the tile at a time, while they are near
+    for (int64_t n = 0, done = 0; n < Lp / W;) {
+      const int64_t count = panel_of(Lp / W - n), begin = n * W;
+      product<X, false>(padded, count, p.D, {query.rows, Dp}, {keys_t + begin * X::items(p.D), 0, true},
+                        {tile.numbers + begin, ld, false, late});
+      n += count;
+      const int64_t columns = n * W - p.skip, rows = columns < 0 ? 0 : least(columns / most(p.width, 1), p.height);
+      const T* at = tables_q;
+      for (int64_t t = 0; t < p.num_q && rows > done; ++t) {
+        if (p.on_q[t].map.kind == Map::axes) add_by_axes(tile, at, p.on_q[t], done, rows);
+        at += (L8 + 8) * p.on_q[t].width;
+      }
+      done = rows;
     }
     const T* at = tables_q;
     for (int64_t t = 0; t < p.num_q; ++t) {
-      if (t + p.num_k > 0) {
-        fill_tile<true>(tile, at, p.on_q[t]);
+      if (p.on_q[t].map.kind == Map::axes) {
+        add_skip_bucket(tile, at, p.on_q[t]);
       } else {
-        fill_tile<false>(tile, at, p.on_q[t]);
+        add_tables(tile, at, p.on_q[t]);
       }
       at += (L8 + 8) * p.on_q[t].width;
     }
-    product<X, false>(padded, Lp / W, p.D, {query.rows, Dp}, {keys_t, 0, true},
-                      {tile.numbers, ld, p.num_k + p.num_q > 0, late});
   }
 
   void read_mask(int64_t i) {
@@ -342,25 +379,34 @@ struct Worker {
     mask_ready = true;
   }
 
-  // the mask, and nothing beyond the last key
-  void finish_scores(T* row, int64_t i) {
-    if (p.mask.data != nullptr) {
-      read_mask(i);
-      for (int64_t j = 0; j < Lp; j += W) store(row + j, load(row + j) + load(mask_row + j));
-    }
+  // f(the scores of row r of the tile, with the encodings on keys, and the mask): nothing beyond the last key
+  template <class F>
+  void with_scores(T* row, int64_t r, int64_t i, const F& f) {
+    if (p.num_k > 0) fill_row(bias, p.on_k, p.num_k, weights_k, r, i);
+    if (p.mask.data != nullptr) read_mask(i);
     for (int64_t j = p.Lk; j < Lp; ++j) row[j] = -T(__builtin_inf());
+    if (p.num_k > 0 && p.mask.data != nullptr) {
+      f([=](int64_t j) { return load(row + j) + load(bias + j) + load(mask_row + j); });
+    } else if (p.num_k > 0 || p.mask.data != nullptr) {
+      const T* one = p.num_k > 0 ? bias : mask_row;
+      f([=](int64_t j) { return load(row + j) + load(one + j); });
+    } else {
+      f([=](int64_t j) { return load(row + j); });
+    }
   }
 
   // ---- forward
 
   // scores -> weights before they are divided by their sum, dropped; returns what they are to be multiplied with
-  T forward_row(T* row, int64_t i) {
-    finish_scores(row, i);
+  T forward_row(T* row, int64_t r, int64_t i) {
     vec<T> highest = spread(-T(__builtin_inf()));
-    for (int64_t j = 0; j < Lp; j += W) {
-      const vec<T> x = load(row + j);
-      highest = highest > x ? highest : x;
-    }
+    with_scores(row, r, i, [&](const auto& score) {
+      for (int64_t j = 0; j < Lp; j += W) {
+        const vec<T> x = score(j);
+        highest = highest > x ? highest : x;
+        store(row + j, x);
+      }
+    });
     T top = highest[0];
     for (int w = 1; w < W; ++w) top = top > highest[w] ? top : highest[w];
     const bool nothing = top == -T(__builtin_inf());
@@ -390,17 +436,17 @@ struct Worker {
   void forward_tile(int64_t index) {
     const Tile<T> tile = tile_of(scores.numbers, index);
     const int64_t padded = round_up(tile.rows, 8);
+    fetch_next(index);
     score_tile(tile);
+    fetch_queries(p.q, tile_of(nullptr, index + 1));
     T factor[32];
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      const int64_t i = p.query_at(tile.first + r);
-      T* row = tile.numbers + r * ld;
-      factor[r] = forward_row(row, i);
-      for (int64_t t = 0; t < p.num_v; ++t) {
-        sum_row(row, p.on_v[t], i);
-        put_sums(p.on_v[t], weights_v[t], r, i, factor[r]);
+    for (int64_t from = 0; from < tile.rows; from += 8) {
+      const int64_t end = least(from + 8, tile.rows);
+      for (int64_t r = from; r < end; ++r) {
+        factor[r] = forward_row(tile.numbers + r * ld, r, p.query_at(tile.first + r));
       }
-      X::make_rows(scores, r, 1, ld);
+      for (int64_t t = 0; t < p.num_v; ++t) sum_rows(tile, from, p.on_v[t], weights_v[t], factor);
+      X::make_rows(scores, from, end - from, ld);
     }
     const int64_t vectors = Dp / W;
     product<X, false>(padded, vectors, p.Lk, {scores.rows, ld}, {values.pairs, Dp}, {result, Dp});
@@ -409,7 +455,8 @@ struct Worker {
       const Weight<X>& weight = weights_v[t];
       if (!p.on_v[t].weight) continue;
       X::make_rows(weight.tile, 0, tile.rows, width);
-      product<X, false>(padded, vectors, width, {weight.tile.rows, width}, {weight.up.pairs, Dp}, {result, Dp, true});
+      product<X, false>(padded, vectors, p.on_v[t].used, {weight.tile.rows, width}, {weight.up.pairs, Dp},
+                        {result, Dp, true});
     }
     for (int64_t r = 0; r < tile.rows; ++r) {
       const int64_t i = p.query_at(tile.first + r);
@@ -421,18 +468,23 @@ struct Worker {
 
   // scores -> weights (after dropout), weights_grad -> gradient of the scores
   void backward_row(T* row, T* grad_row, int64_t r, int64_t i) {
-    finish_scores(row, i);
     const vec<T> lse = spread(static_cast<const T*>(p.lse)[head * p.Lq + i]);
-    if (keep != nullptr) {
-      dropout_row(keep, p.dropout_p, dropout_key(p.seed, head, i), Lp);
-      for (int64_t j = 0; j < Lp; j += W) store(grad_row + j, load(grad_row + j) * load(keep + j));
-    }
-    vec<T> dot{}, sum{};
+    vec<T> sum{}, dot{};
+    with_scores(row, r, i, [&](const auto& score) {
+      for (int64_t j = 0; j < Lp; j += W) {
+        const vec<T> x = exponential<T>(score(j) - lse);
+        sum += x;
+        store(row + j, x);
+      }
+    });
+    if (p.num_v > 0) fill_row(bias, p.on_v, p.num_v, weights_v, r, i);
+    if (keep != nullptr) dropout_row(keep, p.dropout_p, dropout_key(p.seed, head, i), Lp);
     for (int64_t j = 0; j < Lp; j += W) {
-      const vec<T> x = exponential<T>(load(row + j) - lse);
-      dot += x * load(grad_row + j);
-      sum += x;
-      store(row + j, x);
+      vec<T> x = load(grad_row + j);
+      if (p.num_v > 0) x += load(bias + j);
+      if (keep != nullptr) x *= load(keep + j);
+      dot += x * load(row + j);
+      store(grad_row + j, x);
     }
     // lse is rounded, by more than eps where it is large: these weights add up to about 1, those below to 1
     const T total = sum_of<T>(sum);
@@ -442,35 +494,32 @@ struct Worker {
       store(grad_row + j, x * (load(grad_row + j) - delta));
       store(row + j, keep != nullptr ? x * load(keep + j) : x);
     }
-    for (int64_t t = 0; t < p.num_k; ++t) {
-      sum_row(grad_row, p.on_k[t], i);
-      put_sums(p.on_k[t], weights_k[t], r, i, T(1));
-    }
-    for (int64_t t = 0; t < p.num_v; ++t) {
-      if (!p.on_v[t].weight) continue;
-      sum_row(row, p.on_v[t], i);
-      put_sums(p.on_v[t], weights_v[t], r, i, T(1));
-    }
   }
 
   void backward_tile(int64_t index) {
     const Tile<T> tile = tile_of(scores.numbers, index), tile_grad = tile_of(weights_grad.numbers, index);
     const int64_t rows = tile.rows, padded = round_up(rows, 8), keys8 = round_up(p.Lk, 8), vectors = Dp / W;
+    fetch_next(index);
     score_tile(tile);
     load_queries(grad, p.grad_out, tile.first, rows, T(1));
     X::pair_rows(query, rows, Dp);
     X::pair_rows(grad, rows, Dp);
+    fetch_queries(p.q, tile_of(nullptr, index + 1));
+    fetch_queries(p.grad_out, tile_of(nullptr, index + 1));
     for (int64_t t = 0; t < p.num_v; ++t) {
       const Term& term = p.on_v[t];
       if (!term.weight) continue;
       by_weight({grad.rows, Dp}, padded, weights_v[t].down, term, {weights_v[t].tile.numbers, term.width});
     }
-    for (int64_t r = 0; p.num_v > 0 && r < rows; ++r) {
-      fill_row(tile_grad.numbers + r * ld, p.on_v, p.num_v, weights_v, r, p.query_at(tile.first + r));
-    }
-    product<X, false>(padded, Lp / W, p.D, {grad.rows, Dp}, {values_t, 0, true}, {tile_grad.numbers, ld, p.num_v > 0});
-    for (int64_t r = 0; r < rows; ++r) {
-      backward_row(tile.numbers + r * ld, tile_grad.numbers + r * ld, r, p.query_at(tile.first + r));
+    product<X, false>(padded, Lp / W, p.D, {grad.rows, Dp}, {values_t, 0, true}, {tile_grad.numbers, ld});
+    for (int64_t from = 0; from < rows; from += 8) {
+      for (int64_t r = from; r < least(from + 8, rows); ++r) {
+        backward_row(tile.numbers + r * ld, tile_grad.numbers + r * ld, r, p.query_at(tile.first + r));
+      }
+      for (int64_t t = 0; t < p.num_k; ++t) sum_rows(tile_grad, from, p.on_k[t], weights_k[t], nullptr);
+      for (int64_t t = 0; t < p.num_v; ++t) {
+        if (p.on_v[t].weight) sum_rows(tile, from, p.on_v[t], weights_v[t], nullptr);
+      }
     }
     X::make_pairs(scores, rows, ld);
     X::make_pairs(weights_grad, rows, ld);
@@ -487,7 +536,8 @@ struct Worker {
       X::make_pairs(weight.tile, rows, width);
       product<X, true>(Dp, width / W, rows, {query.pairs, Dp}, {weight.tile.pairs, width},
                        {weight.gradient, width, true});
-      product<X, false>(padded, vectors, width, {weight.tile.rows, width}, {weight.up.pairs, Dp}, {result, Dp, true});
+      product<X, false>(padded, vectors, p.on_k[t].used, {weight.tile.rows, width}, {weight.up.pairs, Dp},
+                        {result, Dp, true});
     }
     for (int64_t t = 0; t < p.num_v; ++t) {
       const int64_t width = p.on_v[t].width;
@@ -510,7 +560,7 @@ struct Worker {
       if (term.weight) {
         X::make_rows(weight.table, 0, L8, width);
         X::make_pairs(weight.table, p.Lk, width);
-        product<X, false>(L8, Dp / W, width, {weight.table.rows, width}, {weight.up.pairs, Dp}, {grad_k, Dp, true});
+        product<X, false>(L8, Dp / W, term.used, {weight.table.rows, width}, {weight.up.pairs, Dp}, {grad_k, Dp, true});
         product<X, true>(Dp, width / W, p.Lk, {keys.pairs, Dp}, {weight.table.pairs, width}, {weight.gradient, width});
         store_weight(term, weight.gradient, T(p.scale));
       } else {
