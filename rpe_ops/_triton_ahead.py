@@ -25,17 +25,15 @@ class Variant(NamedTuple):
     """What Triton makes one binary of: a kernel, the types of its arguments, its constants and its options."""
 
     kernel: str
-    types: tuple[tuple[str, Any], ...]  # of each argument, "*bf16", "i32", "fp32", or a tuple of them
+    types: tuple[tuple[str, str], ...]  # of each argument: "*bf16", "i32", "fp32", "constexpr"
     constants: tuple[tuple[str, Any], ...]
     options: tuple[tuple[str, int], ...]  # num_warps and num_stages
 
     @property
     def name(self) -> str:
-        known = dict(self.constants)
-        data = next((type_ for _, type_ in _leaves(self.types) if type_.startswith("*")), "")
-        given = [f"{name}={value}" for name, value in (*known.items(), *self.options)]
-        terms = [f"{name}x{len(type_)}" for name, type_ in self.types if isinstance(type_, tuple) and "on_" in name]
-        return " ".join([self.kernel, data.strip("*"), *terms, *given])
+        data = dict(self.types).get("q", "").strip("*")
+        given = [f"{name}={value}" for name, value in (*self.constants, *self.options) if value is not None]
+        return " ".join([self.kernel, data, *given])
 
 
 class Report(NamedTuple):
@@ -93,19 +91,6 @@ def compile_for(
     return {variant.name: report for variant, report in zip(variants, reports, strict=True)}
 
 
-def _leaves(types: Any, path: tuple = ()) -> Iterable[tuple[tuple, str]]:
-    for place, (_, type_) in enumerate(types):
-        yield from _below(type_, (*path, place))
-
-
-def _below(type_: Any, path: tuple) -> Iterable[tuple[tuple, str]]:
-    if isinstance(type_, tuple):
-        for place, inner in enumerate(type_):
-            yield from _below(inner, (*path, place))
-    else:
-        yield path, type_
-
-
 def _compile(variant: Variant, target: str, only_front_end: bool) -> Report:
     start = time.perf_counter()
     try:
@@ -121,16 +106,14 @@ def _compiled(variant: Variant, target: str, only_front_end: bool) -> Report:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
 
-    from . import _triton_lookup
+    from . import _triton_axes, _triton_lookup
 
     kind, arch = target.split(":")
     gpu = GPUTarget(kind, int(arch) if kind == "cuda" else arch, 64 if arch.startswith("gfx9") else 32)
     places = {name: place for place, (name, _) in enumerate(variant.types)}
     constants = {(places[name],): value for name, value in variant.constants}
-    # torch allocates at multiples of 16, and the strides of what it allocates here are such multiples
-    aligned = {path: [["tt.divisibility", 16]] for path, type_ in _leaves(variant.types) if type_.startswith("*")}
-    kernel = getattr(_triton_lookup, variant.kernel)
-    source = ASTSource(kernel, signature=dict(variant.types), constexprs=constants, attrs=aligned)
+    kernel = getattr(_triton_axes if variant.kernel.startswith("axes") else _triton_lookup, variant.kernel)
+    source = ASTSource(kernel, signature=dict(variant.types), constexprs=constants)
     if only_front_end:
         backend = make_backend(gpu)
         options = backend.parse_options(dict(variant.options))

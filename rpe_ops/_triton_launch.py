@@ -6,6 +6,7 @@ Kernels that multiply small matrices (`_triton_axes`) take calls whose maps fact
 
 import contextlib
 import functools
+import inspect
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -130,6 +131,9 @@ def launch(module: Any, name: str, grid: tuple[int, ...], arguments: tuple, cons
 
 # --- kernels that look up
 
+# buckets are summed on v going forward, on k and q going backward
+_LOOKUP = {"lookup_forward": 2, "lookup_backward_queries": 1, "lookup_backward_keys": 0}
+
 
 def _terms(maps: Sequence[Tensor], sizes: Sequence[int]) -> list[Term]:
     step = len(sizes) // max(len(maps), 1)
@@ -231,7 +235,8 @@ def _look_up(
     from . import _triton_lookup
 
     most = max([term.num_buckets for term in summed], default=1)
-    constants = lookup_constants(name, call.wide, call.dtype.itemsize, tuple(n > 0 for n in counts), most, call)
+    on = tuple(n > 0 for n in counts)
+    constants = _lookup_constants(name, on, call.extra, call.wide, most, call.precision, call.major)
     blocks = (rows + constants["R"] - 1) // constants["R"] * call.B * call.H
     if blocks:
         rest = (*call.mask, *counts, call.H, call.Lq, call.Lk, *_geometry(summed, columns), call.scale, call.D // 8)
@@ -240,14 +245,87 @@ def _look_up(
         )
 
 
-def lookup_constants(
-    name: str, wide: int, itemsize: int, on: tuple[bool, ...], most: int, call: Any
+def _lookup_constants(
+    name: str, on: tuple[bool, ...], extra: bool, wide: int, most: int, precision: str, major: int
 ) -> dict[str, Any]:
     flags = dict(zip(("ON_Q", "ON_K", "ON_V"), on, strict=True))
-    rows = dict(R=32, num_warps=4, num_stages=1)
+    # what sums buckets keeps its registers only where a thread has few of a tile's numbers
+    sums = on[_LOOKUP[name]]
+    rows = dict(R=16 if sums else 32, num_warps=4 if not sums and wide < 128 and precision == "ieee" else 8)
+    return flags | dict(EXTRA=extra, WIDE=wide, NB=64 if most <= 64 else _MOST, PRECISION=precision, num_stages=1, **rows)
+
+
+# --- kernels that multiply small matrices
+
+
+class Axes(NamedTuple):
+    """Maps that factor, of one grid: for each of q, k, v its map, N and number of column buckets, or None."""
+
+    on: tuple[tuple[Tensor, int, int] | None, ...]
+    height: int
+    width: int
+    skip: int
+    deep: int
+    places: int
+
+
+def _axes(maps: Sequence[Sequence[Tensor]], sizes: Sequence[Sequence[int]], Lq: int, Lk: int) -> Axes | None:
+    """What the kernels read where they can take all terms of a call; elsewhere None."""
+    if max(map(len, maps)) != 1:
+        return None
+    on: list[tuple[Tensor, int, int] | None] = []
+    grid, places = None, 0
+    for some, numbers in zip(maps, sizes, strict=True):
+        if not some:
+            on.append(None)
+            continue
+        if len(numbers) < 5 or some[0].dim() != 1 or numbers[4] < 1 or (grid is not None and tuple(numbers[:3]) != grid):
+            return None
+        height, width, skip, N, columns = numbers
+        grid = height, width, skip
+        rows = (N - (skip > 0) + columns - 1) // columns
+        places = max(places, rows + (skip > 0), columns + (skip > 0))
+        on.append((some[0].to(torch.int32), N, columns))
+    assert grid is not None
+    height, width, skip = grid
+    if places > 16 or not Lq == Lk == skip + height * width:
+        return None
+    deep = min(_power_of_two(max(64 // width, 1)), 4)
+    return Axes(tuple(on), *grid, deep, 8 if places <= 8 and deep == 4 else 16)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _axes_constants(
+    on: tuple[bool, ...], extra: bool, wide: int, deep: int, places: int, precision: str, major: int
+) -> dict[str, Any]:
+    flags = dict(zip(("ON_Q", "ON_K", "ON_V"), on, strict=True))
     return flags | dict(
-        EXTRA=call.extra, WIDE=wide, NB=64 if most <= 64 else _MOST, PRECISION=call.precision, **rows
+        EXTRA=extra, WIDE=wide, GROUPS=4, DEEP=deep, PLACES=places, PRECISION=precision, num_warps=4, num_stages=2
     )
+
+
+def _near_or_far(lut: Tensor | None, term: tuple[Tensor, int, int] | None, dtype: torch.dtype) -> tuple:
+    """The arguments of one table."""
+    if term is None or lut is None:
+        return (None, None, 0, 0, 0, 0, 0)
+    lut = _table(lut, dtype)
+    return (lut, term[0], *lut.stride()[:3], *term[1:])
+
+
+def _multiply(name: str, call: Call, axes: Axes, arguments: tuple) -> None:
+    from . import _triton_axes
+
+    on = tuple(term is not None for term in axes.on)
+    constants = _axes_constants(on, call.extra, call.wide, axes.deep, axes.places, call.precision, call.major)
+    up = (axes.height + 15) // 16
+    more = (max(axes.skip - (up * 16 - axes.height) * axes.width, 0) + 15) // 16
+    blocks = (up * axes.width + more + constants["GROUPS"] - 1) // constants["GROUPS"] * call.B * call.H
+    if blocks:
+        rest = (*call.mask, call.H, call.Lq, axes.height, axes.width, axes.skip, call.scale, call.D // 8)
+        launch(_triton_axes, name, (blocks,), (*arguments, *rest), constants)
 
 
 # --- the two functions
@@ -277,11 +355,19 @@ def forward(
     out, lse = _empty_heads(q, call.Lq, D), q.new_empty(q.shape[:3], dtype=torch.float32)
     q, k, v = _rows(q), _rows(k), _rows(v)
     call = call._replace(D=q.shape[3])
+    strides = (*_strides(q), *_strides(k), *_strides(v))
+    axes = _axes((maps_q, maps_k, maps_v), (sizes_q, sizes_k, sizes_v), call.Lq, call.Lk)
+    if axes is not None:
+        tables = (_near_or_far(_first(x), term, q.dtype) for x, term in zip((lut_q, lut_k), axes.on, strict=False))
+        of_v = (None, None, 0, 0) if axes.on[2] is None else (axes.on[2][0], sums[0], *axes.on[2][1:])
+        with _on(q):
+            _multiply("axes_forward", call, axes, (q, k, v, out, lse, *strides, *_chain(tables), *of_v))
+        return out[..., :D], lse, sums
     on_q, on_k, on_v = _terms(maps_q, sizes_q), _terms(maps_k, sizes_k), _terms(maps_v, sizes_v)
     on_v = _one_geometry(on_v, call.Lq, call.Lk)
     with _on(q):
         arguments = (
-            q, k, v, out, lse, *_strides(q), *_strides(k), *_strides(v), *_tables(lut_q, on_q, q.dtype),
+            q, k, v, out, lse, *strides, *_tables(lut_q, on_q, q.dtype),
             *_tables(lut_k, on_k, q.dtype), *_sums(sums, on_v, call.Lq, call.Lk),
         )  # fmt: skip
         counts = (len(on_q), len(on_k), len(on_v))
@@ -319,13 +405,22 @@ def backward(
     delta = torch.empty_like(lse)
     q, k, v, grad_out, out = _rows(q), _rows(k), _rows(v), _rows(grad_out), _rows(out)
     call = call._replace(D=q.shape[3])
+    strides = (*_strides(q), *_strides(k), *_strides(v), *_strides(grad_out))
+    values = [x.contiguous() for x in sums]
+    axes = _axes((maps_q, maps_k, maps_v), (sizes_q, sizes_k, sizes_v), call.Lq, call.Lk)
+    if axes is not None:
+        luts = map(_first, (lut_q, lut_k, grad_sums))
+        tables = tuple(_chain(_near_or_far(x, term, q.dtype) for x, term in zip(luts, axes.on, strict=True)))
+        with _on(q):
+            arguments = (q, k, v, grad_out, out, lse, delta, grad_q, *strides, *_strides(out), *tables)
+            _multiply("axes_backward_queries", call, axes, (*arguments, _first(values), _first(grads_k)))
+            arguments = (q, k, v, grad_out, lse, delta, grad_k, grad_v, *strides, *tables)
+            _multiply("axes_backward_keys", call, axes, (*arguments, _first(grads_q)))
+        return grad_q[..., :D], grad_k[..., :D], grad_v[..., :D], grads_q, grads_k
     on_q, on_k, on_v = _terms(maps_q, sizes_q), _terms(maps_k, sizes_k), _terms(maps_v, sizes_v)
     on_q, on_k = _one_geometry(on_q, call.Lk, call.Lq), _one_geometry(on_k, call.Lq, call.Lk)
-    values = [x.contiguous() for x in sums]
     with _on(q):
-        strides = (*_strides(q), *_strides(k), *_strides(v), *_strides(grad_out))
-        tables = [_tables(*x, q.dtype) for x in ((lut_q, on_q), (lut_k, on_k), (grad_sums, on_v))]
-        tables = tuple(itertools.chain(*tables))
+        tables = tuple(_chain(_tables(*x, q.dtype) for x in ((lut_q, on_q), (lut_k, on_k), (grad_sums, on_v))))
         counts = (len(on_q), len(on_k), len(on_v))
         both = (values[0], values[-1]) if values else (None, None)
         arguments = (
@@ -338,6 +433,13 @@ def backward(
         )  # fmt: skip
         _look_up("lookup_backward_keys", call, call.Lk, call.Lq, arguments, counts, on_q)
     return grad_q[..., :D], grad_k[..., :D], grad_v[..., :D], grads_q, grads_k
+
+
+_chain = itertools.chain.from_iterable
+
+
+def _first(tensors: Sequence[Tensor]) -> Tensor | None:
+    return tensors[0] if tensors else None
 
 
 def _numbers(maps: Sequence[Tensor], sizes: Sequence[int]) -> list[int]:
@@ -363,3 +465,77 @@ def fake_backward(
     grads_q, grads_k = ([lut.new_empty(lut.shape) for lut in luts] for luts in (lut_q, lut_k))
     grads = [_empty_heads(q, x.shape[2], D)[..., :D] for x in (q, k, v)]
     return grads[0], grads[1], grads[2], grads_q, grads_k
+
+
+# --- every binary that these can ask for
+
+_FLAGS = list(itertools.product((False, True), repeat=3))
+
+
+def variants(target: str) -> Iterator[Variant]:
+    """Every kernel that `launch` may be asked for on a target such as "cuda:90"."""
+    from . import _triton_axes, _triton_lookup
+
+    major = int(target.split(":")[1]) // 10 if target.startswith("cuda") else 8
+    rough = ("tf32x3", "tf32") if target.startswith("cuda") else ("ieee",)
+    numbers = [("fp16", "ieee"), ("bf16", "ieee"), *(("fp32", precision) for precision in rough)]
+    yield variant(_triton_lookup.plan, "fp32", _PLAN)
+    for name, on, extra in itertools.product(_LOOKUP, _FLAGS, (False, True)):
+        most_of = (64, _MOST) if on[_LOOKUP[name]] else (1,)
+        for (dtype, precision), wide, most in itertools.product(numbers, _WIDTHS, most_of):
+            constants = _lookup_constants(name, on, extra, wide, most, precision, major)
+            yield variant(getattr(_triton_lookup, name), dtype, constants)
+
+
+    for name, on, extra in itertools.product(_AXES, _FLAGS[1:], (False, True)):
+        for (dtype, precision), wide, (deep, places) in itertools.product(numbers, _WIDTHS, _SHAPES):
+            constants = _axes_constants(on, extra, wide, deep, places, precision, major)
+            yield variant(getattr(_triton_axes, name), dtype, constants)
+
+
+_AXES = ("axes_forward", "axes_backward_queries", "axes_backward_keys")
+_SHAPES = [(1, 16), (2, 16), (4, 8), (4, 16)]  # DEEP and PLACES
+
+
+def usual(target: str) -> Iterator[Variant]:
+    """Those of 16 bits without mask and dropout, on keys or on queries, keys and values."""
+    for one in variants(target):
+        known = dict(one.constants)
+        some = (known.get("ON_Q"), known.get("ON_K"), known.get("ON_V")) in ((False, True, False), (True, True, True))
+        if some and not known["EXTRA"] and known["WIDE"] == 64 and dict(one.types)["q"] != "*fp32":
+            yield one
+
+
+_POINTERS = {"lse": "*fp32", "delta": "*fp32", "mask": "*fp32", "seed": "*i64"}
+_TURNED = {"q": "ON_Q", "k": "ON_K", "v": "ON_V"}
+_SUMS = dict(forward="ON_V", backward_queries="ON_K", backward_keys="ON_Q")
+_DATA = "q k v out grad_out grad_q grad_k grad_v q1 q2 k1 k2 v1 v2 values1 values2 sums1 sums2".split()
+
+
+def variant(kernel: Any, dtype: str, constants: dict[str, Any]) -> Variant:
+    """What Triton compiles where `launch` calls the kernel with these constants; tensors that are absent are None."""
+    name = kernel.fn.__name__
+    options = {key: constants[key] for key in ("num_warps", "num_stages") if key in constants}
+    constants = {key: value for key, value in constants.items() if key not in options}
+    types = {}
+    for word in inspect.signature(kernel.fn).parameters:
+        kind = word.split("_")[-1].rstrip("12")
+        flag = None
+        if word in constants:
+            type_ = "constexpr"
+        elif word in _DATA:
+            type_ = f"*{dtype}"
+            flag = "ON_V" if kind == "values" else _SUMS.get(name.split("_", 1)[-1]) if kind == "sums" else None
+            flag = _TURNED[word[0]] if len(word) == 2 else flag
+        elif kind == "ids":
+            type_, flag = "*i32", _TURNED.get(word[0])
+        elif kind in ("order", "ends"):
+            type_, flag = "*u8", _SUMS.get(name.split("_", 1)[-1])
+        elif word in _POINTERS:
+            type_, flag = _POINTERS[word], "EXTRA" if word in ("mask", "seed") else None
+        else:
+            type_ = "fp32" if word in ("scale", "factor") else "i32"
+        if flag is not None and not constants[flag]:
+            type_, constants = "constexpr", constants | {word: None}
+        types[word] = type_
+    return Variant(name, tuple(types.items()), tuple(constants.items()), tuple(options.items()))
