@@ -181,9 +181,9 @@ class RPEAttentionBackward(torch.autograd.Function):
         return _vmap(RPEAttentionBackward, info, in_dims, args)
 
 
-for _function in (RPEAttention, RPEAttentionBackward):
+for _forward in (RPEAttention.forward, RPEAttentionBackward.forward):
     # `apply` asks for it in every call, and working it out takes longer than all the rest of `apply`
-    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[attr-defined]
+    _forward.__signature__ = inspect.signature(_forward)  # type: ignore[attr-defined]
 
 
 def _parts(call: Call, rest: Sequence[Any], kept: bool = True) -> tuple[Inputs, list[Tensor], list[Tensor]]:

@@ -101,7 +101,7 @@ def _forward(
     dropout_p: float,
     or_eager: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    maps = maps_q, maps_k, maps_v, numbers_q, numbers_k, numbers_v
+    maps: tuple[Any, ...] = (maps_q, maps_k, maps_v, numbers_q, numbers_k, numbers_v)
     try:
         luts = (
             [_side_table(k, table, scale) for table in tables_q],
@@ -113,7 +113,7 @@ def _forward(
         pairs = _pairs(q, k, v, tables_q, tables_k, tables_v, *maps)
         rest = dict(scale=scale, attn_mask=attn_mask, dropout_p=dropout_p, seed=seed)
         out, lse, sums = rpe_attention_eager.attention_and_lse(*pairs, **rest)
-        return _heads_inside(out), lse, [x.contiguous() for x in sums]
+        return _heads_inside(q, out), lse, [x.contiguous() for x in sums]
     for bucket_sums, W in zip(sums, tables_v, strict=False):
         _by_head(out).baddbmm_(_by_head(bucket_sums), W.to(q.dtype))
     return out, lse, sums
@@ -143,7 +143,7 @@ def _backward(
     dropout_p: float,
     or_eager: bool,
 ) -> list[Tensor]:
-    maps = maps_q, maps_k, maps_v, numbers_q, numbers_k, numbers_v
+    maps: tuple[Any, ...] = (maps_q, maps_k, maps_v, numbers_q, numbers_k, numbers_v)
     try:
         luts = (
             [_side_table(k, table, scale) for table in tables_q],
@@ -161,7 +161,7 @@ def _backward(
         pairs = _pairs(q, k, v, tables_q, tables_k, tables_v, *maps)
         rest = dict(scale=scale, attn_mask=attn_mask, dropout_p=dropout_p, seed=seed)
         grads = rpe_attention_eager.gradients(grad_out, grad_sums, pairs, **rest)
-        return [_heads_inside(x) for x in grads[:3]] + [x.contiguous() for x in grads[3:]]
+        return [_heads_inside(q, x) for x in grads[:3]] + [x.contiguous() for x in grads[3:]]
     grads = [grad_q, grad_k, grad_v]
     for x, of_x, tables, of_tables in ((k, grad_k, tables_q, of_q), (q, grad_q, tables_k, of_k)):
         for table, of_table in zip(tables, of_tables, strict=True):
@@ -181,9 +181,9 @@ def _by_head(x: Tensor) -> Tensor:
     return x.transpose(0, 1).flatten(1, 2)
 
 
-def _heads_inside(x: Tensor) -> Tensor:
-    """The same, in memory (B, L, H, D)."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
+def _heads_inside(q: Tensor, x: Tensor) -> Tensor:
+    """x in memory as the kernels leave it."""
+    return _empty_heads(q, x.shape[2]).copy_(x)
 
 
 def _side_table(x: Tensor, table: Tensor, scale: float) -> Tensor:
@@ -225,7 +225,7 @@ def _give_up(q: Tensor, error: Exception, or_eager: bool) -> None:
 
 
 def _empty_heads(q: Tensor, tokens: int) -> Tensor:
-    return q.new_empty(q.shape[0], tokens, q.shape[1], q.shape[3]).transpose(1, 2)
+    return _triton_launch._empty_heads(q, tokens, q.shape[3])[..., : q.shape[3]]
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -238,7 +238,7 @@ def _fake_backward(
     grad_out: Tensor, grad_sums: Any, out: Tensor, lse: Tensor, sums: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any
 ) -> list[Tensor]:
     tables = [table for some in rest[:3] for table in some]
-    grads = [_empty_heads(q, q.shape[2]), _empty_heads(q, k.shape[2]), _empty_heads(q, k.shape[2])]
+    grads = [_empty_heads(q, x.shape[2]) for x in (q, k, k)]
     return grads + [table.new_empty(table.shape) for table in tables]
 
 

@@ -13,7 +13,7 @@ from torch.library import opcheck
 import irpe.irpe as source
 from irpe import build_rpe, get_bucket_map, get_rpe_config, get_single_rpe_config, rpe_attention
 from irpe.irpe import RPEConfig
-from rpe_ops import _torch, fused, rpe_attention_eager
+from rpe_ops import _torch, _triton_launch, fused, rpe_attention_eager
 from rpe_ops import rpe_attention as operators
 from rpe_ops import rpe_attention_triton as backend
 from rpe_ops.maps import from_numbers
@@ -37,7 +37,7 @@ def pairs(luts_q, luts_k, *maps):
 def forward(q, k, v, luts_q, luts_k, *rest):
     settings = dict(zip(("attn_mask", "seed", "scale", "dropout_p"), rest[6:], strict=True))
     out, lse, sums = rpe_attention_eager.attention_and_lse(q, k, v, *pairs(luts_q, luts_k, *rest[:6]), **settings)
-    return backend._heads_inside(out), lse, [x.contiguous() for x in sums]
+    return backend._heads_inside(q, out), lse, [x.contiguous() for x in sums]
 
 
 def backward(grad_out, grad_sums, q, k, v, out, sums, lse, luts_q, luts_k, *rest):
@@ -45,13 +45,13 @@ def backward(grad_out, grad_sums, q, k, v, out, sums, lse, luts_q, luts_k, *rest
     inputs = (q, k, v, *pairs(luts_q, luts_k, *rest[:6]))
     grads = rpe_attention_eager.gradients(grad_out, grad_sums, inputs, **settings)
     between = 3 + len(luts_q)
-    return *map(backend._heads_inside, grads[:3]), grads[3:between], grads[between:]
+    return *(backend._heads_inside(q, x) for x in grads[:3]), grads[3:between], grads[between:]
 
 
 @pytest.fixture
 def kernels(monkeypatch):
     """The backend "triton" on this CPU: all of it but its kernels."""
-    launch = types.SimpleNamespace(forward=forward, backward=backward)
+    launch = types.SimpleNamespace(forward=forward, backward=backward, _empty_heads=_triton_launch._empty_heads)
     monkeypatch.setattr(backend, "_triton_launch", launch)
     monkeypatch.setattr(backend, "_INTERPRETED", True)
     monkeypatch.setattr(backend, "_HAS_TRITON", True)
