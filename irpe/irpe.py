@@ -431,9 +431,16 @@ def _add_constant(name: str, *key: Any) -> None:
 _add_constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def _is_exporting() -> bool:
+    return torch.compiler.is_exporting()
+
+
+_is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]  # asked itself, dynamo of 2.11 says True always
+
+
 def _bucket_map(mapping: str, num_buckets: int, height: int, width: int, x: Tensor) -> BucketMap | Tensor:
     """The map on x's device, from the cache; in a graph that is saved for others to run, or has symbolic sizes, ids."""
-    kind = "ids" if torch.compiler.is_exporting() or torch.jit.is_tracing() else "offsets"
+    kind = "ids" if _is_exporting() or torch.jit.is_tracing() else "offsets"
     symbols = type(x).__name__ == "FakeTensor"
     if torch.compiler.is_compiling():
         from torch.fx.experimental.symbolic_shapes import has_static_value
@@ -493,7 +500,7 @@ def _rpe_bucket_sum(input: Tensor, where: BucketMap | Tensor, num_buckets: int) 
 def _takes(where: BucketMap | Tensor) -> bool:
     """Whether `rpe_ops` has the pair: for one map of all samples, outside of graphs that others run without it."""
     one_map = not isinstance(where, Tensor) or where.dim() == 2
-    return _operators is not None and one_map and not torch.compiler.is_exporting()
+    return _operators is not None and one_map and not _is_exporting()
 
 
 class iRPE(nn.Module):
@@ -757,7 +764,7 @@ def rpe_attention(
     if why_not and backend in ("cpu", "triton", "reference"):
         raise ValueError(f'backend="{backend}" {why_not}')
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    records = torch.compiler.is_exporting() or torch.jit.is_tracing()  # what others run without rpe_ops or gradients
+    records = _is_exporting() or torch.jit.is_tracing()  # what others run without rpe_ops or gradients
     in_operators, name = not why_not and not records, backend
     if backend is None:
         name = _attention.choose(q, k, attn_mask) if in_operators else "eager"

@@ -44,7 +44,9 @@ def forward(call: Any, inputs: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
 def backward(call: Any, inputs: Any, saved: Any) -> list[Tensor]:
     """Gradients of q, k, v and of each table."""
     before = (saved.grad_out, saved.grad_sums, *inputs[:3], saved.lse)
-    *grads, of_q, of_k, of_v = torch.ops.rpe_ops.rpe_attention_backward(*before, *_rest(call, inputs))
+    found = torch.ops.rpe_ops.rpe_attention_backward(*before, *_rest(call, inputs))
+    grad_q, grad_k, grad_v, of_q, of_k, of_v = found
+    grads = [grad_q, grad_k, grad_v]
     tables = itertools.chain(inputs.tables_q, inputs.tables_k, inputs.tables_v)
     for grad, table in zip([*of_q, *of_k, *of_v], tables, strict=True):
         grads.append(grad.sum(0).to(table.dtype) if table.dim() == 3 else grad)  # of W they come for each sample
