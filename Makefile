@@ -1,11 +1,12 @@
 # make demo · test · ops · lint · bench: each sets up .venv when it is missing or its requirements have changed.
-# make gpu-check PYTHON=... RESULTS=... runs with that Python as it is, and installs nothing.
+# make gpu-check PYTHON=... RESULTS=... ONLY=... runs with that Python as it is, and installs nothing.
 
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -q --numprocesses=auto
 
 RESULTS ?= gpu-check
+ONLY ?=
 KERNELS := rpe_ops/setup.py $(wildcard rpe_ops/csrc/*.* rpe_ops/csrc/*/*.*)
 
 .PHONY: demo test test-full support ops asan bench gpu-check lint format wheel clean
@@ -43,11 +44,8 @@ bench: .venv/ops  ## operators beside torch's own, as ratios; JSON in benchmarks
 	$(BIN)/python benchmarks/bench_attention.py --memory --maps 14 24 32 64 --dtype float32 bfloat16 --out benchmarks/results
 	$(BIN)/python benchmarks/bench_model.py --out benchmarks/results
 
-gpu-check:  ## builds for CUDA, tests and benchmarks on a GPU; JSON in the folder $(RESULTS)
-	RPE_OPS_CUDA=1 $(PYTHON) rpe_ops/setup.py build_ext --inplace
-	$(PYTHON) -m pytest -q -p no:cacheprovider -m gpu tests/test_rpe_index_gpu.py tests/test_rpe_attention_gpu.py
-	$(PYTHON) benchmarks/bench_rpe_index.py --device cuda --dtypes float32 bfloat16 --no-flat --out $(RESULTS)
-	$(PYTHON) benchmarks/bench_attention.py --device cuda --out $(RESULTS)
+gpu-check:  ## on a GPU: builds, tests, measures, in under 5 minutes; ONLY=tests,ops,attention,model; JSON in $(RESULTS)
+	$(PYTHON) benchmarks/gpu_check.py --results "$(RESULTS)" --only "$(ONLY)"
 
 lint: .venv/installed
 	$(BIN)/ruff check .

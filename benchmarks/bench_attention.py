@@ -7,8 +7,8 @@ All variants of a line run in turns within one process; the numbers are medians,
 the faster of `F.scaled_dot_product_attention` and matmul, softmax, matmul. Every call starts from q, k, v cut out of
 one projection, as timm has them, and includes the products of queries and keys with the tables.
 
-On a GPU the base is `F.scaled_dot_product_attention` by its flash kernel, and times are of replayed CUDA graphs, so of
-the kernels alone; "launched" has the ratio of calls that Python launches one by one, as eager training does.
+On a GPU (`attention_gpu.py`) the base is `F.scaled_dot_product_attention` by its flash kernel, and times are of
+replayed CUDA graphs, so of the kernels alone, and of calls that Python launches one by one, as eager training does.
 """
 
 import argparse
@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks import common
-from irpe import build_rpe, get_rpe_config, rpe_attention
+from benchmarks import attention_gpu, common
+from irpe import build_rpe, get_bucket_ids_2d, get_rpe_config, rpe_attention
 
 HEADS, DIM, SKIP = 6, 64, 1
 BATCH = {14: 16, 24: 4, 32: 2, 64: 1}
@@ -49,12 +49,11 @@ def formula(q, k, v):
     return ((q * DIM**-0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
 
 
-def flex(q, k, v, rpe_k):
+def flex(q, k, v, table, ids):
     """FlexAttention with the encoding on keys as a score_mod: forward only on the CPU."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    ((W, ids),) = rpe_k.tables(q)
-    lut = (q * DIM**-0.5) @ W
+    lut = (q * DIM**-0.5) @ table
     return flex_attention(q, k, v, score_mod=lambda s, b, h, i, j: s + lut[b, h, i, ids[i, j]])
 
 
@@ -72,7 +71,8 @@ def variants(side, on, dtype, train):
         calls["sdpa+bias"] = lambda: rpe_attention(q, k, v, *rpe, backend="sdpa")
     if on == "k" and not train:
         compiled = torch.compile(flex)
-        calls["flex"] = lambda: compiled(q, k, v, rpe[1])
+        ids, _ = get_bucket_ids_2d("product", side, side, SKIP, 1.9, 3.8, 15.2)
+        calls["flex"] = lambda: compiled(q, k, v, rpe[1].lookup_table_weight, ids)
 
     def step(call):
         if not train:
@@ -105,111 +105,6 @@ def medians(calls, seconds, clock):
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-GPU_SHAPES = {14: (128, 1), 32: (16, 1), 64: (4, 0)}  # side of the map: batch, skip tokens
-
-
-def gpu_calls(side, heads, on, train):
-    """{name: step} on a GPU in bfloat16, each checked on one image against the formula in float64."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.nn.attention.flex_attention import flex_attention
-
-    batch, skip = GPU_SHAPES[side]
-    tokens, options = skip + side * side, dict(dtype=torch.bfloat16, device="cuda")
-    q, k, v = torch.randn(batch, tokens, 3, heads, DIM, **options).permute(2, 0, 3, 1, 4).unbind(0)
-    q, k, v = (x.detach().requires_grad_(train) for x in (q, k, v))
-    grad = torch.randn(batch, tokens, heads, DIM, **options).transpose(1, 2)
-    rpe = build_rpe(get_rpe_config(1.9, "product", skip=skip, rpe_on=on), DIM, heads, **options)
-    tables = [t for module in rpe if module is not None for t in module.parameters()]
-    for table in tables:
-        nn.init.normal_(table, std=0.1)
-
-    def flash():
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return F.scaled_dot_product_attention(q, k, v)
-
-    def with_encoding(q, k, v):
-        ((W, ids),) = rpe[1].tables(q)
-        lut = (q * DIM**-0.5) @ W
-        return flex_attention(q, k, v, score_mod=lambda s, b, h, i, j: s + lut[b, h, i, ids[i, j]])
-
-    calls = {
-        "flash": flash,
-        "ours": lambda: rpe_attention(q, k, v, *rpe, backend="triton"),
-        "eager": lambda: rpe_attention(q, k, v, *rpe, backend="eager"),
-    }
-    if on == "k" and heads == 6:  # compiling takes a while
-        compiled = torch.compile(with_encoding, fullgraph=True)
-        calls["flex"] = lambda: compiled(q, k, v)
-
-    def step(call):
-        if not train:
-            with torch.no_grad():
-                return call()
-        return torch.autograd.grad(call(), [q, k, v, *tables], grad, allow_unused=True)
-
-    one = [x[:1].detach() for x in (q, k, v)]
-    doubles = [m and copy.deepcopy(m).double() for m in rpe]
-    with torch.no_grad():
-        exact = rpe_attention(*(x.double() for x in one), *doubles, backend="eager")
-        for name in calls.keys() - {"flash"}:
-            error = (calls[name]()[:1].double() - exact).abs().max().item()
-            assert error < 16 * torch.finfo(torch.bfloat16).eps, f"{name} is wrong by {error}"
-    return {name: lambda call=call: step(call) for name, call in calls.items()}
-
-
-def graphed(call):
-    """A CUDA graph of the call, and the most memory in MiB that the call takes while it runs."""
-    for _ in range(3):
-        call()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph, peak
-
-
-def on_gpu(maps, on):
-    lines = []
-    for side in maps:
-        for heads in (6, 12):
-            for train in (False, True):
-                for where in on:
-                    torch._dynamo.reset()
-                    calls = gpu_calls(side, heads, where, train)
-                    graphs, mib = {}, {}
-                    for name, call in calls.items():
-                        try:
-                            graphs[name], mib[name] = graphed(call)
-                        except Exception as error:
-                            if name in ("flash", "ours"):
-                                raise
-                            print(f"  {name} does not run: {type(error).__name__}", file=sys.stderr)
-                    rounds = dict(rounds=4, device="cuda")
-                    replayed = common.side_by_side({n: graph.replay for n, graph in graphs.items()}, **rounds)
-                    launched = common.side_by_side({n: calls[n] for n in ("flash", "ours")}, **rounds)
-                    base = replayed["flash"]["median"]
-                    batch, skip = GPU_SHAPES[side]
-                    line = dict(map=f"{side}x{side}+{skip}", B=batch, H=heads, dtype="bfloat16", on=where)
-                    line |= {"pass": "forward+backward" if train else "forward", "flash ms": base * 1e3}
-                    line |= {name: taken["median"] / base for name, taken in replayed.items() if name != "flash"}
-                    line["launched"] = launched["ours"]["median"] / launched["flash"]["median"]
-                    line["memory"] = mib["ours"] / mib["flash"]
-                    line["MiB"] = mib
-                    print(line, flush=True)
-                    lines.append(line)
-                    del calls, graphs
-                    torch.cuda.empty_cache()
-    heads = ["map", "B", "H", "on", "pass", "flash ms", "ours", "eager", "flex", "launched", "memory"]
-    print("\nratios to flash attention without encodings; memory is the peak over the inputs:\n")
-    print(common.markdown([{head: line.get(head, "") for head in heads} for line in lines]))
-    return lines
-
-
 def peak_mib(side, on, dtype, train, name):
     """Peak of the resident memory over what inputs and imports take."""
     code = f"""
@@ -231,8 +126,10 @@ b.rpe_attention(*small, *rpe, height=4, width=4).sum()
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cuda: bfloat16, 6 and 12 heads")
-    parser.add_argument("--maps", type=int, nargs="+", choices=BATCH | GPU_SHAPES)
+    parser.add_argument(
+        "--device", default="cpu", choices=["cpu", "cuda", "dry"], help="dry: the lines of cuda, tiny, on a CPU"
+    )
+    parser.add_argument("--maps", type=int, nargs="+", choices=BATCH)
     parser.add_argument("--on", nargs="+", default=["k", "qk", "qkv"])
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
     parser.add_argument("--seconds", type=float, default=8.0, help="for each line of the table")
@@ -240,13 +137,15 @@ def main():
     parser.add_argument("--cpu-time", action="store_true", help="of one thread: for a machine that others use too")
     parser.add_argument("--memory", action="store_true", help="peak memory of each variant too, in MiB")
     parser.add_argument("--out", type=Path, help="folder for the JSON")
+    parser.add_argument(
+        "--flex-until",
+        type=float,
+        default=600,
+        help="on a GPU, seconds after which FlexAttention is not compiled any more",
+    )
     args = parser.parse_args()
-    if args.device == "cuda":
-        print(common.machine("cuda"))
-        torch.manual_seed(0)
-        lines = on_gpu(args.maps or list(GPU_SHAPES), args.on)
-        if args.out is not None:
-            print(common.write(args.out, "bench_attention", "cuda", lines))
+    if args.device != "cpu":
+        attention_gpu.main(args)
         return
     clock = time.process_time if args.cpu_time else time.perf_counter
     torch.set_num_threads(1 if args.cpu_time else args.threads)

@@ -6,7 +6,8 @@
 
 Forward: the table is read and (B, H, L, L) is written. Backward (`rpe_bucket_sum`): (B, H, L, L) is read. Every ratio
 is to `out.copy_(x)` of (B, H, L, L), which reads and writes it, in the same run; operators also allocate what they
-return. Results are compared with torch's before anything is timed.
+return. Results are compared with torch's before anything is timed. On a GPU the times are of replayed CUDA graphs, so
+of the kernels alone; "launched" has those of calls that Python launches one by one.
 """
 
 import argparse
@@ -29,6 +30,7 @@ CPU_SHAPES = {
     "DeiT 32x32+1": (4, 6, 32, 32, 1, 1.9),
     "DETR 25x34": (2, 8, 25, 34, 0, 2.0),
 }
+TINY_SHAPES = {"tiny": (2, 3, 5, 4, 1, 1.9)}
 GPU_SHAPES = {"B=128 14x14+1": (128, 6, 14, 14, 1, 1.9), "B=8 64x64+1": (8, 12, 64, 64, 1, 1.9)}
 
 
@@ -59,7 +61,7 @@ def check(x: torch.Tensor, y: torch.Tensor, ids: torch.Tensor, buckets: int) -> 
 
 
 def measure(name: str, dtype: torch.dtype, device: str, rounds: int, flat: bool) -> dict[str, Any]:
-    batch, heads, height, width, skip, ratio = (CPU_SHAPES | GPU_SHAPES)[name]
+    batch, heads, height, width, skip, ratio = (CPU_SHAPES | GPU_SHAPES | TINY_SHAPES)[name]
     ids, buckets = get_bucket_ids_2d("product", height, width, skip, ratio, 2 * ratio, 8 * ratio, device=device)
     keys = ids.shape[0]
     x = torch.randn(batch, heads, keys, buckets, device=device).to(dtype)
@@ -80,6 +82,12 @@ def measure(name: str, dtype: torch.dtype, device: str, rounds: int, flat: bool)
         indexed = flat_index(leaf, where, keys)
         calls["indexing"] = lambda: flat_index(x, where, keys)
         calls["its backward"] = lambda: torch.autograd.grad(indexed, leaf, y, retain_graph=True)
+    launched = {}
+    if device == "cuda":
+        names = ("copy", "forward", "backward")
+        launched = common.side_by_side({name: calls[name] for name in names}, rounds=rounds, device=device)
+        del calls["clone"]
+        calls = {name: common.graphed(call, device)[0] for name, call in calls.items()}
     taken = common.side_by_side(calls, rounds=rounds, device=device)
     copy = taken["copy"]
     row: dict[str, Any] = {"shape": name, "B": batch, "H": heads, "N": buckets, "dtype": str(dtype).split(".")[1]}
@@ -91,6 +99,8 @@ def measure(name: str, dtype: torch.dtype, device: str, rounds: int, flat: bool)
         row[f"{call}, medians"] = taken[call]["median"] / copy["median"]
         table = x.numel() + y.numel() + ids.numel() * ids.element_size() / x.element_size()
         row[f"{call}, of copy bandwidth"] = table / (2 * y.numel()) * copy["best"] / taken[call]["best"]
+        if launched:
+            row[f"{call}, launched"] = launched[call]["best"] / launched["copy"]["best"]
     return row
 
 
@@ -98,6 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "float16", "float64"])
+    parser.add_argument("--shapes", nargs="+", choices=CPU_SHAPES | GPU_SHAPES | TINY_SHAPES)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--no-flat", action="store_true", help="leave flat advanced indexing out, which is slow")
     parser.add_argument("--out", type=Path, help="folder for the JSON")
@@ -105,7 +116,7 @@ def main() -> None:
     common.keep_memory()
     print(common.machine(options.device))
     print(f"{options.device}: {rpe_ops.backends()[options.device]}")
-    shapes = GPU_SHAPES if options.device == "cuda" else CPU_SHAPES
+    shapes = options.shapes or (GPU_SHAPES if options.device == "cuda" else CPU_SHAPES)
     rows = []
     with torch.no_grad():
         for name in shapes:
@@ -115,15 +126,24 @@ def main() -> None:
                         measure(name, getattr(torch, dtype), options.device, options.rounds, not options.no_flat)
                     )
                 print(rows[-1], flush=True)
-    short = ["shape", "dtype", "N", "copy ms", "clone", "forward", "backward", "gather", "scatter_add"]
+                if options.out:  # at once: whoever stops the run keeps what was measured
+                    file = common.write(options.out, "bench_rpe_index", options.device, rows)
+    short = ["shape", "dtype", "N", "copy ms", "forward", "backward", "gather", "scatter_add"]
+    if options.device == "cpu":
+        short.insert(4, "clone")
     if not options.no_flat:
         short += ["indexing", "its backward"]
     if options.device == "cuda":
-        short += ["forward, of copy bandwidth", "backward, of copy bandwidth"]
+        short += [
+            "forward, of copy bandwidth",
+            "backward, of copy bandwidth",
+            "forward, launched",
+            "backward, launched",
+        ]
     print("\nratios to the copy, the lowest tenth of each call's times:\n")
     print(common.markdown([{head: row[head] for head in short} for row in rows]))
     if options.out:
-        print(f"\n{common.write(options.out, 'bench_rpe_index', options.device, rows)}")
+        print(f"\n{file}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import ctypes
 import datetime
+import importlib.metadata
+import importlib.util
 import json
 import platform
 import statistics
@@ -26,16 +28,17 @@ def keep_memory() -> None:
 
 
 def side_by_side(
-    calls: dict[str, Callable[[], Any]], *, rounds: int = 30, device: str = "cpu"
+    calls: dict[str, Callable[[], Any]], *, rounds: int = 30, device: str = "cpu", repeats: int = 10
 ) -> dict[str, dict[str, float]]:
     """{name: {"median": s, "best": s}}: the calls take turns, so whatever else the machine does meets all of them.
 
-    `best` is the lowest tenth: on a shared machine the median tells of the neighbours.
+    `best` is the lowest tenth: on a shared machine the median tells of the neighbours. On a GPU a time is that of
+    `repeats` calls in a row, by CUDA events.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for round_number in range(rounds + 2):
         for name, call in calls.items():
-            seconds = _on_gpu(call) if device == "cuda" else _on_cpu(call)
+            seconds = _on_gpu(call, repeats) if device == "cuda" else _on_cpu(call)
             if round_number >= 2:
                 times[name].append(seconds)
     return {
@@ -50,7 +53,7 @@ def _on_cpu(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _on_gpu(call: Callable[[], Any], repeats: int = 10) -> float:
+def _on_gpu(call: Callable[[], Any], repeats: int) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(repeats):
@@ -58,6 +61,42 @@ def _on_gpu(call: Callable[[], Any], repeats: int = 10) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3 / repeats
+
+
+def graphed(call: Callable[[], Any], device: str) -> tuple[Callable[[], Any], float]:
+    """What repeats `call` without the host's part in it, and the most memory in MiB that a call takes.
+
+    On a GPU a CUDA graph that is replayed; elsewhere the call itself, and no figure for the memory.
+    """
+    if device != "cuda":
+        call()
+        return call, 0.0
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**20
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay, peak
+
+
+def host_us(call: Callable[[], Any], device: str, calls: int = 50) -> float:
+    """Microseconds of this thread for a call, the best of five runs; `call` leaves a GPU next to nothing to do."""
+    call()
+    best = float("inf")
+    for _ in range(5):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        best = min(best, (time.perf_counter() - start) / calls)
+    return best * 1e6
 
 
 def peak_mib(code: str, *, threads: int) -> float:
@@ -95,6 +134,7 @@ def machine(device: str) -> dict[str, Any]:
             ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
         )
         facts |= {"device": torch.cuda.get_device_name(), "driver": driver.stdout.strip().split("\n")[0]}
+        facts["triton"] = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None
     else:
         cpu = Path("/proc/cpuinfo")
         lines = cpu.read_text().splitlines() if cpu.exists() else []
@@ -108,7 +148,9 @@ def write(folder: Path, name: str, device: str, rows: list[dict[str, Any]]) -> P
     """{folder}/{name}_{device}.json with the machine and the rows."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}_{device}.json"
-    file.write_text(json.dumps({"machine": machine(device), "rows": rows}, indent=1) + "\n")
+    file.write_text(
+        json.dumps({"machine": machine("cuda" if device == "cuda" else "cpu"), "rows": rows}, indent=1) + "\n"
+    )
     return file
 
 
