@@ -393,3 +393,100 @@ def test_square_images_are_trained_on_as_timm_does():
             one = ours(noise)
             loader.seed_all(seed)
             assert torch.equal(one, theirs(noise))
+
+
+# ---- what users bring
+
+
+@pytest.mark.parametrize("size", [(20_000, 2), (2, 20_000), (5000, 7), (1, 1), (9, 4000)])
+@pytest.mark.parametrize("shape", [(32, 32), (32, 48), (48, 32)])
+def test_strips_are_cut_before_they_are_resized(size, shape):
+    """In little memory, and to what timm makes of all of them (of the ones that it can be asked for)."""
+    options = settings_from("small", {"data": "digits"})
+    ours = loader.Transform(options, loader.Shape(shape, (0.0,) * 3, (1.0,) * 3, 0.875), training=False)
+    if size[0] * size[1] > 1:
+        cut = loader.middle(Image.new("L", size), *ours.seen)
+        assert cut.width * cut.height < 200_000 and min(cut.size) == min(size)
+    levels = torch.linspace(0, 255, max(size)).to(torch.uint8)
+    rows = levels[None].expand(size[1], -1) if size[0] >= size[1] else levels[:, None].expand(-1, size[0])
+    image = Image.fromarray(rows.contiguous().numpy()).convert("RGB")
+    assert image.size == size
+    found = ours(image)
+    assert found.shape == (3, *shape)
+    if max(size) / min(size) < 1000:
+        assert (found - ours.apply(image)).abs().max() < 0.02
+
+
+def test_pictures_that_are_no_strips_are_as_timm_has_them():
+    for size in ((640, 480), (900, 100), (16, 16)):
+        image = Image.new("L", size)
+        assert loader.middle(image, 36, 36) is image
+
+
+def test_tuples_as_arguments_of_a_model():
+    given = ("a=7x7", "b=(2,2,6,2)", "c=1,2", "d=(1,)", "e=[0.1, 0.2]", "f=avg", "g=16", "h=rope_2d", "i=a,b", "j=(x)")
+    assert settings("x", model_arg=given).model_kwargs() == {
+        "a": (7, 7), "b": (2, 2, 6, 2), "c": (1, 2), "d": (1,), "e": (0.1, 0.2), "f": "avg", "g": 16, "h": "rope_2d",
+        "i": "a,b", "j": "(x)",
+    }  # fmt: skip
+    from irpe.train import model
+
+    options = dict(
+        data="x", model="swin_tiny_patch4_window7_224", img_size="32x48", drop_path=0.0,
+        model_arg=("depths=(1,1)", "num_heads=1,2", "window_size=4x6", "embed_dim=8"),
+    )  # fmt: skip
+    built = model.build(settings_from("small", options), 3)
+    assert len(built.layers) == 2 and built.layers[0].blocks[0].window_size == (4, 6)
+    for name in ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "features_only"):
+        with pytest.raises(ValueError, match=f"{name} is about loading; --pretrained FILE names weights"):
+            settings("x", model_arg=(f"{name}=x",)).model_kwargs()
+
+
+class Slow:
+    """A source whose picture 5 does something to its process, or is never there."""
+
+    classes = ("a", "b")
+
+    def __init__(self, number):
+        self.number = number
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        import os
+        import time
+
+        if index == 5:
+            if self.number is None:
+                time.sleep(3600)
+            os.kill(os.getpid(), self.number)
+        return Image.new("L", (12, 8)), index % 2
+
+    def name(self, index):
+        return f"picture {index}"
+
+
+@pytest.mark.parametrize("what", ["killed", "stopped", "waits"])
+def test_a_loader_process_that_does_not_answer_ends_the_run_with_a_name(what):
+    import multiprocessing
+    import signal
+
+    number = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP, "waits": None}[what]
+    options = settings("x", loader_workers=1, loader_timeout=3)
+    transform = loader.Transform(options, loader.Shape((8, 12), (0.0,), (1.0,), 1.0), training=False)
+    words = "was ended from outside" if what == "killed" else "no picture came .* for 3 seconds"
+    with pytest.raises(loader.RunError, match=f"{words}.*; the batch that was awaited begins with picture 4$"):
+        list(loader.eval_loader(Slow(number), transform, options, 0, 1, 2))
+    for child in multiprocessing.active_children():
+        child.join(10)
+        assert not child.is_alive()
+
+
+def test_labels_that_the_model_does_not_have_are_told():
+    from irpe.train.evaluation import check_labels
+
+    check_labels(torch.tensor([0, 3]), 4)
+    for strange in (4, -1):
+        with pytest.raises(loader.RunError, match=f"an image is of class {strange}, and there are 4, numbered from 0"):
+            check_labels(torch.tensor([0, strange]), 4)

@@ -7,6 +7,9 @@ number of loader workers.
 
 import functools
 import hashlib
+import itertools
+import math
+import multiprocessing
 import os
 import random
 import re
@@ -18,6 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
@@ -104,6 +108,10 @@ class Share:
 class Careful(Dataset[S]):
     """A dataset whose RunError takes the place of a batch; see `Loader`."""
 
+    def name_of(self, key: Any) -> str:
+        """What a message calls the picture of a key."""
+        raise NotImplementedError
+
     def __getitems__(self, keys: Sequence[Any]) -> list[S] | RunError:
         try:
             return [self[key] for key in keys]
@@ -114,17 +122,50 @@ class Careful(Dataset[S]):
 class Loader(DataLoader[Any]):
     """A DataLoader of a `Careful` dataset that raises its RunError as it is.
 
-    An error that a worker raises would come with torch's words around it, and a traceback.
+    An error that a worker raises would come with torch's words around it, and a traceback. A worker that has ended, or
+    that does not answer, is one of a picture too.
     """
 
     def __init__(self, dataset: Dataset[Any], collate: Callable[[Sequence[Any]], Any], **options: Any) -> None:
+        if not options.get("num_workers"):
+            options.pop("timeout", None)
         super().__init__(dataset, collate_fn=functools.partial(_unless_error, collate), **options)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        for batch in super().__iter__():
+        before, done = set(multiprocessing.active_children()), 0
+        batches = super().__iter__()
+        mine = set(multiprocessing.active_children()) - before
+        ended = ""
+        while not ended:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader" not in str(error):
+                    raise
+                ended = self._reason(str(error))
+                continue
             if isinstance(batch, RunError):
                 raise batch
+            done += 1
             yield batch
+        del batches  # torch looks after its processes until then, and would tell of those that end now
+        for worker in mine:
+            worker.kill()  # one that is stopped would not end by itself, and neither would this process
+        raise RunError(ended + self._awaited(done))
+
+    def _reason(self, words: str) -> str:
+        if "timed out" in words:
+            return f"no picture came from the loader processes for {self.timeout:g} seconds (--loader-timeout)"
+        return "a loader process was ended from outside (where memory is short, fewer --loader-workers need less)"
+
+    def _awaited(self, done: int) -> str:
+        """Which picture the next batch begins with, where the order is known."""
+        if not isinstance(self.dataset, Careful) or self.batch_sampler is None:
+            return ""
+        keys = next(itertools.islice(iter(self.batch_sampler), done, None), None)
+        return f"; the batch that was awaited begins with {self.dataset.name_of(keys[0])}" if keys else ""
 
 
 def _unless_error(collate: Callable[[Sequence[Any]], Any], samples: Sequence[Any] | RunError) -> Any:
@@ -137,6 +178,9 @@ class Samples(Careful[Sample]):
     def __init__(self, source: Source, transform: Any, replace: bool | None) -> None:
         """replace: a bad image stops (None), is replaced by a following one (True), or stands for none (False)."""
         self.source, self.transform, self.replace = source, transform, replace
+
+    def name_of(self, key: tuple[int, int]) -> str:
+        return self.source.name(key[0]) if key[0] >= 0 else "none"
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         index, seed = key
@@ -161,8 +205,6 @@ class Samples(Careful[Sample]):
         raise BadImageError(f"{TRIES} unreadable images in a row, the first is {bad[0]}")
 
     def _none(self, bad: tuple[str, ...]) -> Sample:
-        from PIL import Image
-
         # every process does as many batches, so some hold images that are not counted
         mode = "RGB" if getattr(self.transform, "channels", 3) == 3 else "L"
         return Sample(self.transform(Image.new(mode, (64, 64))), 0, False, bad)
@@ -193,6 +235,7 @@ class Transform:
         from timm.data import create_transform
 
         self.channels = settings.in_chans
+        self.seen: tuple[int, ...] | None = None  # of the resized picture, around what evaluation looks at
         common: dict[str, Any] = dict(
             input_size=(settings.in_chans, *shape.size), mean=shape.mean, std=shape.std,
             interpolation=settings.interpolation,
@@ -201,6 +244,7 @@ class Transform:
             if settings.interpolation == "random":
                 common["interpolation"] = "bicubic"
             self.apply = create_transform(**common, crop_pct=shape.crop_pct)
+            self.seen = tuple(math.floor(side / shape.crop_pct) for side in shape.size)
             return
         augment = None if settings.auto_augment == "none" else settings.auto_augment
         check_augment(augment)
@@ -217,7 +261,21 @@ class Transform:
             raise ValueError(f"--auto-augment {augment}: {str(error) or 'timm does not know it'}") from None
 
     def __call__(self, image: Any) -> Tensor:
-        return self.apply(image)
+        return self.apply(image if self.seen is None else middle(image, *self.seen))
+
+
+def middle(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The middle of a strip: what is left of it when it is resized to cover height x width and cut; others as they are.
+
+    timm resizes all of a picture before it cuts, which of 20000 x 2 pixels takes gigabytes.
+    """
+    scale = min(image.height / height, image.width / width)
+    sizes = ((image.width, width), (image.height, height))
+    if image.width * image.height <= 16 * height * width * scale**2:
+        return image
+    # twice what is seen and some more, as the smoothing looks around; as many left out on either side
+    cut = [max(0, (side - math.ceil(2 * seen * scale) - 16) // 2) for side, seen in sizes]
+    return image.crop((cut[0], cut[1], image.width - cut[0], image.height - cut[1]))
 
 
 def check_augment(words: str | None) -> None:
@@ -305,7 +363,7 @@ def _stream(stream: Any, transform: Any, settings: Settings, seed: int, batch_si
 def _loader(samples: Any, settings: Settings, **options: Any) -> Loader:
     return Loader(
         samples, collate, num_workers=loader_workers(settings, stream=isinstance(samples, StreamSamples)),
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=torch.cuda.is_available(), timeout=settings.loader_timeout,
         worker_init_fn=_start_worker, **options,
     )  # fmt: skip
 
