@@ -1,5 +1,8 @@
 """irpe/train/data.py and loader.py: what is found, what is refused, bad images, shares, and random numbers."""
 
+import re
+import subprocess
+import sys
 import tarfile
 
 import pytest
@@ -9,7 +12,7 @@ pytest.importorskip("timm")
 pytest.importorskip("sklearn")
 
 from PIL import Image
-from train_tiny import SMALL, log, pictures, process
+from train_tiny import SMALL, environment, log, pictures, process
 from typer.testing import CliRunner
 
 from irpe.__main__ import app
@@ -442,45 +445,51 @@ def test_tuples_as_arguments_of_a_model():
             settings("x", model_arg=(f"{name}=x",)).model_kwargs()
 
 
-class Slow:
-    """A source whose picture 5 does something to its process, or is never there."""
-
-    classes = ("a", "b")
-
-    def __init__(self, number):
-        self.number = number
-
-    def __len__(self):
-        return 8
-
-    def __getitem__(self, index):
-        import os
-        import time
-
-        if index == 5:
-            if self.number is None:
-                time.sleep(3600)
-            os.kill(os.getpid(), self.number)
-        return Image.new("L", (12, 8)), index % 2
-
-    def name(self, index):
-        return f"picture {index}"
+STRANGE = """
+import os, signal, sys, time
+from irpe.train import pictures
+own = pictures.open_picture
+def strange(path):
+    if str(path).endswith("digit2/3.png"):
+        {action}
+    return own(path)
+pictures.open_picture = strange
+from irpe.__main__ import main
+sys.argv = ["irpe", *sys.argv[1:]]
+main()
+"""
+ACTIONS = {
+    "killed": "os.kill(os.getpid(), signal.SIGKILL)", "stopped": "os.kill(os.getpid(), signal.SIGSTOP)",
+    "waits": "time.sleep(3600)",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("what", ["killed", "stopped", "waits"])
-def test_a_loader_process_that_does_not_answer_ends_the_run_with_a_name(what):
-    import multiprocessing
-    import signal
-
-    number = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP, "waits": None}[what]
-    options = settings("x", loader_workers=1, loader_timeout=3)
-    transform = loader.Transform(options, loader.Shape((8, 12), (0.0,), (1.0,), 1.0), training=False)
-    words = "was ended from outside" if what == "killed" else "no picture came .* for 3 seconds"
-    with pytest.raises(loader.RunError, match=f"{words}.*; the batch that was awaited begins with picture 4$"):
-        list(loader.eval_loader(Slow(number), transform, options, 0, 1, 2))
-    for child in multiprocessing.active_children():
-        child.join(10)
-        assert not child.is_alive()
+@pytest.mark.parametrize("what", ACTIONS)
+def test_a_loader_process_that_does_not_answer_ends_the_run_with_a_name(folder, tmp_path, what):
+    given = [
+        "train",
+        folder,
+        *SMALL,
+        "--batch-size",
+        8,
+        "--loader-workers",
+        1,
+        "--loader-timeout",
+        4,
+        "--out",
+        tmp_path,
+    ]
+    code = STRANGE.format(action=ACTIONS[what])
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, given)], capture_output=True, text=True, env=environment(), timeout=120
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    if what == "killed":
+        assert "irpe: a loader process was ended from outside" in done.stderr
+    else:
+        assert "irpe: no picture came from the loader processes for 4 seconds (--loader-timeout); " in done.stderr
+        assert re.search(r"the batch that was awaited begins with .*/digit\d/\d.png", done.stderr)
 
 
 def test_labels_that_the_model_does_not_have_are_told():
