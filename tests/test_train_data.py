@@ -1,5 +1,8 @@
 """irpe/train/data.py and loader.py: what is found, what is refused, bad images, shares, and random numbers."""
 
+import re
+import subprocess
+import sys
 import tarfile
 
 import pytest
@@ -9,7 +12,7 @@ pytest.importorskip("timm")
 pytest.importorskip("sklearn")
 
 from PIL import Image
-from train_tiny import SMALL, log, pictures, process
+from train_tiny import SMALL, environment, log, pictures, process
 from typer.testing import CliRunner
 
 from irpe.__main__ import app
@@ -393,3 +396,106 @@ def test_square_images_are_trained_on_as_timm_does():
             one = ours(noise)
             loader.seed_all(seed)
             assert torch.equal(one, theirs(noise))
+
+
+# ---- what users bring
+
+
+@pytest.mark.parametrize("size", [(20_000, 2), (2, 20_000), (5000, 7), (1, 1), (9, 4000)])
+@pytest.mark.parametrize("shape", [(32, 32), (32, 48), (48, 32)])
+def test_strips_are_cut_before_they_are_resized(size, shape):
+    """In little memory, and to what timm makes of all of them (of the ones that it can be asked for)."""
+    options = settings_from("small", {"data": "digits"})
+    ours = loader.Transform(options, loader.Shape(shape, (0.0,) * 3, (1.0,) * 3, 0.875), training=False)
+    if size[0] * size[1] > 1:
+        cut = loader.middle(Image.new("L", size), *ours.seen)
+        assert cut.width * cut.height < 200_000 and min(cut.size) == min(size)
+    levels = torch.linspace(0, 255, max(size)).to(torch.uint8)
+    rows = levels[None].expand(size[1], -1) if size[0] >= size[1] else levels[:, None].expand(-1, size[0])
+    image = Image.fromarray(rows.contiguous().numpy()).convert("RGB")
+    assert image.size == size
+    found = ours(image)
+    assert found.shape == (3, *shape)
+    if max(size) / min(size) < 1000:
+        assert (found - ours.apply(image)).abs().max() < 0.02
+
+
+def test_pictures_that_are_no_strips_are_as_timm_has_them():
+    for size in ((640, 480), (900, 100), (16, 16)):
+        image = Image.new("L", size)
+        assert loader.middle(image, 36, 36) is image
+
+
+def test_tuples_as_arguments_of_a_model():
+    given = ("a=7x7", "b=(2,2,6,2)", "c=1,2", "d=(1,)", "e=[0.1, 0.2]", "f=avg", "g=16", "h=rope_2d", "i=a,b", "j=(x)")
+    assert settings("x", model_arg=given).model_kwargs() == {
+        "a": (7, 7), "b": (2, 2, 6, 2), "c": (1, 2), "d": (1,), "e": (0.1, 0.2), "f": "avg", "g": 16, "h": "rope_2d",
+        "i": "a,b", "j": "(x)",
+    }  # fmt: skip
+    from irpe.train import model
+
+    options = dict(
+        data="x", model="swin_tiny_patch4_window7_224", img_size="32x48", drop_path=0.0,
+        model_arg=("depths=(1,1)", "num_heads=1,2", "window_size=4x6", "embed_dim=8"),
+    )  # fmt: skip
+    built = model.build(settings_from("small", options), 3)
+    assert len(built.layers) == 2 and built.layers[0].blocks[0].window_size == (4, 6)
+    for name in ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "features_only"):
+        with pytest.raises(ValueError, match=f"{name} is about loading; --pretrained FILE names weights"):
+            settings("x", model_arg=(f"{name}=x",)).model_kwargs()
+
+
+STRANGE = """
+import os, signal, sys, time
+from irpe.train import pictures
+own = pictures.open_picture
+def strange(path):
+    if str(path).endswith("digit2/3.png"):
+        {action}
+    return own(path)
+pictures.open_picture = strange
+from irpe.__main__ import main
+sys.argv = ["irpe", *sys.argv[1:]]
+main()
+"""
+ACTIONS = {
+    "killed": "os.kill(os.getpid(), signal.SIGKILL)", "stopped": "os.kill(os.getpid(), signal.SIGSTOP)",
+    "waits": "time.sleep(3600)",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ACTIONS)
+def test_a_loader_process_that_does_not_answer_ends_the_run_with_a_name(folder, tmp_path, what):
+    given = [
+        "train",
+        folder,
+        *SMALL,
+        "--batch-size",
+        8,
+        "--loader-workers",
+        1,
+        "--loader-timeout",
+        4,
+        "--out",
+        tmp_path,
+    ]
+    code = STRANGE.format(action=ACTIONS[what])
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, given)], capture_output=True, text=True, env=environment(), timeout=120
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    if what == "killed":
+        assert "irpe: a loader process was ended from outside" in done.stderr
+    else:
+        assert "irpe: no picture came from the loader processes for 4 seconds (--loader-timeout); " in done.stderr
+        assert re.search(r"the batch that was awaited begins with .*/digit\d/\d.png", done.stderr)
+
+
+def test_labels_that_the_model_does_not_have_are_told():
+    from irpe.train.evaluation import check_labels
+
+    check_labels(torch.tensor([0, 3]), 4)
+    for strange in (4, -1):
+        with pytest.raises(loader.RunError, match=f"an image is of class {strange}, and there are 4, numbered from 0"):
+            check_labels(torch.tensor([0, strange]), 4)

@@ -131,4 +131,6 @@ def _words_of(error: BaseException) -> str | None:
         )
     if isinstance(error, OSError):
         return words_of(error)
+    if isinstance(error, RuntimeError) and "DataLoader worker" in words:  # told in the middle of a step
+        return "a loader process was ended from outside; where memory is short, fewer --loader-workers need less"
     return None if isinstance(error, RuntimeError) and not isinstance(error, ValueError) else words

@@ -110,6 +110,9 @@ class Samples(Careful[tuple[Tensor, dict[str, Tensor], int]]):
     def __init__(self, data: Coco, transform: Transform) -> None:
         self.data, self.transform = data, transform
 
+    def name_of(self, key: tuple[int, int]) -> str:
+        return self.data.pictures[key[0]].name
+
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor], int]:
         number, seed = key
         picture = self.data.pictures[number]
@@ -157,5 +160,5 @@ def eval_batches(data: Coco, transform: Transform, settings: Settings, rank: int
 def _loader(samples: Samples, keys: list[list[tuple[int, int]]], settings: Settings) -> Loader:
     return Loader(
         samples, collate, batch_sampler=keys, num_workers=settings.loader_workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=torch.cuda.is_available(), timeout=settings.loader_timeout,
     )  # fmt: skip

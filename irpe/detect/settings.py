@@ -82,6 +82,13 @@ class Settings:
     device: str = option("auto", MACHINE, "auto, cpu, cuda, cuda:1, mps.", free=True)
     amp: str = option("none", MACHINE, "Mixed precision; losses are float32.", choices=("none", "bf16", "fp16"))
     loader_workers: int = option(0, MACHINE, "Processes that read images, for each training process.", low=0, free=True)
+    loader_timeout: int = option(
+        600,
+        MACHINE,
+        "Seconds to wait for a batch of these processes before giving up; 0 is for ever.",
+        low=0,
+        free=True,
+    )
     eval_batch_size: int = option(8, MACHINE, "Images of one batch of one process in evaluation.", low=1, free=True)
 
     eval_every: int = option(1, KEEP, "Epochs between measurements.", low=1, free=True)

@@ -5,37 +5,31 @@ a step draws on (seed, step, process, batch), so that a run that goes on draws w
 number of loader workers.
 """
 
-import functools
 import hashlib
+import math
 import os
 import random
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from .data import Source
 from .pictures import converted
 from .settings import Settings
 from .shards import local_only
+from .workers import BadImageError, Careful, Loader
+from .workers import RunError as RunError
 
-S = TypeVar("S")
 TRIES = 20  # pictures in a row that may be unreadable before a run gives up
-
-
-class RunError(ValueError):
-    """Something on the way of a run that no option was wrong about."""
-
-
-class BadImageError(RunError):
-    """An image that cannot be read."""
 
 
 class Batch(NamedTuple):
@@ -101,42 +95,15 @@ class Share:
         return [mine[k * self.local : (k + 1) * self.local] for k in range(self.accumulate)]
 
 
-class Careful(Dataset[S]):
-    """A dataset whose RunError takes the place of a batch; see `Loader`."""
-
-    def __getitems__(self, keys: Sequence[Any]) -> list[S] | RunError:
-        try:
-            return [self[key] for key in keys]
-        except RunError as error:
-            return error
-
-
-class Loader(DataLoader[Any]):
-    """A DataLoader of a `Careful` dataset that raises its RunError as it is.
-
-    An error that a worker raises would come with torch's words around it, and a traceback.
-    """
-
-    def __init__(self, dataset: Dataset[Any], collate: Callable[[Sequence[Any]], Any], **options: Any) -> None:
-        super().__init__(dataset, collate_fn=functools.partial(_unless_error, collate), **options)
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        for batch in super().__iter__():
-            if isinstance(batch, RunError):
-                raise batch
-            yield batch
-
-
-def _unless_error(collate: Callable[[Sequence[Any]], Any], samples: Sequence[Any] | RunError) -> Any:
-    return samples if isinstance(samples, RunError) else collate(samples)
-
-
 class Samples(Careful[Sample]):
     """A source and a transform; a key is (index, what its random numbers follow from); index -1 stands for none."""
 
     def __init__(self, source: Source, transform: Any, replace: bool | None) -> None:
         """replace: a bad image stops (None), is replaced by a following one (True), or stands for none (False)."""
         self.source, self.transform, self.replace = source, transform, replace
+
+    def name_of(self, key: tuple[int, int]) -> str:
+        return self.source.name(key[0]) if key[0] >= 0 else "none"
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         index, seed = key
@@ -161,8 +128,6 @@ class Samples(Careful[Sample]):
         raise BadImageError(f"{TRIES} unreadable images in a row, the first is {bad[0]}")
 
     def _none(self, bad: tuple[str, ...]) -> Sample:
-        from PIL import Image
-
         # every process does as many batches, so some hold images that are not counted
         mode = "RGB" if getattr(self.transform, "channels", 3) == 3 else "L"
         return Sample(self.transform(Image.new(mode, (64, 64))), 0, False, bad)
@@ -193,6 +158,7 @@ class Transform:
         from timm.data import create_transform
 
         self.channels = settings.in_chans
+        self.seen: tuple[int, ...] | None = None  # of the resized picture, around what evaluation looks at
         common: dict[str, Any] = dict(
             input_size=(settings.in_chans, *shape.size), mean=shape.mean, std=shape.std,
             interpolation=settings.interpolation,
@@ -201,6 +167,7 @@ class Transform:
             if settings.interpolation == "random":
                 common["interpolation"] = "bicubic"
             self.apply = create_transform(**common, crop_pct=shape.crop_pct)
+            self.seen = tuple(math.floor(side / shape.crop_pct) for side in shape.size)
             return
         augment = None if settings.auto_augment == "none" else settings.auto_augment
         check_augment(augment)
@@ -217,7 +184,21 @@ class Transform:
             raise ValueError(f"--auto-augment {augment}: {str(error) or 'timm does not know it'}") from None
 
     def __call__(self, image: Any) -> Tensor:
-        return self.apply(image)
+        return self.apply(image if self.seen is None else middle(image, *self.seen))
+
+
+def middle(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The middle of a strip: what is left of it when it is resized to cover height x width and cut; others as they are.
+
+    timm resizes all of a picture before it cuts, which of 20000 x 2 pixels takes gigabytes.
+    """
+    scale = min(image.height / height, image.width / width)
+    sizes = ((image.width, width), (image.height, height))
+    if image.width * image.height <= 16 * height * width * scale**2:
+        return image
+    # twice what is seen and some more, as the smoothing looks around; as many left out on either side
+    cut = [max(0, (side - math.ceil(2 * seen * scale) - 16) // 2) for side, seen in sizes]
+    return image.crop((cut[0], cut[1], image.width - cut[0], image.height - cut[1]))
 
 
 def check_augment(words: str | None) -> None:
@@ -305,7 +286,7 @@ def _stream(stream: Any, transform: Any, settings: Settings, seed: int, batch_si
 def _loader(samples: Any, settings: Settings, **options: Any) -> Loader:
     return Loader(
         samples, collate, num_workers=loader_workers(settings, stream=isinstance(samples, StreamSamples)),
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=torch.cuda.is_available(), timeout=settings.loader_timeout,
         worker_init_fn=_start_worker, **options,
     )  # fmt: skip
 

@@ -139,6 +139,13 @@ class Settings:
         low=-1,
         free=True,
     )
+    loader_timeout: int = option(
+        600,
+        MACHINE,
+        "Seconds to wait for a batch of these processes before giving up; 0 is for ever.",
+        low=0,
+        free=True,
+    )
     eval_batch_size: int = option(
         0, MACHINE, "Images of one batch of one process in evaluation; 0 is that of training.", low=0, free=True
     )
