@@ -81,7 +81,7 @@ def compile_for(
     if processes is None:
         processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     arguments = variants, itertools.repeat(target), itertools.repeat(only_front_end)
-    if processes == 1 or len(variants) < 2:
+    if processes == 1 or len(variants) < (16 if only_front_end else 2):  # sooner done than processes started
         reports = list(map(_compile, *arguments))
     else:
         # a process that has used CUDA cannot be forked

@@ -258,68 +258,128 @@ def _lookup_constants(
 # --- kernels that multiply small matrices
 
 
-class Axes(NamedTuple):
-    """Maps that factor, of one grid: for each of q, k, v its map, N and number of column buckets, or None."""
+class Places(NamedTuple):
+    """N, a multiple of 8 or 16, and what brings a table there: ones (N before, N); None where it is there already."""
 
-    on: tuple[tuple[Tensor, int, int] | None, ...]
+    num_buckets: int
+    turn: Tensor | None  # the skip bucket goes to all its places
+    once: Tensor | None  # to one of them
+
+
+class Axes(NamedTuple):
+    """Maps that factor, of one grid, in PLACES form: for each of q, k, v its map and its table's, or None."""
+
+    on: tuple[tuple[Tensor, Places] | None, ...]
     height: int
     width: int
     skip: int
-    deep: int
     places: int
 
 
-def _axes(maps: Sequence[Sequence[Tensor]], sizes: Sequence[Sequence[int]], Lq: int, Lk: int) -> Axes | None:
+def _axes(call: Call, maps: Sequence[Sequence[Tensor]], sizes: Sequence[Sequence[int]]) -> Axes | None:
     """What the kernels read where they can take all terms of a call; elsewhere None."""
     if max(map(len, maps)) != 1:
         return None
-    on: list[tuple[Tensor, int, int] | None] = []
-    grid, places = None, 0
-    for some, numbers in zip(maps, sizes, strict=True):
-        if not some:
-            on.append(None)
-            continue
-        if len(numbers) < 5 or some[0].dim() != 1 or numbers[4] < 1 or (grid is not None and tuple(numbers[:3]) != grid):
-            return None
-        height, width, skip, N, columns = numbers
-        grid = height, width, skip
-        rows = (N - (skip > 0) + columns - 1) // columns
-        places = max(places, rows + (skip > 0), columns + (skip > 0))
-        on.append((some[0].to(torch.int32), N, columns))
-    assert grid is not None
-    height, width, skip = grid
-    if places > 16 or not Lq == Lk == skip + height * width:
+    given = [(some[0], *numbers) for some, numbers in zip(maps, sizes, strict=True) if some]
+    if any(len(x) < 6 or x[0].dim() != 1 or x[5] < 1 for x in given) or len({x[1:4] for x in given}) > 1:
         return None
-    deep = min(_power_of_two(max(64 // width, 1)), 4)
-    return Axes(tuple(on), *grid, deep, 8 if places <= 8 and deep == 4 else 16)
+    _, height, width, skip = given[0][:4]
+    if not call.Lq == call.Lk == skip + height * width:
+        return None
+    needed = [_needed(N, columns, skip) for _, _, _, _, N, columns in given]
+    places = 8 if max(needed) <= 8 else 16
+    if max(needed) > places or max(call.Lq * places * places, call.Lq * call.H * call.D) >= 2**31:
+        return None
+    on: list[tuple[Tensor, Places] | None] = []
+    for some, numbers in zip(maps, sizes, strict=True):
+        on.append(_in_places(some[0], *numbers[:5], places, call) if some else None)
+    return Axes(tuple(on), height, width, skip, places)
 
 
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
+def _needed(N: int, columns: int, skip: int) -> int:
+    """The fewest PLACES."""
+    if columns in (8, 16) and N % columns == 0:
+        return max(columns, N // columns)
+    rows = (N - (skip > 0) + columns - 1) // columns
+    return max(rows, columns) + (skip > 0)
+
+
+def _in_places(
+    axes: Tensor, height: int, width: int, skip: int, N: int, columns: int, places: int, call: Call
+) -> tuple[Tensor, Places]:
+    axes = axes.to(torch.int32)
+    if columns == places and N % places == 0:
+        return axes, Places(N, None, None)
+    rows = 2 * height - 1
+    axes = torch.cat((axes[:rows] // columns * places, axes[rows:]))
+    return axes, Places(*_turn(N, columns, skip > 0, places, call.dtype, call.device))
+
+
+_turns: dict[tuple, tuple[int, Tensor, Tensor]] = {}
+
+
+def _turn(
+    N: int, columns: int, skips: bool, places: int, dtype: torch.dtype, device: torch.device
+) -> tuple[int, Tensor, Tensor]:
+    rows = (N - skips + columns - 1) // columns
+    new = (rows + skips) * places
+    key = (N, columns, skips, places, dtype, device)
+    if key not in _turns:
+        place = torch.arange(new, device=device)
+        row, column = place // places, place % places
+        on_map = (row < rows) & (column < columns) & (row * columns + column < N - skips)
+        bucket = torch.where(on_map, row * columns + column, N - 1 if skips else N)
+        ones = (bucket == torch.arange(N, device=device).unsqueeze(1)).to(dtype)
+        once = ones.where(on_map | (place == new - 1), 0)
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():  # holds nothing before the graph runs
+            return new, ones, once
+        _turns[key] = new, ones, once
+    return _turns[key]
 
 
 def _axes_constants(
-    on: tuple[bool, ...], extra: bool, wide: int, deep: int, places: int, precision: str, major: int
+    on: tuple[bool, ...], extra: bool, wide: int, places: int, precision: str, major: int
 ) -> dict[str, Any]:
     flags = dict(zip(("ON_Q", "ON_K", "ON_V"), on, strict=True))
-    return flags | dict(
-        EXTRA=extra, WIDE=wide, GROUPS=4, DEEP=deep, PLACES=places, PRECISION=precision, num_warps=4, num_stages=2
-    )
+    shape = dict(GROUPS=4, SLOTS=32, DEEP=2, PLACES=places)
+    return flags | dict(EXTRA=extra, WIDE=wide, PRECISION=precision, **shape, num_warps=4, num_stages=2)
 
 
-def _near_or_far(lut: Tensor | None, term: tuple[Tensor, int, int] | None, dtype: torch.dtype) -> tuple:
+def _placed(luts: Sequence[Tensor], term: tuple[Tensor, Places] | None, dtype: torch.dtype) -> tuple:
     """The arguments of one table."""
-    if term is None or lut is None:
-        return (None, None, 0, 0, 0, 0, 0)
-    lut = _table(lut, dtype)
-    return (lut, term[0], *lut.stride()[:3], *term[1:])
+    if term is None:
+        return (None, None, 0, 0, 0, 0)
+    lut, (N, turn, _) = luts[0].to(dtype), term[1]
+    lut = _rows(lut if turn is None else lut @ turn)
+    return (lut, term[0], *_strides(lut), N // 8)
+
+
+def _results(like: Sequence[Tensor], term: tuple[Tensor, Places] | None) -> Tensor | None:
+    """Where kernels put bucket sums in PLACES form."""
+    if term is None:
+        return None
+    return like[0] if term[1].turn is None else like[0].new_empty(*like[0].shape[:3], term[1].num_buckets)
+
+
+def _turned(like: Sequence[Tensor], placed: Tensor | None, term: tuple[Tensor, Places] | None) -> list[Tensor]:
+    """Bucket sums in the buckets of the call; those of a bucket with several places are added up."""
+    if term is None or placed is None or term[1].turn is None:
+        return list(like)
+    return [(placed @ term[1].turn.t()).to(like[0].dtype)]
+
+
+def _once(sums: Sequence[Tensor], term: tuple[Tensor, Places] | None) -> Tensor | None:
+    """Bucket sums in PLACES form, each bucket in one place."""
+    if term is None or term[1].once is None:
+        return _first(sums)
+    return sums[0].to(term[1].once.dtype) @ term[1].once
 
 
 def _multiply(name: str, call: Call, axes: Axes, arguments: tuple) -> None:
     from . import _triton_axes
 
     on = tuple(term is not None for term in axes.on)
-    constants = _axes_constants(on, call.extra, call.wide, axes.deep, axes.places, call.precision, call.major)
+    constants = _axes_constants(on, call.extra, call.wide, axes.places, call.precision, call.major)
     up = (axes.height + 15) // 16
     more = (max(axes.skip - (up * 16 - axes.height) * axes.width, 0) + 15) // 16
     blocks = (up * axes.width + more + constants["GROUPS"] - 1) // constants["GROUPS"] * call.B * call.H
@@ -356,13 +416,14 @@ def forward(
     q, k, v = _rows(q), _rows(k), _rows(v)
     call = call._replace(D=q.shape[3])
     strides = (*_strides(q), *_strides(k), *_strides(v))
-    axes = _axes((maps_q, maps_k, maps_v), (sizes_q, sizes_k, sizes_v), call.Lq, call.Lk)
+    axes = _axes(call, (maps_q, maps_k, maps_v), (sizes_q, sizes_k, sizes_v))
     if axes is not None:
-        tables = (_near_or_far(_first(x), term, q.dtype) for x, term in zip((lut_q, lut_k), axes.on, strict=False))
-        of_v = (None, None, 0, 0) if axes.on[2] is None else (axes.on[2][0], sums[0], *axes.on[2][1:])
+        tables = map(_placed, (lut_q, lut_k), axes.on, (q.dtype,) * 2)
+        placed = _results(sums, axes.on[2])
+        of_v = (None, None, 0) if axes.on[2] is None else (axes.on[2][0], placed, axes.on[2][1].num_buckets // 8)
         with _on(q):
             _multiply("axes_forward", call, axes, (q, k, v, out, lse, *strides, *_chain(tables), *of_v))
-        return out[..., :D], lse, sums
+        return out[..., :D], lse, _turned(sums, placed, axes.on[2])
     on_q, on_k, on_v = _terms(maps_q, sizes_q), _terms(maps_k, sizes_k), _terms(maps_v, sizes_v)
     on_v = _one_geometry(on_v, call.Lq, call.Lk)
     with _on(q):
@@ -407,15 +468,16 @@ def backward(
     call = call._replace(D=q.shape[3])
     strides = (*_strides(q), *_strides(k), *_strides(v), *_strides(grad_out))
     values = [x.contiguous() for x in sums]
-    axes = _axes((maps_q, maps_k, maps_v), (sizes_q, sizes_k, sizes_v), call.Lq, call.Lk)
+    axes = _axes(call, (maps_q, maps_k, maps_v), (sizes_q, sizes_k, sizes_v))
     if axes is not None:
-        luts = map(_first, (lut_q, lut_k, grad_sums))
-        tables = tuple(_chain(_near_or_far(x, term, q.dtype) for x, term in zip(luts, axes.on, strict=True)))
+        tables = tuple(_chain(map(_placed, (lut_q, lut_k, grad_sums), axes.on, (q.dtype,) * 3)))
+        of_q, of_k = _results(grads_q, axes.on[0]), _results(grads_k, axes.on[1])
         with _on(q):
             arguments = (q, k, v, grad_out, out, lse, delta, grad_q, *strides, *_strides(out), *tables)
-            _multiply("axes_backward_queries", call, axes, (*arguments, _first(values), _first(grads_k)))
+            _multiply("axes_backward_queries", call, axes, (*arguments, _once(values, axes.on[2]), of_k))
             arguments = (q, k, v, grad_out, lse, delta, grad_k, grad_v, *strides, *tables)
-            _multiply("axes_backward_keys", call, axes, (*arguments, _first(grads_q)))
+            _multiply("axes_backward_keys", call, axes, (*arguments, of_q))
+        grads_q, grads_k = _turned(grads_q, of_q, axes.on[0]), _turned(grads_k, of_k, axes.on[1])
         return grad_q[..., :D], grad_k[..., :D], grad_v[..., :D], grads_q, grads_k
     on_q, on_k, on_v = _terms(maps_q, sizes_q), _terms(maps_k, sizes_k), _terms(maps_v, sizes_v)
     on_q, on_k = _one_geometry(on_q, call.Lk, call.Lq), _one_geometry(on_k, call.Lq, call.Lk)
@@ -488,13 +550,12 @@ def variants(target: str) -> Iterator[Variant]:
 
 
     for name, on, extra in itertools.product(_AXES, _FLAGS[1:], (False, True)):
-        for (dtype, precision), wide, (deep, places) in itertools.product(numbers, _WIDTHS, _SHAPES):
-            constants = _axes_constants(on, extra, wide, deep, places, precision, major)
+        for (dtype, precision), wide, places in itertools.product(numbers, _WIDTHS, (8, 16)):
+            constants = _axes_constants(on, extra, wide, places, precision, major)
             yield variant(getattr(_triton_axes, name), dtype, constants)
 
 
 _AXES = ("axes_forward", "axes_backward_queries", "axes_backward_keys")
-_SHAPES = [(1, 16), (2, 16), (4, 8), (4, 16)]  # DEEP and PLACES
 
 
 def usual(target: str) -> Iterator[Variant]:

@@ -23,7 +23,7 @@ def plan(ids, order, ends, patterns, N, stride_n, h, w, skip, rows, columns, str
     """Of R patterns: the slots in order of their buckets, and for each n how many have a bucket <= n."""
     pattern = tl.program_id(0) * R + tl.arange(0, R)
     s = tl.arange(0, 64)
-    wide, deep, parts, free, down, more = tiling(h, w, skip, 64)
+    wide, deep, parts, free, down, more = tiling(h, w, skip, 64, 64)
     if rows > 0:
         tiles = tl.cdiv(columns, 64)
         row, column = pattern // tiles, (pattern % tiles)[:, None] * 64 + s[None, :]
@@ -149,7 +149,7 @@ def lookup_forward(
     i_there = i < Lq
     at_k, at_v = head_of(k, b, h, k_b, k_h), head_of(v, b, h, v_b, v_h)
     rows_q = rows_of(head_of(q, b, h, q_b, q_h), q_l, i, i_there, D8, WIDE)
-    wide, deep, parts, free, last, more = tiling(height, width, skip, 64)
+    wide, deep, parts, free, last, more = tiling(height, width, skip, 64, 64)
     tiles = last * parts + more
     top = tl.full((R,), float("-inf"), tl.float32)
     weight = tl.zeros((R,), tl.float32)
@@ -159,7 +159,7 @@ def lookup_forward(
     for t in range(0, tiles):
         down = tl.where(t < last * parts, t // parts, last + t - last * parts)
         part = tl.where(t < last * parts, t % parts, 0)
-        j, j_there, _, _, _ = slots(down, part, height, width, skip, Lk, wide, deep, free, last)
+        j, j_there, _, _, _ = slots(down, part, height, width, skip, Lk, wide, deep, free, last, 64)
         there = i_there[:, None] & j_there[None, :]
         rows_k = rows_of(at_k, k_l, j, j_there, D8, WIDE)
         s = dot(rows_q, tl.trans(rows_k), None, PRECISION) * scale
@@ -238,14 +238,16 @@ def lookup_backward_queries(
     rows_out = rows_of(head_of(out, b, h, o_b, o_h), o_l, i, i_there, D8, WIDE)
     row_delta = tl.sum(rows_grad.to(tl.float32) * rows_out.to(tl.float32), 1)
     if ON_V:
-        row_delta += along(v1, v1_b, v1_h, v1_r, values1, v1_n, b, h, head, Lq, i, i_there)
+        its = values1 + head.to(tl.int64) * Lq * v1_n
+        row_delta += along(table_of(v1, b, h, v1_b, v1_h), v1_r, its, v1_n, i, i_there)
         if counts_v > 1:
-            row_delta += along(v2, v2_b, v2_h, v2_r, values2, v2_n, b, h, head, Lq, i, i_there)
+            its2 = values2 + head.to(tl.int64) * Lq * v2_n
+            row_delta += along(table_of(v2, b, h, v2_b, v2_h), v2_r, its2, v2_n, i, i_there)
     at = head.to(tl.int64) * Lq + i
     if chunk == 0:
         tl.store(delta + at, row_delta, mask=i_there)
     row_lse = tl.load(lse + at, mask=i_there, other=float("inf"))
-    wide, deep, parts, free, last, more = tiling(height, width, skip, 64)
+    wide, deep, parts, free, last, more = tiling(height, width, skip, 64, 64)
     tiles = last * parts + more
     acc = tl.zeros((R, WIDE), tl.float32)
     total1, total2 = tl.zeros((R, NB), tl.float32), tl.zeros((R, NB), tl.float32)
@@ -253,7 +255,7 @@ def lookup_backward_queries(
     for t in range(0, tiles):
         down = tl.where(t < last * parts, t // parts, last + t - last * parts)
         part = tl.where(t < last * parts, t % parts, 0)
-        j, j_there, _, _, _ = slots(down, part, height, width, skip, Lk, wide, deep, free, last)
+        j, j_there, _, _, _ = slots(down, part, height, width, skip, Lk, wide, deep, free, last, 64)
         there = i_there[:, None] & j_there[None, :]
         rows_k = rows_of(at_k, k_l, j, j_there, D8, WIDE)
         s = dot(rows_q, tl.trans(rows_k), None, PRECISION) * scale
@@ -321,7 +323,7 @@ def lookup_backward_keys(
     at_q, at_grad = head_of(q, b, h, q_b, q_h), head_of(grad_out, b, h, g_b, g_h)
     rows_k = rows_of(head_of(k, b, h, k_b, k_h), k_l, j, j_there, D8, WIDE)
     rows_v = rows_of(head_of(v, b, h, v_b, v_h), v_l, j, j_there, D8, WIDE)
-    wide, deep, parts, free, last, more = tiling(height, width, skip, 64)
+    wide, deep, parts, free, last, more = tiling(height, width, skip, 64, 64)
     tiles = last * parts + more
     acc_k, acc_v = tl.zeros((R, WIDE), tl.float32), tl.zeros((R, WIDE), tl.float32)
     total1, total2 = tl.zeros((R, NB), tl.float32), tl.zeros((R, NB), tl.float32)
@@ -329,7 +331,7 @@ def lookup_backward_keys(
     for t in range(0, tiles):
         down = tl.where(t < last * parts, t // parts, last + t - last * parts)
         part = tl.where(t < last * parts, t % parts, 0)
-        i, i_there, _, _, _ = slots(down, part, height, width, skip, Lq, wide, deep, free, last)
+        i, i_there, _, _, _ = slots(down, part, height, width, skip, Lq, wide, deep, free, last, 64)
         there = j_there[:, None] & i_there[None, :]
         rows_q = rows_of(at_q, q_l, i, i_there, D8, WIDE)
         s = dot(rows_k, tl.trans(rows_q), None, PRECISION) * scale

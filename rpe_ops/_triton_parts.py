@@ -1,7 +1,7 @@
 # ruff: noqa: N803
 """What the Triton kernels of `rpe_attention` share: rows of a head, tiles of columns, masks, dropout, delta.
 
-A program has some rows of one head, and takes the columns in tiles of 64 slots. On a map of height x width a tile is
+A program has some rows of one head, and takes the columns in tiles of 64 slots, or 32. On a map of height x width a tile is
 whole image rows, as many as fit (or a part of one, where it is wider than 64), so that what depends on offsets is the
 same for every tile; tokens in front of the map (skip) sit in the slots that are left, and then in tiles of their own.
 Without a map columns are taken as one of width 64.
@@ -58,26 +58,26 @@ def put_rows(x, value, stride, token, there, D8, WIDE: tl.constexpr):
 
 
 @triton.jit
-def tiling(h, w, skip, most):
-    """Of a map: columns of a tile, its image rows, tiles of an image row, free slots of a tile, rows of tiles, more tiles."""
-    wide = tl.minimum(w, 64)
-    deep = tl.minimum(64 // wide, most)
-    parts = tl.cdiv(w, 64)
+def tiling(h, w, skip, most, SLOTS: tl.constexpr):
+    """Of a map: columns of a tile, its image rows, tiles of an image row, free slots, rows of tiles, more tiles."""
+    wide = tl.minimum(w, SLOTS)
+    deep = tl.minimum(SLOTS // wide, most)
+    parts = tl.cdiv(w, SLOTS)
     # where an image row has several tiles its skip tokens have tiles of their own
-    free = tl.where(parts > 1, 0, 64 - deep * wide)
+    free = tl.where(parts > 1, 0, SLOTS - deep * wide)
     down = tl.cdiv(h, deep)
-    more = tl.cdiv(tl.maximum(skip - down * free, 0), 64)
+    more = tl.cdiv(tl.maximum(skip - down * free, 0), SLOTS)
     return wide, deep, parts, free, down, more
 
 
 @triton.jit
-def slots(down, part, h, w, skip, length, wide, deep, free, last):
+def slots(down, part, h, w, skip, length, wide, deep, free, last, SLOTS: tl.constexpr):
     """Of a tile: token, whether there is one, image row within the tile, column, whether it is of the map."""
-    s = tl.arange(0, 64)
-    line, column = s // wide, part * 64 + s % wide
+    s = tl.arange(0, SLOTS)
+    line, column = s // wide, part * SLOTS + s % wide
     row = down * deep + line
     left = (line >= deep) | (down >= last)
-    x = tl.where(down < last, down * free + s - deep * wide, last * free + (down - last) * 64 + s)
+    x = tl.where(down < last, down * free + s - deep * wide, last * free + (down - last) * SLOTS + s)
     on_map = (line < deep) & (down < last) & (row < h) & (column < w)
     token = tl.where(on_map, skip + row * w + column, x)
     there = (on_map | (left & (x < skip))) & (token < length)
@@ -110,15 +110,13 @@ def drop(x, seed, below, factor, head, i, j):
 
 
 @triton.jit
-def along(grad, stride_b, stride_h, stride_r, sums, N, b, h, head, length, token, there):
-    """<grad[b, h, i], sums[b, h, i]> of rows of two tensors of bucket sums."""
-    at = table_of(grad, b, h, stride_b, stride_h)
-    its = sums + head.to(tl.int64) * length * N
+def along(grad, stride, sums, N, token, there):
+    """<grad[i], sums[i]> of the rows of two tensors of bucket sums."""
     total = tl.zeros(token.shape, tl.float32)
     for start in range(0, N, 32):
         n = start + tl.arange(0, 32)
         inside = there[:, None] & (n < N)[None, :]
-        one = tl.load(at + ((token * stride_r)[:, None] + n[None, :]), mask=inside, other=0.0).to(tl.float32)
-        other = tl.load(its + ((token * N)[:, None] + n[None, :]), mask=inside, other=0.0).to(tl.float32)
+        one = tl.load(grad + ((token * stride)[:, None] + n[None, :]), mask=inside, other=0.0).to(tl.float32)
+        other = tl.load(sums + ((token * N)[:, None] + n[None, :]), mask=inside, other=0.0).to(tl.float32)
         total += tl.sum(one * other, 1)
     return total
