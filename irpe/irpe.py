@@ -275,13 +275,15 @@ class BucketMap(NamedTuple):
 
     offsets: int32. Product and cross factor: bucket(dr, dc) = rows[h-1+dr] + columns[w-1+dc], and offsets are rows and
     columns, one after the other, (2h-1 + 2w-1,). Others: bucket(dr, dc) = offsets[h-1+dr, w-1+dc], (2h-1, 2w-1).
-    size: (h, w). skip: number of tokens in front of the grid. num_buckets: N, the skip bucket counted.
+    size: (h, w). skip: number of tokens in front of the grid. num_buckets: N, the skip bucket counted. columns: where
+    it factors, how many values the columns have, and rows are multiples of that; elsewhere 0.
     """
 
     offsets: Tensor
     size: tuple[int, ...]
     skip: int
     num_buckets: int
+    columns: int
 
     def axes(self) -> tuple[Tensor, ...]:
         """One part of `offsets` for each axis; empty where the mapping does not factor."""
@@ -323,7 +325,13 @@ def get_bucket_map(
     else:
         offsets = torch.cat(_parts(method, dr, dc, alpha, beta, gamma))
     num_buckets = get_num_buckets(method, alpha, beta, gamma) + (skip > 0)
-    return BucketMap(offsets.int(), (height, width), skip, num_buckets)
+    return BucketMap(offsets.int(), (height, width), skip, num_buckets, _columns(method, beta))
+
+
+def _columns(method: METHOD, beta: float) -> int:
+    """`BucketMap.columns`."""
+    side = 2 * int(beta) + 1
+    return {METHOD.PRODUCT: side, METHOD.CROSS_ROWS: 1, METHOD.CROSS_COLS: side}.get(method, 0)
 
 
 def get_bucket_ids_2d(
@@ -438,7 +446,7 @@ def _is_exporting() -> bool:
 _is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]  # asked itself, dynamo of 2.11 says True always
 
 
-def _bucket_map(mapping: str, num_buckets: int, height: int, width: int, x: Tensor) -> BucketMap | Tensor:
+def _bucket_map(mapping: str, num_buckets: int, columns: int, height: int, width: int, x: Tensor) -> BucketMap | Tensor:
     """The map on x's device, from the cache; in a graph that is saved for others to run, or has symbolic sizes, ids."""
     kind = "ids" if _is_exporting() or torch.jit.is_tracing() else "offsets"
     symbols = type(x).__name__ == "FakeTensor"
@@ -457,7 +465,7 @@ def _bucket_map(mapping: str, num_buckets: int, height: int, width: int, x: Tens
         built = getattr(_add_constant, name)()
     else:
         built = (_build_aside if kind == "ids" else _cached)(kind, mapping, height, width, x.device)
-    return built if kind == "ids" else BucketMap(built, (height, width), int(mapping.split()[1]), num_buckets)
+    return built if kind == "ids" else BucketMap(built, (height, width), int(mapping.split()[1]), num_buckets, columns)
 
 
 def _grid(tokens: int, skip: int, height: Size, width: Size) -> tuple[int, int]:
@@ -554,6 +562,7 @@ class iRPE(nn.Module):
         fields = (_METHOD_NAMES[config.method], config.skip, config.alpha, config.beta, config.gamma)
         self._mapping = " ".join(map(str, fields))  # text: torch.compile would turn floats into inputs of the graph
         self.method, self.mode, self.num_buckets = config.method, config.mode, config.num_buckets
+        self._columns = _columns(config.method, config.beta)
         self.transposed, self.initializer = transposed, initializer
         inner = (self.head_dim, self.num_buckets) if transposed else (self.num_buckets, self.head_dim)
         shape = (self.num_heads, self.num_buckets) if self.mode == "bias" else (self.num_heads, *inner)
@@ -587,7 +596,7 @@ class iRPE(nn.Module):
         where: BucketMap | Tensor
         if positions is None:
             size = _grid(x.shape[2], self.rpe_config.skip, height, width)
-            where = _bucket_map(self._mapping, self.num_buckets, *size, x)
+            where = _bucket_map(self._mapping, self.num_buckets, self._columns, *size, x)
         else:
             where = self._ids_at(x, positions)
         bias = self.mode == "bias"

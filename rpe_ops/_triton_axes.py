@@ -332,8 +332,9 @@ def axes_backward_queries(
     rows_out = rows_of(head_of(out, b, h, o_b, o_h), o_l, i, i_there, D8, WIDE)
     row_delta = tl.sum(rows_grad.to(tl.float32) * rows_out.to(tl.float32), 1)
     if ON_V:
-        its = _sums_of(values1, head, L, v1_n8)
-        row_delta += along(head_of(v1, b, h, v1_b, v1_h), v1_r * 8, its, v1_n8 * 8, i, i_there)
+        if values1 is not None:  # else out has what they would add
+            its = _sums_of(values1, head, L, v1_n8)
+            row_delta += along(head_of(v1, b, h, v1_b, v1_h), v1_r * 8, its, v1_n8 * 8, i, i_there)
     at_row = head.to(tl.int64) * L + i
     tl.store(delta + at_row, row_delta, mask=i_there)
     row_lse = tl.load(lse + at_row, mask=i_there, other=float("inf"))

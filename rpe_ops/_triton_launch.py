@@ -370,7 +370,7 @@ def _turned(like: Sequence[Tensor], placed: Tensor | None, term: tuple[Tensor, P
 
 def _once(sums: Sequence[Tensor], term: tuple[Tensor, Places] | None) -> Tensor | None:
     """Bucket sums in PLACES form, each bucket in one place."""
-    if term is None or term[1].once is None:
+    if term is None or term[1].once is None or not sums:
         return _first(sums)
     return sums[0].to(term[1].once.dtype) @ term[1].once
 
@@ -458,7 +458,10 @@ def backward(
     scale: float,
     p: float,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
-    """The gradients of q, k, v and of both lists of side tables."""
+    """The gradients of q, k, v and of both lists of side tables.
+
+    out and sums are those of `forward`; or out has the product of the sums with W already, and sums are left out.
+    """
     D = q.shape[3]
     call = _call(q, k, mask, seed, scale, p)
     grad_q, grad_k, grad_v = _empty_heads(q, call.Lq, D), _empty_heads(q, call.Lk, D), _empty_heads(q, call.Lk, D)
@@ -546,13 +549,18 @@ def variants(target: str) -> Iterator[Variant]:
         most_of = (64, _MOST) if on[_LOOKUP[name]] else (1,)
         for (dtype, precision), wide, most in itertools.product(numbers, _WIDTHS, most_of):
             constants = _lookup_constants(name, on, extra, wide, most, precision, major)
-            yield variant(getattr(_triton_lookup, name), dtype, constants)
-
-
+            yield from _with_and_without_values(getattr(_triton_lookup, name), dtype, constants)
     for name, on, extra in itertools.product(_AXES, _FLAGS[1:], (False, True)):
         for (dtype, precision), wide, places in itertools.product(numbers, _WIDTHS, (8, 16)):
             constants = _axes_constants(on, extra, wide, places, precision, major)
-            yield variant(getattr(_triton_axes, name), dtype, constants)
+            yield from _with_and_without_values(getattr(_triton_axes, name), dtype, constants)
+
+
+def _with_and_without_values(kernel: Any, dtype: str, constants: dict[str, Any]) -> Iterator[Variant]:
+    """Where W's product on values is in `out` already, the kernel that finds delta gets no bucket sums."""
+    yield variant(kernel, dtype, constants)
+    if kernel.fn.__name__.endswith("backward_queries") and constants["ON_V"]:
+        yield variant(kernel, dtype, constants, values=False)
 
 
 _AXES = ("axes_forward", "axes_backward_queries", "axes_backward_keys")
@@ -573,7 +581,7 @@ _SUMS = dict(forward="ON_V", backward_queries="ON_K", backward_keys="ON_Q")
 _DATA = "q k v out grad_out grad_q grad_k grad_v q1 q2 k1 k2 v1 v2 values1 values2 sums1 sums2".split()
 
 
-def variant(kernel: Any, dtype: str, constants: dict[str, Any]) -> Variant:
+def variant(kernel: Any, dtype: str, constants: dict[str, Any], values: bool = True) -> Variant:
     """What Triton compiles where `launch` calls the kernel with these constants; tensors that are absent are None."""
     name = kernel.fn.__name__
     options = {key: constants[key] for key in ("num_warps", "num_stages") if key in constants}
@@ -596,7 +604,7 @@ def variant(kernel: Any, dtype: str, constants: dict[str, Any]) -> Variant:
             type_, flag = _POINTERS[word], "EXTRA" if word in ("mask", "seed") else None
         else:
             type_ = "fp32" if word in ("scale", "factor") else "i32"
-        if flag is not None and not constants[flag]:
+        if (flag is not None and not constants[flag]) or (kind == "values" and not values):
             type_, constants = "constexpr", constants | {word: None}
         types[word] = type_
     return Variant(name, tuple(types.items()), tuple(constants.items()), tuple(options.items()))

@@ -238,11 +238,12 @@ def lookup_backward_queries(
     rows_out = rows_of(head_of(out, b, h, o_b, o_h), o_l, i, i_there, D8, WIDE)
     row_delta = tl.sum(rows_grad.to(tl.float32) * rows_out.to(tl.float32), 1)
     if ON_V:
-        its = values1 + head.to(tl.int64) * Lq * v1_n
-        row_delta += along(table_of(v1, b, h, v1_b, v1_h), v1_r, its, v1_n, i, i_there)
-        if counts_v > 1:
-            its2 = values2 + head.to(tl.int64) * Lq * v2_n
-            row_delta += along(table_of(v2, b, h, v2_b, v2_h), v2_r, its2, v2_n, i, i_there)
+        if values1 is not None:  # else out has what they would add
+            its = values1 + head.to(tl.int64) * Lq * v1_n
+            row_delta += along(table_of(v1, b, h, v1_b, v1_h), v1_r, its, v1_n, i, i_there)
+            if counts_v > 1:
+                its2 = values2 + head.to(tl.int64) * Lq * v2_n
+                row_delta += along(table_of(v2, b, h, v2_b, v2_h), v2_r, its2, v2_n, i, i_there)
     at = head.to(tl.int64) * Lq + i
     if chunk == 0:
         tl.store(delta + at, row_delta, mask=i_there)

@@ -23,13 +23,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import rpe_attention_cpu, rpe_attention_eager, rpe_attention_triton
-from .maps import from_numbers, tensor_and_numbers
+from .maps import NUMBERS, from_numbers, tensor_and_numbers
 
 BACKENDS: dict[str, Any] = {"cpu": rpe_attention_cpu, "triton": rpe_attention_triton}
 
 
 class Call(NamedTuple):
-    """What is no tensor. numbers are height, width, skip and N of each map, one after the other, see `maps`."""
+    """What is no tensor. numbers are those of each map, one map after the other, see `maps.NUMBERS`."""
 
     backend: str
     scale: float
@@ -38,9 +38,7 @@ class Call(NamedTuple):
     numbers_k: tuple[int, ...]
     numbers_v: tuple[int, ...]
     weights_v: bool  # the tables on values are W
-    or_eager: (
-        bool  # what the backend cannot (second derivatives, a kernel that fails to compile) is left to the formula
-    )
+    or_eager: bool  # what the backend cannot (second derivatives, a kernel that fails) is left to the formula
 
 
 class Inputs(NamedTuple):
@@ -105,7 +103,7 @@ def attention(
 
 
 def _inputs(call: Call, first: Sequence[Any], rest: Sequence[Tensor]) -> Inputs:
-    counts = [len(some) // 4 for some in (call.numbers_q, call.numbers_k, call.numbers_v)]
+    counts = [len(some) // NUMBERS for some in (call.numbers_q, call.numbers_k, call.numbers_v)]
     ends = list(itertools.accumulate([0, *counts[:2], counts[2] if call.weights_v else 0, *counts]))
     return Inputs(*first, *(list(rest[a:b]) for a, b in itertools.pairwise(ends)))
 
@@ -132,7 +130,7 @@ class RPEAttention(torch.autograd.Function):
         # a compiled graph has no second derivative that RPEAttentionBackward would have to refuse
         function = RPEAttentionBackward.forward if torch.compiler.is_compiling() else RPEAttentionBackward.apply
         grads = function(ctx.call, grad_out, *ctx.saved_tensors, *grad_sums)
-        maps = (len(ctx.call.numbers_q) + len(ctx.call.numbers_k) + len(ctx.call.numbers_v)) // 4
+        maps = (len(ctx.call.numbers_q) + len(ctx.call.numbers_k) + len(ctx.call.numbers_v)) // NUMBERS
         return None, *grads[:3], None, None, *grads[3:], *[None] * maps
 
     @staticmethod
@@ -188,8 +186,8 @@ for _forward in (RPEAttention.forward, RPEAttentionBackward.forward):
 
 def _parts(call: Call, rest: Sequence[Any], kept: bool = True) -> tuple[Inputs, list[Tensor], list[Tensor]]:
     """(inputs, out and sums where they are kept, grad_sums)."""
-    values = len(call.numbers_v) // 4
-    maps = (len(call.numbers_q) + len(call.numbers_k)) // 4 + values
+    values = len(call.numbers_v) // NUMBERS
+    maps = (len(call.numbers_q) + len(call.numbers_k)) // NUMBERS + values
     end = 5 + 2 * maps - (0 if call.weights_v else values)
     kept_end = end + (1 + values if kept and BACKENDS[call.backend].KEEPS_OUT else 0)
     return _inputs(call, rest[:5], rest[5:end]), list(rest[end:kept_end]), list(rest[kept_end:])
@@ -199,11 +197,11 @@ def as_pairs(call: Call, inputs: Inputs) -> tuple[tuple, dict[str, Any]]:
     """A call as the formula takes it: (q, k, v, on_q, on_k, on_v) and the settings."""
 
     def of(tensors: list[Tensor], numbers: tuple[int, ...]) -> list[Any]:
-        return [from_numbers(x, numbers[4 * n : 4 * n + 4]) for n, x in enumerate(tensors)]
+        return [from_numbers(x, numbers[NUMBERS * n : NUMBERS * (n + 1)]) for n, x in enumerate(tensors)]
 
     on_q = list(zip(inputs.tables_q, of(inputs.maps_q, call.numbers_q), strict=True))
     on_k = list(zip(inputs.tables_k, of(inputs.maps_k, call.numbers_k), strict=True))
-    last = inputs.tables_v if call.weights_v else call.numbers_v[3::4]
+    last = inputs.tables_v if call.weights_v else call.numbers_v[3::NUMBERS]
     on_v = list(zip(of(inputs.maps_v, call.numbers_v), last, strict=True))
     settings = dict(scale=call.scale, attn_mask=inputs.mask, dropout_p=call.dropout_p, seed=inputs.seed)
     return (*inputs[:3], on_q, on_k, on_v), settings

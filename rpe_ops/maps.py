@@ -1,11 +1,12 @@
 """What the operators take for a map: ids of pairs of tokens, or for a grid the few numbers that these depend on.
 
-A map is a tensor of ids, (Lq, Lk), uint8, int16, int32 or int64; or a tuple (offsets, size, skip, num_buckets), such as
-`irpe.BucketMap`, of `skip` tokens and a grid of size (height, width) behind them, where the bucket of tokens i and j is
-`num_buckets - 1` if one of them is a skip token, and else depends on the offset (dr, dc) of i from j:
+A map is a tensor of ids, (Lq, Lk), uint8, int16, int32 or int64. Or it is a tuple (offsets, size, skip, num_buckets,
+columns), such as `irpe.BucketMap`, of `skip` tokens and a grid of size (height, width) behind them, where the bucket of
+tokens i and j is `num_buckets - 1` if one of them is a skip token, and else depends on the offset (dr, dc) of i from j:
 
-    offsets (2h-1 + 2w-1,), int32     rows[h-1+dr] + columns[w-1+dc], the two one after the other: the map factors
-    offsets (2h-1, 2w-1), int32       offsets[h-1+dr, w-1+dc]
+    offsets (2h-1 + 2w-1,), int32     rows[h-1+dr] + columns[w-1+dc], the two one after the other: the map factors; the
+                                      second part has values from 0 to `columns` - 1, the first multiples of `columns`
+    offsets (2h-1, 2w-1), int32       offsets[h-1+dr, w-1+dc], and `columns` is 0
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GridMap = tuple[Tensor, Sequence[int], int, int]
+GridMap = tuple[Tensor, Sequence[int], int, int, int]
+NUMBERS = 5  # of a map, beside its tensor: height, width, skip, num_buckets, columns
 Map = Tensor | GridMap
 ID_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 _SLICE_BYTES = 64 * 2**20  # of int64 ids at a time
@@ -30,9 +32,9 @@ def check(place: Any, name: str, shape: tuple[int, int], num_buckets: int, devic
             raise ValueError(f"{name}: ids have shape {tuple(place.shape)}; expected {shape}")
         on = place.device
     else:
-        if not isinstance(place, tuple) or len(place) != 4 or not isinstance(place[0], Tensor):
-            raise TypeError(f"{name}: {place!r} is no map: expected ids or (offsets, size, skip, num_buckets)")
-        offsets, (height, width), skip, its = place
+        if not isinstance(place, tuple) or len(place) != 5 or not isinstance(place[0], Tensor):
+            raise TypeError(f"{name}: {place!r} is no map: expected ids or (offsets, size, skip, num_buckets, columns)")
+        offsets, (height, width), skip, its, columns = place
         if its != num_buckets:
             raise ValueError(f"{name}: the map has {its} buckets, and the table {num_buckets}; expected the same")
         tokens = skip + height * width
@@ -42,23 +44,25 @@ def check(place: Any, name: str, shape: tuple[int, int], num_buckets: int, devic
         if offsets.dtype != torch.int32 or tuple(offsets.shape) not in (factors, whole):
             got = f"{offsets.dtype} of shape {tuple(offsets.shape)}"
             raise ValueError(f"{name}: offsets are {got}; expected int32 of shape {factors} or {whole}")
+        if (columns > 0) != (offsets.dim() == 1):
+            raise ValueError(f"{name}: columns={columns} beside offsets of shape {tuple(offsets.shape)}")
         on = offsets.device
     if on != device:
         raise ValueError(f"{name}: q is on {device}, ids on {on}: move one of them")
 
 
-def tensor_and_numbers(place: Map, num_buckets: int) -> tuple[Tensor, tuple[int, int, int, int]]:
-    """What operators of C++ and Triton read: (offsets, (h, w, skip, N)), or (ids, (0, 0, 0, N))."""
+def tensor_and_numbers(place: Map, num_buckets: int) -> tuple[Tensor, tuple[int, ...]]:
+    """What operators of C++ and Triton read: (offsets, (h, w, skip, N, columns)), or (ids, (0, 0, 0, N, 0))."""
     if isinstance(place, Tensor):
-        return place, (0, 0, 0, num_buckets)
-    offsets, (height, width), skip, _ = place
-    return offsets, (height, width, skip, num_buckets)
+        return place, (0, 0, 0, num_buckets, 0)
+    offsets, (height, width), skip, _, columns = place
+    return offsets, (height, width, skip, num_buckets, columns)
 
 
 def from_numbers(tensor: Tensor, numbers: Sequence[int]) -> Map:
     """The map of `tensor_and_numbers`."""
-    height, width, skip, num_buckets = numbers
-    return tensor if height == 0 else (tensor, (height, width), skip, num_buckets)
+    height, width, skip, num_buckets, columns = numbers
+    return tensor if height == 0 else (tensor, (height, width), skip, num_buckets, columns)
 
 
 def ids_of(place: Map, dtype: torch.dtype | None = None) -> Tensor:
@@ -92,7 +96,7 @@ def _slices(place: Map) -> Iterator[tuple[slice, Tensor]]:
     if isinstance(place, Tensor):
         yield slice(None), place.long()
         return
-    _, (height, width), skip, num_buckets = place
+    _, (height, width), skip, num_buckets, _ = place
     tokens = skip + height * width
     each = max(1, _SLICE_BYTES // (8 * width * tokens))  # image rows
     if each >= height:
@@ -107,7 +111,7 @@ def _slices(place: Map) -> Iterator[tuple[slice, Tensor]]:
 
 def _rows(place: GridMap, dtype: torch.dtype, first: int, last: int, with_skip: bool = False) -> Tensor:
     """Ids of the tokens of image rows first to last, and of the skip tokens before them."""
-    offsets, (height, width), skip, num_buckets = place
+    offsets, (height, width), skip, num_buckets, _ = place
     if offsets.dim() == 1:
         rows, columns = offsets.split([2 * height - 1, 2 * width - 1])
         offsets = rows.unsqueeze(1) + columns

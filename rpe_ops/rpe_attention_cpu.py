@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _native
+from .maps import NUMBERS
 
 KEEPS_OUT = False
 
@@ -54,7 +55,8 @@ def backward(call: Any, inputs: Any, saved: Any) -> list[Tensor]:
 
 
 def _rest(call: Any, inputs: Any) -> tuple:
-    numbers = (list(call.numbers_q), list(call.numbers_k), list(call.numbers_v))
+    # the kernels see the columns of a map in its offsets, and take four numbers
+    numbers = ([n for i, n in enumerate(some) if i % NUMBERS < 4] for some in call[3:6])
     return *inputs[5:], *numbers, inputs.mask, inputs.seed, call.scale, call.dropout_p
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _torch, _triton_launch, rpe_attention_eager
-from .maps import from_numbers
+from .maps import NUMBERS, from_numbers
 
 KEEPS_OUT = True
 BROKEN: dict[str, str] = {}  # device, dtype and head size -> why the kernels do not run there
@@ -199,10 +199,11 @@ def _pairs(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple:
     """The arguments of the formula."""
     tables, maps, numbers = rest[:3], rest[3:6], rest[6:]
     places = [
-        [from_numbers(x, n[4 * i : 4 * i + 4]) for i, x in enumerate(m)] for m, n in zip(maps, numbers, strict=True)
+        [from_numbers(x, n[NUMBERS * i : NUMBERS * (i + 1)]) for i, x in enumerate(m)]
+        for m, n in zip(maps, numbers, strict=True)
     ]
     on_q, on_k = (list(zip(t, p, strict=True)) for t, p in zip(tables[:2], places[:2], strict=True))
-    return q, k, v, on_q, on_k, list(zip(places[2], tables[2] or numbers[2][3::4], strict=True))
+    return q, k, v, on_q, on_k, list(zip(places[2], tables[2] or numbers[2][3::NUMBERS], strict=True))
 
 
 def _key(q: Tensor) -> str:
@@ -230,7 +231,7 @@ def _empty_heads(q: Tensor, tokens: int) -> Tensor:
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     B, H, Lq, _ = q.shape
-    sums = [q.new_empty(B, H, Lq, num_buckets) for num_buckets in rest[8][3::4]]
+    sums = [q.new_empty(B, H, Lq, num_buckets) for num_buckets in rest[8][3::NUMBERS]]
     return _empty_heads(q, Lq), q.new_empty(q.shape[:3], dtype=torch.float32), sums
 
 

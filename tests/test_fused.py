@@ -24,13 +24,13 @@ TOKENS = 13
 
 def pairs(luts_q, luts_k, *maps):
     places = [
-        [from_numbers(x, n[4 * i : 4 * i + 4]) for i, x in enumerate(m)]
+        [from_numbers(x, n[5 * i : 5 * i + 5]) for i, x in enumerate(m)]
         for m, n in zip(maps[:3], maps[3:], strict=True)
     ]
     return (
         list(zip(luts_q, places[0], strict=True)),
         list(zip(luts_k, places[1], strict=True)),
-        list(zip(places[2], maps[5][3::4], strict=True)),
+        list(zip(places[2], maps[5][3::5], strict=True)),
     )
 
 
@@ -142,7 +142,7 @@ def test_func_transforms(kernels):
 
 def test_opcheck(kernels):
     q, k, v = torch.randn(3, 2, HEADS, TOKENS, DIM)
-    offsets, numbers = get_bucket_map("product", 3, 4, 1, 1.9, 3.8, 15.2).offsets, [3, 4, 1, 50]
+    offsets, numbers = get_bucket_map("product", 3, 4, 1, 1.9, 3.8, 15.2).offsets, [3, 4, 1, 50, 7]
     tables = [torch.randn(HEADS, DIM, 50)], [torch.randn(HEADS, DIM, 50)], [torch.randn(HEADS, 50, DIM)]
     rest = (torch.zeros(2, HEADS, TOKENS, TOKENS), torch.tensor([3]), 0.3, 0.1, False)
     arguments = (q, k, v, *tables, *[[offsets]] * 3, *[numbers] * 3, *rest)

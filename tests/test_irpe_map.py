@@ -6,7 +6,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from irpe import BucketMap, build_rpe, get_bucket_ids, get_bucket_map, get_rpe_config, piecewise_index, rpe_attention
+from irpe import build_rpe, get_bucket_ids, get_bucket_map, get_rpe_config, piecewise_index, rpe_attention
 from rpe_ops import _native, maps, reference
 from rpe_ops.rpe_attention import rpe_attention as operator
 from rpe_ops.rpe_index import rpe_bucket_sum, rpe_index
@@ -41,11 +41,12 @@ def test_maps_that_factor_keep_their_axes(method):
     assert (len(place.axes()) == 2) == (method not in ("euc", "quant"))
     if place.axes():
         assert place.offsets.shape == (2 * 5 - 1 + 2 * 8 - 1,)
+        assert place.axes()[1].max() < place.columns and not (place.axes()[0] % place.columns).any()
         rows, columns = (piecewise_index(torch.arange(1 - n, n), *NUMBERS) + 3 for n in (5, 8))
         factor = {"product": (7, 1), "cross_rows": (1, 0), "cross_cols": (0, 1)}[method]
         assert [axis.tolist() for axis in place.axes()] == [(rows * factor[0]).tolist(), (columns * factor[1]).tolist()]
     else:
-        assert place.offsets.shape == (9, 15)
+        assert place.offsets.shape == (9, 15) and place.columns == 0
 
 
 def test_ids_have_the_smallest_dtype_that_holds_them():
@@ -121,6 +122,7 @@ def test_attention_takes_maps_of_every_kind_beside_each_other(backend, weights):
             r"shape \(11,\); expected int32 of shape \(12,\)",
         ),
         (dict(offsets=torch.zeros(12)), ValueError, "offsets are torch.float32"),
+        (dict(columns=0), ValueError, r"columns=0 beside offsets of shape \(12,\)"),
     ],
 )
 def test_maps_that_do_not_fit_are_refused(change, error, match):
@@ -138,7 +140,7 @@ def test_a_bucket_outside_the_table_is_named(value):
         pytest.skip(_native.MISSING["cpu"])
     q = torch.randn(1, 2, 13, 8)
     place = get_bucket_map("euc", 3, 4, 1, 20.0, 40.0, 160.0)
-    place = BucketMap(place.offsets.clone().fill_(value), place.size, 1, 50)
+    place = place._replace(offsets=place.offsets.clone().fill_(value), num_buckets=50)
     with pytest.raises(RuntimeError, match=rf"{value}.*50"):
         operator(q, q, q, on_k=[(torch.randn(2, 8, 50), place)], backend="cpu")
 
