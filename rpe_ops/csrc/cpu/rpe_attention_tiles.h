@@ -48,7 +48,7 @@ struct Worker {
   const T early = X::rounds ? T(1) : T(p.scale), late = X::rounds ? T(p.scale) : T(1);
   Arena<T> arena;
   Matrix keys, values, query, grad, scores, weights_grad;
-  Item *keys_t, *values_t;
+  Item *keys_t, *values_t = nullptr;
   T *result, *mask_row, *keep, *row_table, *bias, *second, *buffer, *grad_k = nullptr, *grad_v = nullptr, *tables_q;
   int32_t* ids;
   Groups<T> groups;
@@ -58,10 +58,17 @@ struct Worker {
 
   Worker(const Problem& problem, char* scratch) : p(problem), arena{scratch} {
     const int64_t M = p.tile;
-    keys = X::input(arena, L16, Dp, backward);
+    // what is read once lies where something else is needed later
     keys_t = arena.template array<Item>(Lp * X::items(p.D));
-    values = X::input(arena, L16, Dp, !backward);
-    values_t = backward ? arena.template array<Item>(Lp * X::items(p.D)) : nullptr;
+    if (backward) {
+      keys = X::input(arena, L16, Dp, true);
+      values_t = arena.template array<Item>(Lp * X::items(p.D));
+      grad_k = arena.take(L16 * Dp);
+      grad_v = arena.take(L16 * Dp);
+      values.rows = reinterpret_cast<Item*>(grad_k);
+    } else {
+      keys = values = X::input(arena, L16, Dp, true);
+    }
     query = X::input(arena, M, Dp, backward);
     if (backward) grad = X::input(arena, M, Dp, true);
     scores = X::over(arena, arena.take(M * ld), M, ld, !backward, backward);
@@ -95,10 +102,6 @@ struct Worker {
     ids = arena.template array<int32_t>(ids_bytes / 4);
     groups = {arena.template array<const T*>(rows), arena.template array<const void*>(rows), buffer};
     tables_q = arena.take(total * (L8 + 8));
-    if (backward) {
-      grad_k = arena.take(L16 * Dp);
-      grad_v = arena.take(L16 * Dp);
-    }
     weights_q = weights(p.on_q, p.num_q, true, backward, 0, backward ? L8 : 0);
     weights_k = weights(p.on_k, p.num_k, true, backward, M, 0);
     weights_v = weights(p.on_v, p.num_v, backward, !backward, M, 0);
@@ -196,7 +199,7 @@ struct Worker {
     const int64_t size = view.storage == Storage::f64 ? 8 : view.storage == Storage::f32 ? 4 : 2;
     const char* at = view.data + row_of(view, of_head / p.H, of_head % p.H, l) * size;
     if (view.d != 1) return;
-    for (int64_t c = 0; c < p.D * size; c += 64) __builtin_prefetch(at + c, 0, 3);
+    for (int64_t c = 0; c < p.D * size; c += 64) __builtin_prefetch(at + c, 0, 2);
   }
   void fetch_queries(const View& view, const Tile<T>& tile) {
     for (int64_t r = 0; r < least(p.tile, p.Lq - tile.first); ++r) fetch(view, head, p.query_at(tile.first + r));
@@ -218,15 +221,6 @@ struct Worker {
     mask_ready = false;
     load_rows(keys, p.k, L16);
     pack_transposed<X>(keys_t, keys.rows, Dp, p.Lk, p.D);
-    load_rows(values, p.v, L16);
-    if (!backward) {
-      X::pair_rows(values, p.Lk, Dp);
-    } else {
-      X::pair_rows(keys, p.Lk, Dp);
-      pack_transposed<X>(values_t, values.rows, Dp, p.Lk, p.D);
-      clear(grad_k, L16 * Dp);
-      clear(grad_v, L16 * Dp);
-    }
     T* at = tables_q;
     for (int64_t t = 0; t < p.num_q; ++t) {
       const Term& term = p.on_q[t];
@@ -240,6 +234,15 @@ struct Worker {
       }
       if (backward) clear(weights_q[t].table.numbers, L8 * term.width);
       at += (L8 + 8) * term.width;
+    }
+    load_rows(values, p.v, L16);
+    if (!backward) {
+      X::pair_rows(values, p.Lk, Dp);
+    } else {
+      X::pair_rows(keys, p.Lk, Dp);
+      pack_transposed<X>(values_t, values.rows, Dp, p.Lk, p.D);
+      clear(grad_k, L16 * Dp);
+      clear(grad_v, L16 * Dp);
     }
     for (int64_t t = 0; t < p.num_k; ++t) {
       if (!p.on_k[t].weight) continue;
