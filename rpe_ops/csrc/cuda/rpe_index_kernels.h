@@ -24,12 +24,12 @@ constexpr int kThreads = kWarp * kWarps;
 constexpr unsigned kAllLanes = 0xffffffffu;
 // Shared memory that every GPU gives a block without being asked.
 constexpr int64_t kSharedBytes = 48 * 1024;
-// Of it a block of rpe_index takes no more, where one table fits, so that a multiprocessor holds eight.
+// Of it a block of rpe_index takes no more, where one set of tables fits, so that a multiprocessor holds several.
 constexpr int64_t kIndexBytes = 24 * 1024;
 // Entries of a map that a block of rpe_index writes: two vectors of 16 bytes a thread in float32, one in bfloat16.
 constexpr int kTile = 2048;
-// Maps whose tables stand in shared memory together.
-constexpr int kMaxTables = 16;
+// Sets of maps whose tables stand in shared memory together.
+constexpr int64_t kMaxSets = 4;
 // Keys of a row that a block of rpe_bucket_sum holds at a time: 7 for a lane to sort. 197 keys are one chunk, and 32 rows
 // of them in float32, or 64 in 16 bits, are 25 KiB.
 constexpr int kLaneKeys = 7;
@@ -153,11 +153,14 @@ __device__ inline void arrived() {
 // A block writes the entries [tile * E - shift, ...) of the (Lq, Lk) matrix, rows after rows, for several maps (b, h). The
 // shift makes every vector of 16 bytes begin where memory wants it. Maps lie Lq Lk entries apart, often an odd number,
 // so only every `classes`-th map has the same shift: a block serves maps of one class.
+//
+// In shared memory the tables of a set of maps, as many as a vector has entries, lie entry beside entry: one reading of 16
+// bytes looks an id up in all of them, and V readings are V vectors of V maps, turned over in registers.
 struct IndexPlan {
-  int entries;      // E
+  int entries;  // E
   int classes;
-  int tables;       // maps in shared memory at a time
-  int pitch;        // entries from one table there to the next
+  int sets;               // in shared memory at a time
+  int pitch;              // entries of a table there
   int groups, maps_each;  // a block for each group of maps of a class
   int64_t tiles, blocks;
   int64_t shared_bytes;
@@ -173,18 +176,17 @@ inline IndexPlan plan_index(const Problem& p, int bytes, int64_t multiprocessors
   plan.classes = static_cast<int>(std::min<int64_t>(plan.classes, p.maps));
   const int64_t maps = ceil_div(p.maps, plan.classes);
   for (plan.entries = kTile; plan.entries >= 64; plan.entries /= 2) {
-    const int64_t rows = std::min(p.rows.queries, (plan.entries - 1) / p.keys + 2);
-    const int64_t pitch = ceil_div(rows * p.buckets + 1, 2) * 2;
-    if (pitch > 65535) continue;  // offsets have 16 bits
-    const int64_t ids = plan.entries * int64_t{2} + kMaxTables * int64_t{4}, table = pitch * bytes;
-    if (ids + table > kSharedBytes) continue;
-    plan.tables = static_cast<int>(
-        std::min(std::max<int64_t>((kIndexBytes - ids) / table, 1), std::min<int64_t>(kMaxTables, maps)));
+    const int64_t pitch = std::min(p.rows.queries, (plan.entries - 1) / p.keys + 2) * p.buckets;
+    const int64_t ids = plan.entries * int64_t{2}, set = pitch * 16;
+    if (ids + set > kSharedBytes) continue;
+    plan.sets = static_cast<int>(
+        std::min(std::max<int64_t>((kIndexBytes - ids) / set, 1), std::min(kMaxSets, ceil_div(maps, vector))));
     plan.pitch = static_cast<int>(pitch);
-    plan.shared_bytes = ids + plan.tables * table;
+    plan.shared_bytes = ids + plan.sets * set;
     plan.tiles = ceil_div(total + vector - 1, plan.entries);
     const int64_t tiles = plan.tiles * plan.classes;
-    plan.maps_each = static_cast<int>(ceil_div(maps, std::min(ceil_div(kIndexBlocks * multiprocessors, tiles), maps)));
+    const int64_t groups = std::min(ceil_div(kIndexBlocks * multiprocessors, tiles), ceil_div(maps, vector));
+    plan.maps_each = static_cast<int>(ceil_div(maps, groups * vector) * vector);  // whole sets
     plan.groups = static_cast<int>(ceil_div(maps, plan.maps_each));
     plan.blocks = tiles * plan.groups <= kMaxBlocks ? tiles * plan.groups : 0;
     return plan;
@@ -199,12 +201,10 @@ struct alignas(bytes) Vector {
 
 // Entries are moved as they are: Bits is an unsigned integer of their size.
 template <class Bits>
-__global__ void __launch_bounds__(kThreads, 6) index_kernel(Problem p, IndexPlan plan) {
+__global__ void __launch_bounds__(kThreads, 4) index_kernel(Problem p, IndexPlan plan) {
   constexpr int kVector = 16 / static_cast<int>(sizeof(Bits));
-  unsigned char* shared = shared_memory();
-  uint16_t* offsets = reinterpret_cast<uint16_t*>(shared);         // (E): where in a table
-  int* shifts = reinterpret_cast<int*>(offsets + plan.entries);  // (tables)
-  Bits* tables = reinterpret_cast<Bits*>(shifts + kMaxTables);   // (tables, pitch)
+  uint16_t* offsets = reinterpret_cast<uint16_t*>(shared_memory());  // (E): of an id's entry in a set, in bytes
+  unsigned char* sets = shared_memory() + plan.entries * sizeof(uint16_t);  // (sets, pitch, V)
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int buckets = static_cast<int>(p.buckets);
   const int64_t total = p.rows.queries * p.keys;
@@ -239,43 +239,43 @@ __global__ void __launch_bounds__(kThreads, 6) index_kernel(Problem p, IndexPlan
     const int64_t at = row * p.index.stride_i + column * p.index.stride_j;
     with_ids(p.index, [&](auto typed) {
       using From = typename decltype(typed)::type;
+      const From* data = static_cast<const From*>(p.index.data) + at;
+      const auto keep = [&](int entry, int row, From id) {
+        offsets[entry] = static_cast<uint16_t>((row * buckets + static_cast<int>(all.checked(id))) * 16);
+      };
+      int entry = low + static_cast<int>(threadIdx.x);
       constexpr int kTogether = 4;  // on their way from memory
-      for (int entry = low + static_cast<int>(threadIdx.x); entry < high; entry += kTogether * kThreads) {
-        int64_t ids[kTogether];
-        int rows[kTogether];
+      if (step == 0 && p.index.stride_j == 1) {
+        for (; entry + (kTogether - 1) * kThreads < high; entry += kTogether * kThreads) {
+          From ids[kTogether];
 #pragma unroll
-        for (int u = 0; u < kTogether; ++u) {
-          const int one = min(entry + u * kThreads, high - 1);
-          rows[u] = row_of(one);
-          ids[u] = static_cast<const From*>(p.index.data)[at + one * p.index.stride_j + rows[u] * step];
+          for (int u = 0; u < kTogether; ++u) ids[u] = data[entry + u * kThreads];
+#pragma unroll
+          for (int u = 0; u < kTogether; ++u) keep(entry + u * kThreads, row_of(entry + u * kThreads), ids[u]);
         }
-#pragma unroll
-        for (int u = 0; u < kTogether; ++u)
-          if (entry + u * kThreads < high)
-            offsets[entry + u * kThreads] =
-                static_cast<uint16_t>(rows[u] * buckets + static_cast<int>(all.checked(ids[u])));
       }
+      for (; entry < high; entry += kThreads)
+        keep(entry, row_of(entry), data[entry * p.index.stride_j + row_of(entry) * step]);
     });
   };
 
-  // a table of the tile's rows is one piece of memory where rows follow each other, and else a piece for each row
   const int rows = row_of(high - 1) + 1;
-  const int pieces = p.rows.stride_i == p.buckets ? 1 : rows;
-  const int piece = pieces == 1 ? rows * buckets : buckets;
   const Bits* x = static_cast<const Bits*>(p.x);
-  for (int at_map = first; at_map < last; at_map += plan.tables) {
-    const int count = min(plan.tables, last - at_map);
+  for (int at_map = first; at_map < last; at_map += plan.sets * kVector) {
+    const int maps = min(plan.sets * kVector, last - at_map), count = (maps + kVector - 1) / kVector;
     if (at_map > first) __syncthreads();
-    for (int q = warp; q < count * pieces; q += kWarps) {
-      const int m = pieces == 1 ? q : q / pieces, r = q - m * pieces;
+    for (int q = warp; q < count * rows; q += kWarps) {
+      // neighbouring lanes have the maps of the set, so that they write one piece of shared memory
+      const int set = q / rows, r = q - set * rows, m = set * kVector + lane % kVector;
+      if (m >= maps) continue;
       const Bits* from = x + p.rows.near(map_class + plan.classes * (at_map + m), row + r);
-      Bits* to = tables + m * plan.pitch + r * buckets;
-      if (kEntriesOfAWord<Bits> == 1 || pieces == 1) {
-        const int shift = copy_row<2>(to, from, piece, lane);
-        if (lane == 0) shifts[m] = shift;
-      } else {  // rows of one table may begin differently within a word
-        for (int n = lane; n < piece; n += kWarp) to[n] = from[n];
-        if (lane == 0 && r == 0) shifts[m] = 0;
+      Bits* to = reinterpret_cast<Bits*>(sets + (set * plan.pitch + r * buckets) * 16) + lane % kVector;
+#pragma unroll 4
+      for (int n = lane / kVector; n < buckets; n += kWarp / kVector) {
+        if constexpr (sizeof(Bits) < 4)  // less is not copied in the background
+          to[n * kVector] = from[n];
+        else
+          __pipeline_memcpy_async(to + n * kVector, from + n, sizeof(Bits));
       }
     }
     if (at_map == first) read_ids();  // while the tables are on their way
@@ -292,22 +292,28 @@ __global__ void __launch_bounds__(kThreads, 6) index_kernel(Problem p, IndexPlan
           uint16_t one[kVector];
         } at;
         at.vector = *reinterpret_cast<const Vector<2 * kVector>*>(offsets + entry);
-#pragma unroll 4
-        for (int m = 0; m < count; ++m, to += apart) {
-          const Bits* table = tables + m * plan.pitch + (kEntriesOfAWord<Bits> == 1 ? 0 : shifts[m]);
+        for (int m = 0; m < maps; m += kVector) {
+          const unsigned char* set = sets + m / kVector * plan.pitch * 16;
           union {
             uint4 vector;
             Bits one[kVector];
-          } out;
+          } found[kVector], out;
 #pragma unroll
-          for (int v = 0; v < kVector; ++v) out.one[v] = table[at.one[v]];
-          *reinterpret_cast<uint4*>(to) = out.vector;
+          for (int v = 0; v < kVector; ++v) found[v].vector = *reinterpret_cast<const uint4*>(set + at.one[v]);
+#pragma unroll
+          for (int other = 0; other < kVector; ++other, to += apart) {
+            if (m + other >= maps) break;
+#pragma unroll
+            for (int v = 0; v < kVector; ++v) out.one[v] = found[v].one[other];
+            *reinterpret_cast<uint4*>(to) = out.vector;
+          }
         }
       } else {
-        for (int m = 0; m < count; ++m, to += apart)
+        for (int m = 0; m < maps; ++m, to += apart)
           for (int v = 0; v < kVector; ++v)
             if (entry + v >= low && entry + v < high)
-              to[v] = tables[m * plan.pitch + shifts[m] + offsets[entry + v]];
+              to[v] = reinterpret_cast<const Bits*>(
+                  sets + m / kVector * plan.pitch * 16 + offsets[entry + v])[m % kVector];
       }
     }
   }
