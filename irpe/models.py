@@ -125,11 +125,8 @@ def _same_tables(state_dict: dict[str, Tensor], model: VisionTransformer) -> dic
     try:
         state_dict = checkpoint_filter_fn(state_dict, model)
     except Exception as error:  # timm takes for granted that the weights are of this family
-        keys = ", ".join(list(map(str, state_dict))[:3])
-        raise ValueError(
-            f"the checkpoint does not fit a DeiT: {str(error).splitlines()[0] if str(error) else type(error).__name__}; "
-            f"it begins with {keys}"
-        ) from None
+        keys, reason = ", ".join(list(map(str, state_dict))[:3]), f"{type(error).__name__} {error}".splitlines()[0]
+        raise ValueError(f"the checkpoint does not fit a DeiT: {reason}; it begins with {keys}") from None
     # timm loads without `strict` as soon as the head is new, so keys that are missing would go unnoticed
     has, needs = ({name for name in one if "lookup_table" in name} for one in (state_dict, model.state_dict()))
     if has != needs:

@@ -53,7 +53,7 @@ def compare(
         table.add_row(group.title, str(len(group.runs)), done, *words)
         rows.append(_plain(group, figures))
     console.print(table)
-    console.print(str(job.draw(out, groups)), soft_wrap=True)
+    console.print(str(checked(job.draw, out, groups)), soft_wrap=True)
     if json_file is not None:
         write_json(json_file, rows)
 

@@ -72,7 +72,7 @@ def _run(folder: Path, runs: list[Any], options: Options, sides: Sequence[str], 
     order = {side: k for k, side in enumerate(sides)}
     rows = sorted(job.summarise(results), key=lambda row: (order[row["side"]], row["lr"]))
     console.print(_table(rows, tune))
-    paths = [] if tune else _pictures(folder, sorted(results, key=lambda one: order[one["side"]]))
+    paths = [] if tune else checked(_pictures, folder, sorted(results, key=lambda one: order[one["side"]]))
     record = {
         "quick": quick,
         "command": sys.argv[1:],

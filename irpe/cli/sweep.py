@@ -76,8 +76,10 @@ def sweep(
         shown.add_row(row.title, row.rpe, f"{row.paper:g}", figure)
         plain.append({"row": row.title, "rpe": row.rpe, "options": row.options, "paper": row.paper, "top1": values})
     console.print(shown)
-    groups = compare.grouped([compare.load(out / row.name(seed)) for row in rows for seed in range(seeds)])
-    console.print(str(compare.draw(out / f"table{table}.png", groups)), soft_wrap=True)
+    groups = checked(
+        compare.grouped, [checked(compare.load, out / row.name(seed)) for row in rows for seed in range(seeds)]
+    )
+    console.print(str(checked(compare.draw, out / f"table{table}.png", groups)), soft_wrap=True)
     if json_file is not None:
         write_json(json_file, plain)
 
