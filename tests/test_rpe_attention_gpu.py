@@ -6,9 +6,9 @@ import pytest
 import torch
 from attention_cases import assert_rule_9, make_mask, problem, run
 
-from irpe import build_rpe, get_bucket_ids_2d, get_rpe_config
+from irpe import build_rpe, get_bucket_map, get_rpe_config
 from irpe import rpe_attention as irpe_attention
-from rpe_ops import rpe_attention_triton
+from rpe_ops import _triton_launch
 from rpe_ops.rpe_attention import choose, rpe_attention, why_not
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible")]
@@ -21,9 +21,15 @@ def on_the_gpu():
         yield
 
 
+def on_gpu(method, height, width, skip):
+    with torch.device("cpu"):
+        place = get_bucket_map(method, height, width, skip, 1.9, 3.8, 15.2)
+    return place._replace(offsets=place.offsets.cuda())
+
+
 def small(dtype=brain, shape=(2, 3, 197, 197, 64), method="product", terms=(1, 1, 1)):
-    ids, buckets = get_bucket_ids_2d(method, 14, 14, 1, 1.9, 3.8, 15.2, device="cuda")
-    return problem(shape, buckets, terms, dtype, "timm", ids), buckets
+    place = on_gpu(method, 14, 14, 1)
+    return problem(shape, place.num_buckets, terms, dtype, "timm", place), place.num_buckets
 
 
 def test_it_is_chosen():
@@ -56,8 +62,12 @@ def test_exact(shape, buckets, terms, dtype, layout, mask, dropout_p):
 
 @pytest.mark.parametrize("method", ["euc", "quant", "product", "cross_rows", "cross_cols"])
 def test_exact_on_maps_of_images(method):
-    ids, buckets = get_bucket_ids_2d(method, 9, 14, 1, 1.9, 3.8, 15.2, device="cuda")
-    assert_rule_9(problem((2, 2, 127, 127, 64), buckets, (1, 1, 1), brain, "timm", ids), brain, "triton")
+    place = on_gpu(method, 9, 14, 1)
+    for terms in ((1, 1, 1), (0, 1, 0), (0, 0, 1)):
+        arguments = problem((2, 2, 127, 127, 64), place.num_buckets, terms, brain, "timm", place)
+        assert_rule_9(arguments, brain, "triton")
+    arguments = problem((2, 2, 127, 127, 64), place.num_buckets, (1, 1, 1), half, "timm", place.ids())
+    assert_rule_9(arguments, half, "triton")  # the same, as free ids
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 0, 5, 64), (2, 2, 5, 0, 64), (0, 2, 5, 5, 64)])
@@ -133,7 +143,7 @@ def test_cuda_graph_and_streams(warm):
         step()
     torch.cuda.current_stream().wait_stream(stream)
     if not warm:  # what a capture makes holds nothing before the graph runs, and must not be kept for others
-        rpe_attention_triton._plans.clear()
+        _triton_launch._turns.clear()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
@@ -163,36 +173,22 @@ def test_compile_fullgraph_and_autocast():
 
 def test_no_matrix_of_all_weights_is_allocated():
     side, heads = 48, 4  # of 2304 tokens: 42 MiB of weights
-    ids, buckets = get_bucket_ids_2d("product", side, side, 0, 1.9, 3.8, 15.2, device="cuda")
-    q, k, v, on_q, on_k, on_v = problem((1, heads, side**2, side**2, 64), buckets, (1, 1, 1), brain, maps=ids)
+    place = on_gpu("product", side, side, 0)
+    shape = (1, heads, side**2, side**2, 64)
+    q, k, v, on_q, on_k, on_v = problem(shape, place.num_buckets, (1, 1, 1), brain, maps=place)
     leaves = [x.requires_grad_() for x in (q, k, v, on_q[0][0], on_k[0][0])]
 
     def step():
-        out, (sums,) = rpe_attention(*leaves[:3], [(leaves[3], ids)], [(leaves[4], ids)], on_v, backend="triton")
+        out, (sums,) = rpe_attention(*leaves[:3], [(leaves[3], place)], [(leaves[4], place)], on_v, backend="triton")
         torch.autograd.grad(out.sum() + sums.sum(), leaves)
 
-    step()  # makes the plan
+    step()  # compiles
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     step()
     one_row = heads * side**2 * 2  # bytes of a column of weights
     assert torch.cuda.max_memory_allocated() - before < one_row * (side**2 / 2)
-
-
-def test_ids_of_every_dtype_and_stride_make_the_same_plan():
-    ids, buckets = get_bucket_ids_2d("product", 5, 14, 1, 1.9, 3.8, 15.2, device="cuda")
-    expected = rpe_attention_triton._plan(ids, buckets)
-    for other in (ids.to(torch.uint8), ids.short(), ids.int(), ids.t().contiguous().t()):
-        assert all(torch.equal(x, y) for x, y in zip(rpe_attention_triton._plan(other, buckets), expected, strict=True))
-    small_ids, order, ends = expected
-    assert torch.equal(small_ids[:, :71].long(), ids.long())
-    for start in range(0, 71, 64):
-        tile = ids[:, start : start + 64]
-        rank = order[:, start : start + tile.shape[1]].long()
-        assert (tile.gather(1, rank).diff(dim=1) >= 0).all()
-        count = (tile.unsqueeze(2) <= torch.arange(buckets)).sum(1)
-        assert torch.equal(ends[:, start // 64].long(), count)
 
 
 @pytest.mark.parametrize(("method", "mode"), [("product", "ctx"), ("cross", "ctx"), ("euc", "bias")])
