@@ -833,10 +833,11 @@ class _Encodings(NamedTuple):
 
     def tables(self, q: Tensor, k: Tensor) -> tuple[list, list, list]:
         """(table, map) on q and on k, (map, table) on v: the arguments of `rpe_ops`."""
-        weights_like = q[:1, :, :, :1].expand(-1, -1, -1, k.shape[2])
         on_q = [] if self.q is None else self.q.tables(k, **self.of_k)
         on_k = [] if self.k is None else self.k.tables(q, **self.of_q)
-        on_v = [] if self.v is None else self.v.tables(weights_like, **self.of_q)
+        if self.v is None:
+            return on_q, on_k, []
+        on_v = self.v.tables(q[:1, :, :, :1].expand(-1, -1, -1, k.shape[2]), **self.of_q)  # shaped as weights are
         return on_q, on_k, [(where, table) for table, where in on_v]
 
     def bias(self, q: Tensor, k: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -1,6 +1,7 @@
 """What every fused backend shares, with kernels that the formula stands in for: autograd, graphs, kernels that fail."""
 
 import gc
+import sys
 import types
 import warnings
 
@@ -317,3 +318,39 @@ def test_every_backend_has_what_fused_asks_of_it():
             name
         )
         assert isinstance(one.KEEPS_OUT, bool) and one.about().startswith(("runs: ", "not here: "))
+
+
+def python_calls(function):
+    """How many functions of Python a call enters, its own frame among them."""
+    count = 0
+
+    def profile(_, event, __):
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(profile)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize(("on", "forward_bound", "backward_bound"), [("k", 120, 120), ("qkv", 180, 140)])
+def test_host_work_of_a_call_is_bounded(kernels, monkeypatch, on, forward_bound, backward_bound):
+    """What a GPU waits for where its kernels are short; counted with kernels that do nothing."""
+    rpe, _ = encodings(on)
+    x = torch.randn(3, 2, HEADS, TOKENS, DIM).unbind(0)
+    q, k, v = (one.clone().requires_grad_() for one in x)
+    out, lse, sums = forward(q.detach(), k.detach(), v.detach(), [], [], [], [], [], [], [], [], None, None, 0.3, 0.0)
+    table = torch.zeros(2, HEADS, TOKENS, 50)
+    monkeypatch.setattr(kernels, "forward", lambda *args: (out, lse, [table] * len(args[7])))
+    monkeypatch.setattr(kernels, "backward", lambda *a: (out, out, out, [table] * len(a[8]), [table] * len(a[9])))
+    monkeypatch.setattr(operators, "choose", lambda *_: "triton")
+
+    def call():
+        return rpe_attention(q, k, v, *rpe, **SIZE)
+
+    result = call()
+    assert python_calls(call) <= forward_bound
+    assert python_calls(lambda: torch.autograd.grad(result.sum(), (q, k, v), retain_graph=True)) <= backward_bound
