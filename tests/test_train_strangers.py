@@ -190,6 +190,9 @@ def damaged(run):
     yield "settings.json", "\ufeff" + json.dumps(whole), None
     for line in ("[1]", '{"kind": "step"}', '{"kind": "epoch", "step": 1, "epoch": 1, "val": 3}', '{"kind": 3}', "x"):
         yield "log.jsonl", f"{line}\n" + (run / "log.jsonl").read_text(), "line 1 of"
+    for val in ("{}", '{"loss": 1, "top1": null, "top5": 2}'):
+        line = f'{{"kind": "epoch", "step": 1, "epoch": 1, "train_loss": 1, "val": {val}}}\n'
+        yield "compared", line, "the line of epoch 1 has no scores of a classifier"
     yield "log.jsonl", (run / "log.jsonl").read_text() + '{"kind": "st', None
 
 
@@ -197,7 +200,7 @@ def test_damaged_files_of_a_run_end_in_a_sentence(made, tmp_path):
     given = ["train", made / "pictures", *SMALL, "--batch-size", 6, "--max-steps", 1]
     for name, text, expected in damaged(made / "run"):
         run = shutil.copytree(made / "run", tmp_path / "run", dirs_exist_ok=True)
-        (run / name).write_text(text, encoding="utf-8")
+        (run / name.replace("compared", "log.jsonl")).write_text(text, encoding="utf-8")
         before = content(run)
         results = [irpe("compare", run, "--out", tmp_path / "a.png")]
         if name == "settings.json":

@@ -5,7 +5,7 @@ import importlib.metadata
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,8 @@ def train(settings: Settings, make_folder: MakeFolder, resume: str | None, conso
             _say_notes((data, val), model, settings, say)
         trainer = Trainer(settings, data, val, model, processor, world)
         folder = world.from_first(make_folder)
-        with locked(folder) if world.first else nullcontext():
+        with ExitStack() as held:
+            world.from_first(lambda: held.enter_context(locked(folder)))
             found = world.from_first(lambda: _begin(folder, settings, resume, start))
             if found is not None and found != start:
                 start, state = found, _state(found, settings)
@@ -151,7 +152,8 @@ def measure(settings: Settings, make_folder: MakeFolder, console: Console) -> di
         if world.first:
             _say_notes((val,), model, settings, say)
         folder = world.from_first(make_folder)
-        with locked(folder) if world.first else nullcontext():
+        with ExitStack() as held:
+            world.from_first(lambda: held.enter_context(locked(folder)))
             world.from_first(lambda: _check_measured(folder))
             transform = transform_of(settings, processor, training=False)
             predictions = predict(model.to(world.device), val, transform, processor, settings, world)

@@ -55,6 +55,14 @@ def load(folder: Path) -> Run:
     epochs = [line for line in read_log(folder) if line["kind"] == "epoch"]
     if not epochs:
         raise ValueError(f"{folder} has no measured epoch yet")
+    for line in epochs:
+        numbers = [line.get("train_loss")]
+        for part in (line["val"], line.get("ema", line["val"])):
+            numbers += [part.get(name) if isinstance(part, dict) else None for name in ("loss", "top1", "top5")]
+        if not all(isinstance(one, (int, float)) for one in numbers):
+            raise ValueError(
+                f"{folder}: the line of epoch {line['epoch']} has no scores of a classifier; it is damaged"
+            )
     return Run(folder, settings_from_dict(record["settings"]), record["parameters"], epochs)
 
 

@@ -7,7 +7,7 @@ import platform
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -107,7 +107,8 @@ def train(settings: Settings, make_folder: MakeFolder, resume: str | None, conso
         trainer = Trainer(settings, data, model, world)
         Transform(settings, trainer.shape, training=True)  # refuses what timm cannot make, before there is a folder
         folder = world.from_first(make_folder)
-        with locked(folder) if world.first else nullcontext():
+        with ExitStack() as held:
+            world.from_first(lambda: held.enter_context(locked(folder)))
             found = world.from_first(lambda: _begin(folder, settings, resume, start))
             if found is not None and found != start:
                 start, state = found, _state(found, settings)
