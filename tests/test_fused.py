@@ -342,7 +342,7 @@ def test_host_work_of_a_call_is_bounded(kernels, monkeypatch, on, forward_bound,
     rpe, _ = encodings(on)
     x = torch.randn(3, 2, HEADS, TOKENS, DIM).unbind(0)
     q, k, v = (one.clone().requires_grad_() for one in x)
-    out, lse, sums = forward(q.detach(), k.detach(), v.detach(), [], [], [], [], [], [], [], [], None, None, 0.3, 0.0)
+    out, lse, _ = forward(q.detach(), k.detach(), v.detach(), [], [], [], [], [], [], [], [], None, None, 0.3, 0.0)
     table = torch.zeros(2, HEADS, TOKENS, 50)
     monkeypatch.setattr(kernels, "forward", lambda *args: (out, lse, [table] * len(args[7])))
     monkeypatch.setattr(kernels, "backward", lambda *a: (out, out, out, [table] * len(a[8]), [table] * len(a[9])))
@@ -351,6 +351,10 @@ def test_host_work_of_a_call_is_bounded(kernels, monkeypatch, on, forward_bound,
     def call():
         return rpe_attention(q, k, v, *rpe, **SIZE)
 
+    def back():
+        return torch.autograd.grad(result, (q, k, v), torch.ones_like(result), retain_graph=True)
+
     result = call()
+    back()  # what a first call imports is not counted
     assert python_calls(call) <= forward_bound
-    assert python_calls(lambda: torch.autograd.grad(result.sum(), (q, k, v), retain_graph=True)) <= backward_bound
+    assert python_calls(back) <= backward_bound
