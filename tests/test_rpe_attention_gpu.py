@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 from attention_cases import assert_rule_9, make_mask, problem, run
+from map_cases import check
 
 from irpe import build_rpe, get_bucket_ids_2d, get_rpe_config
 from irpe import rpe_attention as irpe_attention
-from rpe_ops import rpe_attention_triton
+from rpe_ops import _triton_call_axes
 from rpe_ops.rpe_attention import choose, rpe_attention, why_not
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible")]
@@ -133,7 +134,7 @@ def test_cuda_graph_and_streams(warm):
         step()
     torch.cuda.current_stream().wait_stream(stream)
     if not warm:  # what a capture makes holds nothing before the graph runs, and must not be kept for others
-        rpe_attention_triton._plans.clear()
+        _triton_call_axes._turns.clear()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
@@ -171,7 +172,7 @@ def test_no_matrix_of_all_weights_is_allocated():
         out, (sums,) = rpe_attention(*leaves[:3], [(leaves[3], ids)], [(leaves[4], ids)], on_v, backend="triton")
         torch.autograd.grad(out.sum() + sums.sum(), leaves)
 
-    step()  # makes the plan
+    step()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -180,19 +181,34 @@ def test_no_matrix_of_all_weights_is_allocated():
     assert torch.cuda.max_memory_allocated() - before < one_row * (side**2 / 2)
 
 
-def test_ids_of_every_dtype_and_stride_make_the_same_plan():
-    ids, buckets = get_bucket_ids_2d("product", 5, 14, 1, 1.9, 3.8, 15.2, device="cuda")
-    expected = rpe_attention_triton._plan(ids, buckets)
+@pytest.mark.parametrize("dtype", [single, half, brain])
+@pytest.mark.parametrize(
+    ("grid", "on", "options"),
+    [
+        ((14, 14, 1), ([], ["product"], []), {}),
+        ((14, 9, 1), (["product"],) * 3, dict(B=2, D=64)),
+        ((17, 20, 0), (["product"],) * 3, dict(D=32, ratio=2.5)),
+        ((9, 70, 3), (["product"],) * 3, dict(D=80)),
+        ((16, 32, 40), (["product"],) * 3, dict(D=64, ratio=3.0, mask="bool", dropout_p=0.1)),
+        ((14, 9, 1), (["product"], [], ["product"]), dict(D=128, mask="float", layout="gaps")),
+        ((14, 9, 1), (["euc"], ["quant"], ["euc"]), dict(B=2, D=64)),
+        ((9, 70, 3), (["cross_rows", "cross_cols"],) * 3, dict(D=64, dropout_p=0.3)),
+        ((14, 9, 5), (["quant"], ["product"], ["euc"]), dict(D=20, mask="bool")),
+        ((14, 9, 1), (["free"], ["free"], ["free"]), dict(D=64, shape=(70, 300))),
+    ],
+    ids=str,
+)
+def test_exact_on_maps(dtype, grid, on, options):
+    check(grid, on, dtype, **options)
+
+
+def test_ids_of_every_dtype_and_stride_give_the_same():
+    (q, k, v, on_q, on_k, on_v), _ = small()
+    ids = on_k[0][1]
+    expected, _ = rpe_attention(q, k, v, on_q, on_k, on_v, backend="triton")
     for other in (ids.to(torch.uint8), ids.short(), ids.int(), ids.t().contiguous().t()):
-        assert all(torch.equal(x, y) for x, y in zip(rpe_attention_triton._plan(other, buckets), expected, strict=True))
-    small_ids, order, ends = expected
-    assert torch.equal(small_ids[:, :71].long(), ids.long())
-    for start in range(0, 71, 64):
-        tile = ids[:, start : start + 64]
-        rank = order[:, start : start + tile.shape[1]].long()
-        assert (tile.gather(1, rank).diff(dim=1) >= 0).all()
-        count = (tile.unsqueeze(2) <= torch.arange(buckets)).sum(1)
-        assert torch.equal(ends[:, start // 64].long(), count)
+        out, _ = rpe_attention(q, k, v, on_q, [(on_k[0][0], other)], on_v, backend="triton")
+        assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize(("method", "mode"), [("product", "ctx"), ("cross", "ctx"), ("euc", "bias")])
