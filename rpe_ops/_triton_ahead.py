@@ -57,7 +57,7 @@ def compile_here(processes: int | None = None, variants: Iterable[Variant] | Non
     """
     import torch
 
-    from . import _triton_launch
+    from . import _triton_variants
 
     if not torch.cuda.is_available():
         raise RuntimeError("compile_here compiles for the GPU that is here, and no GPU is visible: see compile_for")
@@ -67,7 +67,7 @@ def compile_here(processes: int | None = None, variants: Iterable[Variant] | Non
         major, minor = torch.cuda.get_device_capability()
         arch = 10 * major + minor
     target = f"{target}:{arch}"
-    reports = compile_for(list(_triton_launch.usual(target) if variants is None else variants), target, processes)
+    reports = compile_for(list(_triton_variants.usual(target) if variants is None else variants), target, processes)
     return {name: report.error or report.seconds for name, report in reports.items()}
 
 
@@ -148,14 +148,14 @@ def _usage(cubin: bytes) -> tuple[int, int]:
 
 
 def _main(words: Sequence[str]) -> None:
-    """Standard input may hold {"variants": places in `_triton_launch.variants`, "only_front_end": true or false}."""
-    from . import _triton_launch
+    """Standard input may hold {"variants": places in `_triton_variants.variants`, "only_front_end": true or false}."""
+    from . import _triton_variants
 
     if not words:
         print(json.dumps(compile_here(), indent=1))
         return
     wanted = json.load(sys.stdin) if not sys.stdin.isatty() else {}
-    variants = list(_triton_launch.variants(words[0]))
+    variants = list(_triton_variants.variants(words[0]))
     chosen = [variants[place] for place in wanted.get("variants", range(len(variants)))]
     reports = compile_for(chosen, words[0], wanted.get("processes"), wanted.get("only_front_end", False))
     print(json.dumps(reports))

@@ -1,5 +1,5 @@
-# ruff: noqa: N803
-"""The Triton kernels of `rpe_attention` for any map: tables are looked up bucket by bucket, buckets are summed by a plan.
+# ruff: noqa: N803, SIM102 (the outer condition is a constant of a binary)
+"""The Triton kernels of `rpe_attention` for any map: tables are looked up, buckets are summed by a plan.
 
 A program has R tokens of one head, in their own order, and one chunk of NB buckets. A table is a tuple
 
@@ -23,7 +23,7 @@ def plan(ids, order, ends, patterns, N, stride_n, h, w, skip, rows, columns, str
     """Of R patterns: the slots in order of their buckets, and for each n how many have a bucket <= n."""
     pattern = tl.program_id(0) * R + tl.arange(0, R)
     s = tl.arange(0, 64)
-    wide, deep, parts, free, down, more = tiling(h, w, skip, 64, 64)
+    wide, deep, parts, _, down, _ = tiling(h, w, skip, 64, 64)
     if rows > 0:
         tiles = tl.cdiv(columns, 64)
         row, column = pattern // tiles, (pattern % tiles)[:, None] * 64 + s[None, :]

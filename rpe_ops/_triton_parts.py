@@ -1,13 +1,13 @@
 # ruff: noqa: N803
 """What the Triton kernels of `rpe_attention` share: rows of a head, tiles of columns, masks, dropout, delta.
 
-A program has some rows of one head, and takes the columns in tiles of 64 slots, or 32. On a map of height x width a tile is
-whole image rows, as many as fit (or a part of one, where it is wider than 64), so that what depends on offsets is the
+A program has some rows of one head, and takes the columns in tiles of 64 slots, or 32. On a map of height x width a
+tile is whole image rows, as many as fit (or a part of one, where it is wider), so that what depends on offsets is the
 same for every tile; tokens in front of the map (skip) sit in the slots that are left, and then in tiles of their own.
 Without a map columns are taken as one of width 64.
 
-Strides of q, k, v and their like come divided by 8, and so does the head size: Triton sees that rows can be read 16 bytes at a
-time. Offsets within a head are counted in 32 bits.
+Strides of q, k, v and their like come divided by 8, and so does the head size: Triton sees that rows can be read 16
+bytes at a time. Offsets within a head are counted in 32 bits.
 """
 
 import inspect

@@ -179,9 +179,10 @@ class RPEAttentionBackward(torch.autograd.Function):
         return _vmap(RPEAttentionBackward, info, in_dims, args)
 
 
-for _forward in (RPEAttention.forward, RPEAttentionBackward.forward):
+_forwards: list[Any] = [RPEAttention.forward, RPEAttentionBackward.forward]
+for _forward in _forwards:
     # `apply` asks for it in every call, and working it out takes longer than all the rest of `apply`
-    _forward.__signature__ = inspect.signature(_forward)  # type: ignore[attr-defined]
+    _forward.__signature__ = inspect.signature(_forward)
 
 
 def _parts(call: Call, rest: Sequence[Any], kept: bool = True) -> tuple[Inputs, list[Tensor], list[Tensor]]:

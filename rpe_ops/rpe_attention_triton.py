@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _torch, _triton_launch, rpe_attention_eager
+from . import _torch, _triton_call, _triton_launch, rpe_attention_eager
 from .maps import NUMBERS, from_numbers
 
 KEEPS_OUT = True
@@ -107,7 +107,8 @@ def _forward(
             [_side_table(k, table, scale) for table in tables_q],
             [_side_table(q, table, scale) for table in tables_k],
         )
-        out, lse, sums = _triton_launch.forward(q, k, v, *luts, *maps, attn_mask, seed, scale, dropout_p)
+        arguments: tuple[Any, ...] = (q, k, v, *luts, *maps, attn_mask, seed, scale, dropout_p)
+        out, lse, sums = _triton_launch.forward(*arguments)
     except Exception as error:
         _give_up(q, error, or_eager)
         pairs = _pairs(q, k, v, tables_q, tables_k, tables_v, *maps)
@@ -153,9 +154,9 @@ def _backward(
             of_sums, of_delta = [_side_table(grad_out, W.transpose(1, 2), 1.0) for W in tables_v], []
         else:
             of_sums, of_delta = grad_sums, sums
-        grad_q, grad_k, grad_v, of_q, of_k = _triton_launch.backward(
-            grad_out, of_sums, q, k, v, out, of_delta, lse, *luts, *maps, attn_mask, seed, scale, dropout_p
-        )
+        before = (grad_out, of_sums, q, k, v, out, of_delta, lse)
+        arguments: tuple[Any, ...] = (*before, *luts, *maps, attn_mask, seed, scale, dropout_p)
+        grad_q, grad_k, grad_v, of_q, of_k = _triton_launch.backward(*arguments)
     except Exception as error:
         _give_up(q, error, or_eager)
         pairs = _pairs(q, k, v, tables_q, tables_k, tables_v, *maps)
@@ -226,7 +227,7 @@ def _give_up(q: Tensor, error: Exception, or_eager: bool) -> None:
 
 
 def _empty_heads(q: Tensor, tokens: int) -> Tensor:
-    return _triton_launch._empty_heads(q, tokens, q.shape[3])[..., : q.shape[3]]
+    return _triton_call.empty_heads(q, tokens, q.shape[3])[..., : q.shape[3]]
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -14,7 +14,7 @@ from torch.library import opcheck
 import irpe.irpe as source
 from irpe import build_rpe, get_bucket_map, get_rpe_config, get_single_rpe_config, rpe_attention
 from irpe.irpe import RPEConfig
-from rpe_ops import _torch, _triton_launch, fused, rpe_attention_eager
+from rpe_ops import _torch, fused, rpe_attention_eager
 from rpe_ops import rpe_attention as operators
 from rpe_ops import rpe_attention_triton as backend
 from rpe_ops.maps import from_numbers
@@ -52,7 +52,7 @@ def backward(grad_out, grad_sums, q, k, v, out, sums, lse, luts_q, luts_k, *rest
 @pytest.fixture
 def kernels(monkeypatch):
     """The backend "triton" on this CPU: all of it but its kernels."""
-    launch = types.SimpleNamespace(forward=forward, backward=backward, _empty_heads=_triton_launch._empty_heads)
+    launch = types.SimpleNamespace(forward=forward, backward=backward)
     monkeypatch.setattr(backend, "_triton_launch", launch)
     monkeypatch.setattr(backend, "_INTERPRETED", True)
     monkeypatch.setattr(backend, "_HAS_TRITON", True)

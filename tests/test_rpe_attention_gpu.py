@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 from attention_cases import assert_rule_9, make_mask, problem, run
+from map_cases import check
 
-from irpe import build_rpe, get_bucket_map, get_rpe_config
+from irpe import build_rpe, get_bucket_ids_2d, get_bucket_map, get_rpe_config
 from irpe import rpe_attention as irpe_attention
-from rpe_ops import _triton_launch
+from rpe_ops import _triton_call_axes
 from rpe_ops.rpe_attention import choose, rpe_attention, why_not
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible")]
@@ -21,15 +22,9 @@ def on_the_gpu():
         yield
 
 
-def on_gpu(method, height, width, skip):
-    with torch.device("cpu"):
-        place = get_bucket_map(method, height, width, skip, 1.9, 3.8, 15.2)
-    return place._replace(offsets=place.offsets.cuda())
-
-
 def small(dtype=brain, shape=(2, 3, 197, 197, 64), method="product", terms=(1, 1, 1)):
-    place = on_gpu(method, 14, 14, 1)
-    return problem(shape, place.num_buckets, terms, dtype, "timm", place), place.num_buckets
+    ids, buckets = get_bucket_ids_2d(method, 14, 14, 1, 1.9, 3.8, 15.2, device="cuda")
+    return problem(shape, buckets, terms, dtype, "timm", ids), buckets
 
 
 def test_it_is_chosen():
@@ -62,12 +57,12 @@ def test_exact(shape, buckets, terms, dtype, layout, mask, dropout_p):
 
 @pytest.mark.parametrize("method", ["euc", "quant", "product", "cross_rows", "cross_cols"])
 def test_exact_on_maps_of_images(method):
-    place = on_gpu(method, 9, 14, 1)
-    for terms in ((1, 1, 1), (0, 1, 0), (0, 0, 1)):
-        arguments = problem((2, 2, 127, 127, 64), place.num_buckets, terms, brain, "timm", place)
+    with torch.device("cpu"):
+        place = get_bucket_map(method, 9, 14, 1, 1.9, 3.8, 15.2)
+    place = place._replace(offsets=place.offsets.cuda())
+    for where in (place, place.ids()):
+        arguments = problem((2, 2, 127, 127, 64), place.num_buckets, (1, 1, 1), brain, "timm", where)
         assert_rule_9(arguments, brain, "triton")
-    arguments = problem((2, 2, 127, 127, 64), place.num_buckets, (1, 1, 1), half, "timm", place.ids())
-    assert_rule_9(arguments, half, "triton")  # the same, as free ids
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 0, 5, 64), (2, 2, 5, 0, 64), (0, 2, 5, 5, 64)])
@@ -143,7 +138,7 @@ def test_cuda_graph_and_streams(warm):
         step()
     torch.cuda.current_stream().wait_stream(stream)
     if not warm:  # what a capture makes holds nothing before the graph runs, and must not be kept for others
-        _triton_launch._turns.clear()
+        _triton_call_axes._turns.clear()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
@@ -173,22 +168,51 @@ def test_compile_fullgraph_and_autocast():
 
 def test_no_matrix_of_all_weights_is_allocated():
     side, heads = 48, 4  # of 2304 tokens: 42 MiB of weights
-    place = on_gpu("product", side, side, 0)
-    shape = (1, heads, side**2, side**2, 64)
-    q, k, v, on_q, on_k, on_v = problem(shape, place.num_buckets, (1, 1, 1), brain, maps=place)
+    ids, buckets = get_bucket_ids_2d("product", side, side, 0, 1.9, 3.8, 15.2, device="cuda")
+    q, k, v, on_q, on_k, on_v = problem((1, heads, side**2, side**2, 64), buckets, (1, 1, 1), brain, maps=ids)
     leaves = [x.requires_grad_() for x in (q, k, v, on_q[0][0], on_k[0][0])]
 
     def step():
-        out, (sums,) = rpe_attention(*leaves[:3], [(leaves[3], place)], [(leaves[4], place)], on_v, backend="triton")
+        out, (sums,) = rpe_attention(*leaves[:3], [(leaves[3], ids)], [(leaves[4], ids)], on_v, backend="triton")
         torch.autograd.grad(out.sum() + sums.sum(), leaves)
 
-    step()  # compiles
+    step()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     step()
     one_row = heads * side**2 * 2  # bytes of a column of weights
     assert torch.cuda.max_memory_allocated() - before < one_row * (side**2 / 2)
+
+
+@pytest.mark.parametrize("dtype", [single, half, brain])
+@pytest.mark.parametrize(
+    ("grid", "on", "options"),
+    [
+        ((14, 14, 1), ([], ["product"], []), {}),
+        ((14, 9, 1), (["product"],) * 3, dict(B=2, D=64)),
+        ((17, 20, 0), (["product"],) * 3, dict(D=32, ratio=2.5)),
+        ((9, 70, 3), (["product"],) * 3, dict(D=80)),
+        ((16, 32, 40), (["product"],) * 3, dict(D=64, ratio=3.0, mask="bool", dropout_p=0.1)),
+        ((14, 9, 1), (["product"], [], ["product"]), dict(D=128, mask="float", layout="gaps")),
+        ((14, 9, 1), (["euc"], ["quant"], ["euc"]), dict(B=2, D=64)),
+        ((9, 70, 3), (["cross_rows", "cross_cols"],) * 3, dict(D=64, dropout_p=0.3)),
+        ((14, 9, 5), (["quant"], ["product"], ["euc"]), dict(D=20, mask="bool")),
+        ((14, 9, 1), (["free"], ["free"], ["free"]), dict(D=64, shape=(70, 300))),
+    ],
+    ids=str,
+)
+def test_exact_on_maps(dtype, grid, on, options):
+    check(grid, on, dtype, **options)
+
+
+def test_ids_of_every_dtype_and_stride_give_the_same():
+    (q, k, v, on_q, on_k, on_v), _ = small()
+    ids = on_k[0][1]
+    expected, _ = rpe_attention(q, k, v, on_q, on_k, on_v, backend="triton")
+    for other in (ids.to(torch.uint8), ids.short(), ids.int(), ids.t().contiguous().t()):
+        out, _ = rpe_attention(q, k, v, on_q, [(on_k[0][0], other)], on_v, backend="triton")
+        assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize(("method", "mode"), [("product", "ctx"), ("cross", "ctx"), ("euc", "bias")])

@@ -13,6 +13,7 @@ import torch
 from attention_cases import assert_rule_9, make_mask, problem, run
 from conftest import ROOT
 from torch.library import opcheck
+from triton_listed import only_listed_kernels  # noqa: F401 (a fixture)
 
 import rpe_ops.rpe_attention_triton as backend
 from irpe import build_rpe, get_bucket_ids_2d, get_bucket_map, get_rpe_config

@@ -14,7 +14,7 @@ from conftest import ROOT
 
 triton = pytest.importorskip("triton")
 
-from rpe_ops import _triton_ahead, _triton_launch  # noqa: E402 (a skip comes first)
+from rpe_ops import _triton_ahead, _triton_variants  # noqa: E402 (a skip comes first)
 
 pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels of the interpreter do not compile"),
@@ -37,7 +37,7 @@ def facts(variant, size):
 def covering(target, size):
     """Places of a few variants that hold every `size` facts that some variant of their kernel holds."""
     found, kernels = [], {}
-    for place, variant in enumerate(_triton_launch.variants(target)):
+    for place, variant in enumerate(_triton_variants.variants(target)):
         kernels.setdefault(variant.kernel, {})[place] = facts(variant, size)
     for waiting in kernels.values():
         missing = set().union(*waiting.values())
@@ -93,7 +93,7 @@ def test_the_front_end_takes_every_pair_of_constants(version):
 @pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_front_end_takes_every_kernel_that_can_be_launched(version):
-    places = list(range(len(list(_triton_launch.variants("cuda:90")))))
+    places = list(range(len(list(_triton_variants.variants("cuda:90")))))
     reports = compiled(version, "cuda:90", places, only_front_end=True)
     assert len(reports) == len(places) and not errors(reports)
 
@@ -113,7 +113,7 @@ SPILLS = [
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles(target, version):
     """What training uses on every target with both, and every value of every constant on one of the eight."""
-    variants = list(_triton_launch.variants(target))
+    variants = list(_triton_variants.variants(target))
     mine = 2 * TARGETS.index(target) + VERSIONS.index(version)
     places = [place for place, x in enumerate(variants) if x.name in {one.name for one in usual(target)}]
     places += [place for place in covering(target, 1)[mine::8] if place not in places]
@@ -125,7 +125,7 @@ def test_compiles(target, version):
 
 
 def usual(target):
-    return [x for x in _triton_launch.usual(target) if dict(x.types)["q"] == "*bf16" and "PLACES=16" not in x.name]
+    return [x for x in _triton_variants.usual(target) if dict(x.types)["q"] == "*bf16" and "PLACES=16" not in x.name]
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_a_variable_that_changes_its_type_in_a_loop_is_found(tmp_path, file, bef
     text = path.read_text()
     assert text.count(before) == 1
     path.write_text(text.replace(before, after))
-    variants = list(_triton_launch.variants("cuda:90"))
+    variants = list(_triton_variants.variants("cuda:90"))
     places = [place for place in covering("cuda:90", 1) if variants[place].kernel == kernel]
     reports = compiled(triton.__version__, "cuda:90", places, only_front_end=True, root=tmp_path)
     assert len(errors(reports)) == len(places)

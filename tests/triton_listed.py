@@ -1,11 +1,11 @@
-"""A launch of a Triton kernel that `_triton_launch.variants` does not tell of fails the test that makes it."""
+"""A launch of a Triton kernel that `_triton_variants.variants` does not tell of fails the test that makes it."""
 
 import functools
 
 import pytest
 import torch
 
-from rpe_ops import _triton_launch
+from rpe_ops import _triton_call, _triton_variants
 
 TYPES = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.uint8: "*u8", torch.int32: "*i32",
@@ -15,7 +15,7 @@ TYPES = {
 
 @functools.cache
 def listed():
-    return {key(x.kernel, x.types, dict(x.constants) | dict(x.options)) for x in _triton_launch.variants("cuda:80")}
+    return {key(x.kernel, x.types, dict(x.constants) | dict(x.options)) for x in _triton_variants.variants("cuda:80")}
 
 
 def key(name, types, constants):
@@ -35,7 +35,7 @@ def type_of(x):
 
 @pytest.fixture(autouse=True)
 def only_listed_kernels(monkeypatch):
-    launch = _triton_launch.launch
+    launch = _triton_call.launch
 
     def checked(module, name, grid, arguments, constants):
         words = getattr(module, name).arg_names
@@ -45,4 +45,4 @@ def only_listed_kernels(monkeypatch):
         assert key(name, tuple(types.items()), constants) in listed()
         launch(module, name, grid, arguments, constants)
 
-    monkeypatch.setattr(_triton_launch, "launch", checked)
+    monkeypatch.setattr(_triton_call, "launch", checked)
