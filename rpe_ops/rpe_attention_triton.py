@@ -171,7 +171,7 @@ def _backward(
                 _by_head(of_x).baddbmm_(by_head, table.to(q.dtype).transpose(1, 2), alpha=scale)
                 grads.append(torch.bmm(_by_head(x).transpose(1, 2), by_head).mul_(scale).to(table.dtype))
             else:
-                grads.append(of_table.contiguous())
+                grads.append(of_table.contiguous().to(table.dtype))
     for bucket_sums, W in zip(sums, tables_v, strict=False):
         grads.append(torch.bmm(_by_head(bucket_sums).transpose(1, 2), _by_head(grad_out)).to(W.dtype))
     return grads
@@ -189,9 +189,9 @@ def _heads_inside(q: Tensor, x: Tensor) -> Tensor:
 
 def _side_table(x: Tensor, table: Tensor, scale: float) -> Tensor:
     """scale x @ W, (B, H, L, N), in memory (H, B, L, N); or the side table that is there already."""
-    if table.dim() == 4:
-        return table
     W = table if table.dtype == x.dtype else table.to(x.dtype)
+    if W.dim() == 4:
+        return W
     product = torch.baddbmm(W[:, :1], _by_head(x), W, beta=0, alpha=scale)
     return product.view(x.shape[1], x.shape[0], x.shape[2], -1).transpose(0, 1)
 
