@@ -64,13 +64,44 @@ void fill_image_rows(T* to, const T* table, const Map& map, int64_t row, int64_t
   }
 }
 
-// to[j] = table[id of (query i, key j)]; writes up to 7 numbers behind the last key. `buffer` holds image rows, one of each run.
+#ifdef RPE_AVX512
+// The same by sixteens, for slots below 16.
+template <int N>
+void fill_image_rows_16(float* to, const float* table, const Map& map, int64_t row, int64_t column, float* buffer) {
+  const int64_t parts = N > 0 ? N : (map.width + 15) / 16;
+  const int32_t* slots = map.col_slot + (map.width - 1 - column);
+  const Window window(map, map.height - 1 - row, map.height);
+  for (int64_t run = window.first; run <= window.last; ++run) {
+    const __m512 at = _mm512_loadu_ps(table + (map.row_slots - 1 - run) * map.col_slots);
+    float* found = buffer + 16 * parts * (run - window.first);
+    for (int64_t n = 0; n < parts; ++n) {
+      _mm512_storeu_ps(found + 16 * n, _mm512_permutexvar_ps(_mm512_loadu_si512(slots + 16 * n), at));
+    }
+  }
+  for (int64_t y = 0; y < map.height; ++y) {
+    const float* found = buffer + 16 * parts * (map.run_of[window.from + y] - window.first);
+    for (int64_t n = 0; n < parts; ++n) _mm512_storeu_ps(to + y * map.width + 16 * n, _mm512_loadu_ps(found + 16 * n));
+  }
+}
+#endif
+
+// to[j] = table[id of (query i, key j)]; writes up to 15 numbers behind the last key. `buffer` holds image rows, one of each run.
 template <class T>
 void fill_by_axes(T* to, const T* table, const Map& map, int64_t i, int64_t keys, T* buffer) {
   const int64_t alone = i < map.skip ? keys : map.skip;
   for (int64_t j = 0; j < alone; ++j) to[j] = table[map.skip_id];
   if (i < map.skip) return;
   const int64_t row = (i - map.skip) / map.width, column = (i - map.skip) % map.width;
+#ifdef RPE_AVX512
+  if constexpr (sizeof(T) == 4) {
+    const auto fill = [&](auto parts) {
+      fill_image_rows_16<decltype(parts)::value>(to + map.skip, table, map, row, column, buffer);
+    };
+    if (map.col_slots <= 16 && map.width <= 16) return fill(Count<1>());
+    if (map.col_slots <= 16 && map.width <= 32) return fill(Count<2>());
+    if (map.col_slots <= 16) return fill(Count<0>());
+  }
+#endif
   const auto fill = [&](auto span, auto octets) {
     fill_image_rows<decltype(span)::value, decltype(octets)::value>(to + map.skip, table, map, row, column, buffer);
   };
