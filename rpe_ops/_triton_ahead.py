@@ -20,6 +20,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
+DTYPES = dict(
+    fp16=torch.float16, bf16=torch.bfloat16, fp32=torch.float32, u8=torch.uint8, i32=torch.int32, i64=torch.int64
+)
+
 
 class Variant(NamedTuple):
     """What Triton makes one binary of: a kernel, the types of its arguments, its constants and its options."""
@@ -55,19 +61,13 @@ def compile_here(processes: int | None = None, variants: Iterable[Variant] | Non
         processes: how many at a time; as many as there are processors by default.
         variants: `usual()` by default.
     """
-    import torch
-
     from . import _triton_variants
 
     if not torch.cuda.is_available():
         raise RuntimeError("compile_here compiles for the GPU that is here, and no GPU is visible: see compile_for")
-    target = "hip" if torch.version.hip is not None else "cuda"
-    arch: Any = torch.cuda.get_device_properties().gcnArchName.split(":")[0] if target == "hip" else None
-    if arch is None:
-        major, minor = torch.cuda.get_device_capability()
-        arch = 10 * major + minor
-    target = f"{target}:{arch}"
-    reports = compile_for(list(_triton_variants.usual(target) if variants is None else variants), target, processes)
+    target = f"cuda:{10 * torch.cuda.get_device_capability()[0]}" if torch.version.hip is None else "hip:"
+    chosen = list(_triton_variants.usual(target) if variants is None else variants)
+    reports = compile_for(chosen, "here", processes)
     return {name: report.error or report.seconds for name, report in reports.items()}
 
 
@@ -106,13 +106,13 @@ def _compiled(variant: Variant, target: str, only_front_end: bool) -> Report:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
 
-    from . import _triton_axes, _triton_lookup
-
+    kernel = _kernel(variant.kernel)
+    if target == "here":
+        return _measured(_warm(kernel, variant))
     kind, arch = target.split(":")
     gpu = GPUTarget(kind, int(arch) if kind == "cuda" else arch, 64 if arch.startswith("gfx9") else 32)
     places = {name: place for place, (name, _) in enumerate(variant.types)}
     constants = {(places[name],): value for name, value in variant.constants}
-    kernel = getattr(_triton_axes if variant.kernel.startswith("axes") else _triton_lookup, variant.kernel)
     source = ASTSource(kernel, signature=dict(variant.types), constexprs=constants)
     if only_front_end:
         backend = make_backend(gpu)
@@ -123,12 +123,34 @@ def _compiled(variant: Variant, target: str, only_front_end: bool) -> Report:
         functions = backend.get_codegen_implementation(options)
         source.make_ir(gpu, options, functions, backend.get_module_map(), context)
         return Report(0.0)
-    result = triton.compile(source, target=gpu, options=dict(variant.options))
-    if kind == "hip":
-        found = {key: _number(result.asm["amdgcn"], f".{key}:") for key in ("vgpr_count", "vgpr_spill_count")}
-        return Report(0.0, 4 * found["vgpr_spill_count"], found["vgpr_count"], result.metadata.shared)
-    registers, stack = _usage(result.asm["cubin"])
-    return Report(0.0, stack, registers, result.metadata.shared)
+    return _measured(triton.compile(source, target=gpu, options=dict(variant.options)))
+
+
+def _kernel(name: str) -> Any:
+    from . import _triton_axes, _triton_lookup
+
+    return getattr(_triton_axes if name.startswith("axes") else _triton_lookup, name)
+
+
+def _warm(kernel: Any, variant: Variant) -> Any:
+    """Compiled by the way that a launch takes, so that it lies where the launch will look for it."""
+    return kernel.warmup(*arguments_of(variant), grid=(1,), **dict(variant.options))
+
+
+def arguments_of(variant: Variant) -> list[Any]:
+    """What stands for the arguments of a launch: dtypes for tensors, some number for numbers."""
+    pointers = {f"*{name}": dtype for name, dtype in DTYPES.items()}
+    constants, values = dict(variant.constants), {"i32": 7, "fp32": 0.5}
+    return [constants[name] if name in constants else pointers.get(t, values.get(t)) for name, t in variant.types]
+
+
+def _measured(binary: Any) -> Report:
+    shared = binary.metadata.shared
+    if "cubin" not in binary.asm:
+        registers, spilled = (_number(binary.asm["amdgcn"], f".{key}:") for key in ("vgpr_count", "vgpr_spill_count"))
+        return Report(0.0, 4 * spilled, registers, shared)
+    registers, stack = _usage(binary.asm["cubin"])
+    return Report(0.0, stack, registers, shared)
 
 
 def _number(text: str, key: str) -> int:

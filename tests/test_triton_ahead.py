@@ -128,6 +128,26 @@ def usual(target):
     return [x for x in _triton_variants.usual(target) if dict(x.types)["q"] == "*bf16" and "PLACES=16" not in x.name]
 
 
+def test_compile_here_asks_for_what_a_launch_asks_for():
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import MockTensor, create_function_from_signature
+
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    for variant in list(_triton_variants.variants("cuda:90"))[::50]:
+        kernel = _triton_ahead._kernel(variant.kernel)
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        stand_ins = map(MockTensor.wrap_dtype, _triton_ahead.arguments_of(variant))
+        _, found, _ = bind(*stand_ins, **dict(variant.options))
+        assert [type_ for type_, _ in found] == [type_ for _, type_ in variant.types]
+        # of real arguments: not by whether a number is 1 or an address a multiple of 16
+        real = {"fp32": 1.0, "i32": 1} | {f"*{x}": torch.zeros(9, dtype=y)[1:] for x, y in _triton_ahead.DTYPES.items()}
+        constants = dict(variant.constants)
+        real = [constants[name] if name in constants else real[type_] for name, type_ in variant.types]
+        assert bind(*real, **dict(variant.options))[1] == found
+
+
 @pytest.mark.parametrize(
     ("file", "before", "after", "kernel"),
     [
