@@ -115,7 +115,8 @@ def test_compiles(target, version):
     """What training uses on every target with both, and every value of every constant on one of the eight."""
     variants = list(_triton_variants.variants(target))
     mine = 2 * TARGETS.index(target) + VERSIONS.index(version)
-    places = [place for place, x in enumerate(variants) if x.name in {one.name for one in usual(target)}]
+    names = {one.name for one in usual(target)}
+    places = [place for place, x in enumerate(variants) if x.name in names]
     places += [place for place in covering(target, 1)[mine::8] if place not in places]
     reports = compiled(version, target, places)
     assert len(reports) == len(places) and not errors(reports)
