@@ -103,8 +103,9 @@ SPILLS = [
     ("fp32", 2500, "operands of tf32x3 are three numbers each; smaller tiles would leave tensor cores idle"),
     ("WIDE=128", 1500, "two accumulators of 128 take half of the registers; heads of 128 are rare with iRPE"),
     ("PLACES=16", 500, "numbers that stay the same in the loop are read back once a tile"),
-    ("axes_backward_keys", 400, "the same: two accumulators, and tables of k and v from the side of queries"),
-    ("axes_", 150, "the same, by Triton 3.6"),
+    ("axes_backward_keys", 600, "the same: two accumulators, and tables of k and v from the side of queries"),
+    ("axes_", 400, "the same, by Triton 3.6 and most on sm_80"),
+    ("lookup_", 16, "the same"),
     ("EXTRA=True", 200, "masks and dropout: the same"),
 ]
 
