@@ -39,7 +39,12 @@ half, brain, single = torch.float16, torch.bfloat16, torch.float32
 @outside
 @pytest.mark.skipif(BROKEN, reason="the interpreter of triton 3.6 does not run on numpy 2.4")
 @pytest.mark.parametrize(
-    "part", ["exact and dropout or exact and pairs", "exact and not dropout and not pairs", "not exact"]
+    "part",
+    [
+        pytest.param("exact and dropout or exact and pairs", marks=pytest.mark.slow),
+        pytest.param("exact and not dropout and not pairs", marks=pytest.mark.slow),
+        "not exact",
+    ],
 )
 def test_interpreted(part):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__, "-k", part]

@@ -83,19 +83,19 @@ def errors(reports):
     return {name: report.error for name, report in reports.items() if report.error}
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_the_front_end_takes_every_pair_of_constants(version):
-    places = covering("cuda:90", 2)
-    reports = compiled(version, "cuda:90", places, only_front_end=True)
-    assert len(reports) == len(places) > 50 and not errors(reports)
+def test_the_front_end_takes_every_value_of_every_constant():
+    places = covering("cuda:90", 1)
+    reports = compiled(triton.__version__, "cuda:90", places, only_front_end=True)
+    assert len(reports) == len(places) >= 10 and not errors(reports)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
-def test_the_front_end_takes_every_kernel_that_can_be_launched(version):
-    places = list(range(len(list(_triton_variants.variants("cuda:90")))))
+def test_the_front_end_takes_every_pair_of_constants(version):
+    """All 1,900 that can be launched take an hour: `python -m rpe_ops._triton_ahead cuda:90` compiles those."""
+    places = covering("cuda:90", 2)
     reports = compiled(version, "cuda:90", places, only_front_end=True)
-    assert len(reports) == len(places) and not errors(reports)
+    assert len(reports) == len(places) > 50 and not errors(reports)
 
 
 # bytes of a thread that may go to local memory, by words of a variant's name, and why
