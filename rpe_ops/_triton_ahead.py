@@ -39,6 +39,9 @@ class Variant(NamedTuple):
     def name(self) -> str:
         data = dict(self.types).get("q", "").strip("*")
         given = [f"{name}={value}" for name, value in (*self.constants, *self.options) if value is not None]
+        known = dict(self.constants)
+        if known.get("ON_V") and known.get("values1", 0) is None:
+            given.append("without sums")
         return " ".join([self.kernel, data, *given])
 
 
