@@ -17,6 +17,8 @@ ALLOWED = {
     "rpe_ops._triton_axes": {"triton", "rpe_ops"},
     "rpe_ops._triton_lookup": {"triton", "rpe_ops"},
     "rpe_ops._triton_parts": {"triton"},
+    "rpe_ops._triton_places": {"triton", "rpe_ops"},
+    "rpe_ops._triton_variants": {"triton", "rpe_ops"},
     "irpe.irpe": {"rpe_ops", "irpe.rpe_ops"},
     "irpe._version": set(),
     "irpe.__init__": {

@@ -98,14 +98,15 @@ def test_the_front_end_takes_every_pair_of_constants(version):
     assert len(reports) == len(places) > 50 and not errors(reports)
 
 
-# bytes of a thread that may go to local memory, by words of a variant's name, and why
+# bytes of a thread that may go to local memory, by words of target and name, and why
 SPILLS = [
     ("fp32", 2500, "operands of tf32x3 are three numbers each; smaller tiles would leave tensor cores idle"),
     ("WIDE=128", 1500, "two accumulators of 128 take half of the registers; heads of 128 are rare with iRPE"),
     ("PLACES=16", 500, "numbers that stay the same in the loop are read back once a tile"),
-    ("axes_backward_keys", 600, "the same: two accumulators, and tables of k and v from the side of queries"),
+    ("axes_backward_keys", 800, "the same: two accumulators, and tables of k and v from the side of queries"),
     ("axes_", 400, "the same, by Triton 3.6 and most on sm_80"),
     ("lookup_", 16, "the same"),
+    ("hip:", 300, "look-ups keep a tile of 64 lanes in registers; nobody has seen what that costs there"),
     ("EXTRA=True", 200, "masks and dropout: the same"),
 ]
 
@@ -124,7 +125,8 @@ def test_compiles(target, version):
     assert len(reports) == len(places) and not errors(reports)
     for name, report in reports.items():
         assert report.shared <= SHARED[target], name
-        assert report.spilled <= max([most for word, most, _ in SPILLS if word in name], default=0), (name, report)
+        known = [most for word, most, _ in SPILLS if word in f"{target} {name}"]
+        assert report.spilled <= max(known, default=0), (name, report)
 
 
 def usual(target):
