@@ -34,7 +34,7 @@ asan: .venv/installed  ## the operators' tests against a build that stops at any
 	  $(BIN)/python build/asan/rpe_ops/setup.py build_ext --inplace
 	cd build/asan && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  $(CURDIR)/$(BIN)/python -m pytest -q -s -p no:cacheprovider -m "not slow and not gpu" -k "not compile" \
-	  $(CURDIR)/tests/test_rpe_index.py $(CURDIR)/tests/test_rpe_index_kernels.py $(CURDIR)/tests/test_rpe_attention.py
+	  $(CURDIR)/tests/test_rpe_index.py $(CURDIR)/tests/test_rpe_index_kernels.py $(CURDIR)/tests/test_rpe_attention.py $(CURDIR)/tests/test_rpe_attention_maps.py
 	cd build/asan && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  RPE_OPS_CXXFLAGS="-O1 -g -fsanitize=address" $(CURDIR)/$(BIN)/python -m pytest -q -s -p no:cacheprovider -k "law or strides" \
 	  $(CURDIR)/tests/test_rpe_index_cuda.py

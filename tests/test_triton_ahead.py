@@ -106,7 +106,7 @@ SPILLS = [
     ("axes_backward_keys", 800, "the same: two accumulators, and tables of k and v from the side of queries"),
     ("axes_", 400, "the same, by Triton 3.6 and most on sm_80"),
     ("lookup_", 16, "the same"),
-    ("hip:", 300, "look-ups keep a tile of 64 lanes in registers; nobody has seen what that costs there"),
+    ("hip:", 600, "look-ups keep a tile of 64 lanes in registers; nobody has seen what that costs there"),
     ("EXTRA=True", 200, "masks and dropout: the same"),
 ]
 
