@@ -108,6 +108,7 @@ def strip(result):
     return {key: value for key, value in result.items() if "seconds" not in key and key != "state"}
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_the_number_of_workers():
     runs = [demo.Run(side, seed, 4e-3, **TINY) for side, seed in ((demo.RPE[1], 0), (demo.ABSOLUTE, 1), (demo.NONE, 0))]
     told = []

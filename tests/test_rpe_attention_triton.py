@@ -43,7 +43,7 @@ half, brain, single = torch.float16, torch.bfloat16, torch.float32
     [
         pytest.param("exact and dropout or exact and pairs", marks=pytest.mark.slow),
         pytest.param("exact and not dropout and not pairs", marks=pytest.mark.slow),
-        "not exact",
+        pytest.param("not exact", marks=pytest.mark.slow),
     ],
 )
 def test_interpreted(part):

@@ -55,6 +55,7 @@ def setup_py(folder, *arguments, env=QUICK, python=sys.executable, cwd=None):
     )
 
 
+@pytest.mark.slow
 @with_compiler
 def test_a_copy_in_a_subpackage_builds_in_place_for_any_processor(tmp_path, run_python):
     """From another directory, and with the loops that every compiler has, which no processor here would choose."""
@@ -83,6 +84,7 @@ def test_a_copy_in_a_subpackage_builds_in_place_for_any_processor(tmp_path, run_
     assert f"from {folder}" in out
 
 
+@pytest.mark.slow
 @with_compiler
 def test_install_user_inside_a_virtual_environment(tmp_path):
     """The environment cannot see what --user installs elsewhere."""
@@ -109,6 +111,7 @@ def test_install_user_inside_a_virtual_environment(tmp_path):
     assert out.startswith("runs:") and str(environment) in out
 
 
+@pytest.mark.slow
 @with_compiler
 def test_pip_install_holds_the_library_alone(tmp_path, run_python):
     folder, site, project = copy_sources(tmp_path), tmp_path / "site", tmp_path / "project"
