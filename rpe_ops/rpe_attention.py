@@ -156,19 +156,24 @@ def _check(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p:
         raise TypeError(f"attn_mask is {attn_mask.dtype}; expected bool (True takes part) or floating point (added)")
     full = (*q.shape[:3], k.shape[2])
     sizes = zip(reversed(attn_mask.shape), reversed(full), strict=False)
-    if attn_mask.dim() > 4 or any(have not in (1, want) for have, want in sizes):
+    if attn_mask.dim() > 4 or not all(_fits(have, want) for have, want in sizes):
         raise ValueError(f"attn_mask has shape {tuple(attn_mask.shape)}, which does not broadcast to {full}")
     if attn_mask.device != q.device:
         raise ValueError(f"q is on {q.device}, attn_mask on {attn_mask.device}: move one of them")
+
+
+def _fits(have: int, want: int) -> bool:
+    # one by one: torch 2.11 compiles `in` of symbols wrongly
+    return have == 1 or have == want
 
 
 def _table(table: Tensor, place: Map, name: str, sizes: tuple[int, ...]) -> Tensor:
     """A side table expanded to (B, H, L, N), or W to (H, D, N), checked together with its map (L, L')."""
     B, H, rows, columns, D = sizes
     shape = table.shape
-    if table.dim() == 3 and shape[0] in (1, H) and shape[1] == D:
+    if table.dim() == 3 and _fits(shape[0], H) and shape[1] == D:
         table = table if shape[0] == H else table.expand(H, -1, -1)
-    elif table.dim() == 4 and shape[0] in (1, B) and shape[1] in (1, H) and shape[2] == rows:
+    elif table.dim() == 4 and _fits(shape[0], B) and _fits(shape[1], H) and shape[2] == rows:
         table = table.expand(B, H, -1, -1)
     else:
         expected = f"({B} or 1, {H} or 1, {rows}, N), or W of shape ({H} or 1, {D}, N)"
@@ -184,7 +189,7 @@ def _on_values(on_v: OnValues, sizes: tuple[int, ...], device: torch.device) -> 
     pairs: list[Any] = []
     for place, W in on_v:
         if isinstance(W, Tensor):
-            if W.dim() != 3 or W.shape[0] not in (1, H) or W.shape[2] != D:
+            if W.dim() != 3 or not _fits(W.shape[0], H) or W.shape[2] != D:
                 raise ValueError(f"on_v: W has shape {tuple(W.shape)}; expected ({H} or 1, N, {D})")
             _check_dtype(W, "on_v")
             pairs.append((place, W if W.shape[0] == H else W.expand(H, -1, -1)))
