@@ -4,9 +4,9 @@ Kernels that multiply small matrices (`_triton_axes`) take calls whose maps fact
 (`_triton_lookup`) take the rest. Triton is imported when the first kernel is launched.
 
 `sizes_*` has five numbers for each map, see `maps.NUMBERS`: height, width, skip, N and, where the map factors, the
-number of its columns; rows has multiples of it and columns 0, 1, ..., below it. Only such calls go to `_triton_axes`, with one
-map of at most 16 buckets a side (skip counted) for each of q, k, v. Tables in PLACES form (see there) are read as they
-are, others are brought there by a product with ones. At most two maps are taken on each of q, k and v.
+number of its columns: rows has multiples of it and columns 0, 1, ..., below it. Only such calls go to `_triton_axes`,
+with one map of at most 16 buckets a side (skip counted) for each of q, k, v. Tables in PLACES form (see there) are read
+as they are, others are brought there by a product with ones. At most two maps are taken on each of q, k and v.
 """
 
 import itertools
