@@ -1,6 +1,7 @@
 """`make gpu-check` without a GPU: the same script with `--dry`, and what it does when parts fail or take too long."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -123,6 +124,7 @@ def test_a_part_that_there_is_not(tmp_path):
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 def test_make_hands_on_what_it_is_given():
-    command = ["make", "-n", "gpu-check", "ONLY=tests,ops", "RESULTS=here", "PYTHON=python3"]
-    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    command = ["make", "-n", "--no-print-directory", "gpu-check", "ONLY=tests,ops", "RESULTS=here", "PYTHON=python3"]
+    env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    out = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout
     assert out.strip() == 'python3 benchmarks/gpu_check.py --results "here" --only "tests,ops"'
