@@ -1,10 +1,11 @@
 // The words of CUDA that the kernels of rpe_ops use, for a host without a GPU: the threads of a block are fibers that run
 // one at a time, each until it waits for others. What a block has in shared memory is garbage at first and lies between
-// guards; copies in the background arrive when their thread waits for them, and not before. Threads run in rising,
-// falling or shuffled order, so that a barrier which is missing shows as a wrong result in one of them.
+// guards. Threads run in rising, falling or shuffled order, so that a barrier which is missing shows as a wrong result in
+// one of them. Copies in the background arrive as late as they may (rising), at once (falling) or either way (shuffled).
 
 #pragma once
 
+#include <math.h>
 #include <setjmp.h>
 #include <ucontext.h>
 
@@ -20,14 +21,30 @@
 #define __device__
 #define __host__
 #define __global__
+#define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __expf expf  // glibc declares the first name too
 
 struct uint3 {
   unsigned x, y, z;
 };
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 inline uint3 threadIdx, blockIdx, gridDim;
 
@@ -35,18 +52,26 @@ template <class T>
 T min(T a, T b) {
   return b < a ? b : a;
 }
+template <class T>
+T max(T a, T b) {
+  return a < b ? b : a;
+}
 
 namespace on_host {
 
 constexpr unsigned kLanes = 32;
 constexpr size_t kStack = 64 * 1024;
 
-enum class State { kReady, kAtBlock, kAtWarp, kDone };
+// kTogether: in an instruction of the whole warp, until its last lane comes (warp.h).
+enum class State { kReady, kAtBlock, kAtWarp, kTogether, kDone };
 
 struct Copy {
   void* to;
-  const void* from;
+  const void* from;  // null: zeros
   size_t bytes;
+  int64_t group;
+
+  void arrive() const { from == nullptr ? std::memset(to, 0, bytes) : std::memcpy(to, from, bytes); }
 };
 
 struct Fiber {
@@ -57,13 +82,22 @@ struct Fiber {
   State state = State::kReady;
   int64_t deposit = 0;
   std::vector<Copy> copies;
+  int64_t group = 0;  // of copies, the one that is open
 };
 
 inline std::vector<Fiber> fibers;
 inline unsigned current, threads_of_block;
 inline jmp_buf scheduler;
 inline unsigned char* shared = nullptr;
+inline int64_t shared_bytes = 0;
+inline int order = 0;
+inline uint64_t random = 1;
 inline const std::function<void()>* body = nullptr;
+
+inline unsigned random_below(unsigned end) {
+  random = random * 6364136223846793005u + 1442695040888963407u;
+  return (random >> 33) % end;
+}
 
 inline void yield(State state) {
   Fiber& self = fibers[current];
@@ -71,10 +105,30 @@ inline void yield(State state) {
   if (_setjmp(self.saved) == 0) _longjmp(scheduler, 1);
 }
 
+inline void copy(void* to, const void* from, size_t bytes) {
+  Fiber& self = fibers[current];
+  const Copy copy{to, from, bytes, self.group};
+  if (order == 1 || (order == 2 && random_below(2) == 0)) copy.arrive();
+  else self.copies.push_back(copy);
+}
+
+inline void end_copies() { ++fibers[current].group; }
+
+// What is in the last `pending` groups, or in none yet, does not arrive.
+inline void wait_copies(int64_t pending) {
+  Fiber& self = fibers[current];
+  size_t arrived = 0;
+  for (; arrived < self.copies.size() && self.copies[arrived].group < self.group - pending; ++arrived)
+    self.copies[arrived].arrive();
+  self.copies.erase(self.copies.begin(), self.copies.begin() + arrived);
+}
+
 // Every fiber runs one kernel after another, so that stacks are set up once.
 inline void live() {
   for (;;) {
     (*body)();
+    end_copies();
+    wait_copies(0);
     yield(State::kDone);
   }
 }
@@ -107,12 +161,13 @@ inline bool release(unsigned begin, unsigned end, State barrier) {
   return is_any;
 }
 
-inline void run_block(const std::vector<unsigned>& order) {
+inline void run_block(const std::vector<unsigned>& turns) {
   for (unsigned t = 0; t < threads_of_block; ++t) fibers[t].state = State::kReady;
   for (bool is_going = true; is_going;) {
-    for (unsigned t : order)
-      if (fibers[t].state == State::kReady) resume(t);
-    is_going = release(0, threads_of_block, State::kAtBlock);
+    is_going = false;
+    for (unsigned t : turns)
+      if (fibers[t].state == State::kReady) is_going = true, resume(t);
+    is_going |= release(0, threads_of_block, State::kAtBlock);
     for (unsigned t = 0; t < threads_of_block; t += kLanes) is_going |= release(t, t + kLanes, State::kAtWarp);
   }
   for (unsigned t = 0; t < threads_of_block; ++t)
@@ -124,29 +179,28 @@ inline void run_block(const std::vector<unsigned>& order) {
 
 // Threads run in rising order (0), falling (1), or another one in every block.
 inline void launch(
-    int64_t first, int64_t blocks, unsigned threads, int64_t shared_bytes, int order, const std::function<void()>& kernel) {
+    int64_t first, int64_t blocks, unsigned threads, int64_t bytes, int turn, const std::function<void()>& kernel) {
   if (fibers.size() < threads) fibers = std::vector<Fiber>(threads);
   threads_of_block = threads;
+  shared_bytes = bytes;
+  order = turn;
+  random = 1;
   gridDim = {static_cast<unsigned>(blocks), 1, 1};
   body = &kernel;
   std::vector<unsigned> turns(threads);
   for (unsigned t = 0; t < threads; ++t) turns[t] = order == 1 ? threads - 1 - t : t;
-  uint64_t random = 1;
   constexpr int64_t kGuard = 64;
-  std::vector<uint4> storage((shared_bytes + 2 * kGuard + 15) / 16);
+  std::vector<uint4> storage((bytes + 2 * kGuard + 15) / 16);
   unsigned char* memory = reinterpret_cast<unsigned char*>(storage.data());
   for (int64_t block = first; block < blocks; ++block) {
     blockIdx = {static_cast<unsigned>(block), 0, 0};
-    std::memset(memory, 0xff, shared_bytes + 2 * kGuard);  // NaN, and ids beyond every table
+    std::memset(memory, 0xff, bytes + 2 * kGuard);  // NaN, and ids beyond every table
     shared = memory + kGuard;
     if (order == 2)
-      for (unsigned t = threads; t > 1; --t) {
-        random = random * 6364136223846793005u + 1442695040888963407u;
-        std::swap(turns[t - 1], turns[(random >> 33) % t]);
-      }
+      for (unsigned t = threads; t > 1; --t) std::swap(turns[t - 1], turns[random_below(t)]);
     run_block(turns);
     for (int64_t b = 0; b < kGuard; ++b)
-      if (memory[b] != 0xff || memory[kGuard + shared_bytes + b] != 0xff) {
+      if (memory[b] != 0xff || memory[kGuard + bytes + b] != 0xff) {
         std::fprintf(stderr, "block %u wrote outside its shared memory\n", blockIdx.x);
         std::abort();
       }
@@ -205,10 +259,7 @@ inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
     std::fprintf(stderr, "a copy of %zu bytes is not aligned\n", bytes);
     std::abort();
   }
-  on_host::fibers[on_host::current].copies.push_back({to, from, bytes});
+  on_host::copy(to, from, bytes);
 }
-inline void __pipeline_commit() {}
-inline void __pipeline_wait_prior(int) {
-  for (const on_host::Copy& copy : on_host::fibers[on_host::current].copies) std::memcpy(copy.to, copy.from, copy.bytes);
-  on_host::fibers[on_host::current].copies.clear();
-}
+inline void __pipeline_commit() { on_host::end_copies(); }
+inline void __pipeline_wait_prior(int pending) { on_host::wait_copies(pending); }
