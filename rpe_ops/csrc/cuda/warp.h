@@ -87,6 +87,11 @@ __device__ __forceinline__ void copy16(void* shared, const void* global, bool th
                : "memory");
 }
 
+// 4 bytes to shared memory.
+__device__ __forceinline__ void copy4(void* shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" : : "r"(shared_address(shared)), "l"(global) : "memory");
+}
+
 __device__ __forceinline__ void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits for all groups of copies but the last `pending`.
@@ -120,6 +125,12 @@ template <class T>
 __device__ __forceinline__ float2 unpack(uint32_t both) {
   if constexpr (__is_same(T, Half)) return __half22float2(*reinterpret_cast<const __half2*>(&both));
   else return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&both));
+}
+
+template <class T>
+__device__ __forceinline__ float to_float(T x) {
+  if constexpr (__is_same(T, Half)) return __half2float(x);
+  else return __bfloat162float(x);
 }
 
 template <class T>

@@ -1,0 +1,802 @@
+// Attention with relative position encodings on a GPU's matrix units, forward and backward, for maps that factor.
+//
+//   s[i, j] = scale (q[i] . (k[j] + Wk[:, ids_k[i, j]]) + k[j] . Wq[:, ids_q[j, i]])
+//   out[i]  = sum over j of p[i, j] (v[j] + Wv[ids_v[i, j]]),  p = softmax(s)
+//
+// The bucket of an offset is rows[dr] + columns[dc]. Encodings have 64 places, 8 rows of 8: place (g, c) is that bucket,
+// and places of row 7 or column 7 are those of skip tokens where there are any.
+//
+// A warp has a group of 16 tokens of one image column ("its rows"), and takes the other tokens in chunks of 16 of one
+// image row. With g = rows[r - r'] for each of its rows, and P[c, slot] = 1 where columns[...] of a slot is c, the same
+// for every image row:
+//
+//   near table, of its rows:   bias[i, slot] = sum over c of table[i, g(i), c] P[c, slot]     one product of inner size 8
+//   far table, of the slots:   bias[i, slot] = sum over g of [g(i) = g] table[slot, c(slot), g]   the same
+//   bucket sums of its rows:   sums[i, g(i), c] += sum over slots of x[i, slot] P[c, slot]
+//
+// Each warp alone writes its rows and their sums, in the order of image rows: no atomics, every run the same bits.
+//
+// Tokens in front of the map (skip) take the rows and slots that image columns and rows leave free, then groups and
+// chunks of their own.
+
+#pragma once
+
+#include <cstdint>
+
+#include "warp.h"
+
+namespace rpe_ops {
+
+constexpr int kPlaces = 8;
+constexpr int kAllPlaces = kPlaces * kPlaces;
+constexpr int kGroup = 16;           // tokens of a warp, and of a chunk
+constexpr int kStage = 2 * kGroup;   // tokens that a block has in shared memory at a time; as many are on their way
+constexpr int kMaxWarps = 8;
+constexpr int kTablePitch = 2 * kAllPlaces + 16;  // bytes from row to row: 16 more, so that 8 rows lie in 32 banks
+constexpr int kSumsPitch = kAllPlaces + 8;        // floats
+constexpr float kLog2e = 1.44269504088896340736f;
+constexpr float kLn2 = 0.69314718055994530942f;
+// A row's numbers are 2^(s - top), and top follows the largest s only when it is left behind by this much.
+constexpr float kSlack = 8.0f;
+
+template <int D>
+constexpr int kPitch = 2 * D + 16;
+
+// (B, H, L, D), strides in numbers, the last is 1.
+struct Heads {
+  void* data;
+  int64_t b, h, l;
+};
+
+struct Encoding {
+  const int32_t* axes;  // 2 height - 1 multiples of columns, 2 width - 1 numbers below it; null where there is none
+  const void* weights;  // W
+  bool is_float;        // W's numbers are float, not those of q
+  int64_t h, d, n;      // strides of W
+  int rows, columns, buckets;
+  void* far;   // (B, H, L, 64), places turned: the table of each token, for the warps that have others
+  void* sums;  // (B, H, L, 64): bucket sums
+};
+
+struct Geometry {
+  int height, width, skip, length;
+  int up, free_rows, groups;                // groups of an image column, rows left free by one, groups of a head
+  int across, free_slots, rows_end, chunks; // chunks of an image row, slots left free by one, chunks of the map, of a head
+};
+
+inline Geometry geometry_of(int height, int width, int skip) {
+  Geometry g{};
+  g.height = height, g.width = width, g.skip = skip, g.length = skip + height * width;
+  const auto more = [&](int free) { return skip > free ? (skip - free + kGroup - 1) / kGroup : 0; };
+  g.up = (height + kGroup - 1) / kGroup;
+  g.free_rows = g.up * kGroup - height;
+  g.groups = g.up * width + more(g.free_rows * width);
+  g.across = (width + kGroup - 1) / kGroup;
+  g.free_slots = g.across * kGroup - width;
+  g.rows_end = g.across * height;
+  g.chunks = g.rows_end + more(g.free_slots * height);
+  return g;
+}
+
+struct Attention {
+  Geometry map;
+  int heads, head_pieces;  // H, and D in pieces of 8
+  float scale;
+  Encoding on_q, on_k, on_v;
+  Heads q, k, v, out, grad_out, grad_q, grad_k, grad_v;
+  float *lse, *delta;  // (B, H, L)
+};
+
+// What a block has in shared memory, in bytes from its beginning.
+struct Layout {
+  int stages, weights, rows, warps, warp_bytes, places, classes, sums, tables, bytes;
+};
+
+enum class Pass { kForward, kQueries, kKeys };
+
+// Encodings whose tables are of the warp's rows (near), whose sums it adds up, and whose tables are of the slots (far).
+struct Uses {
+  bool near_k, near_v, near_q, far_q, far_k, far_v, sum_k, sum_q, sum_v;
+  __host__ __device__ int nears() const { return near_k + near_v + near_q; }
+  __host__ __device__ int fars() const { return far_q + far_k + far_v; }
+  __host__ __device__ int sums() const { return sum_k + sum_q + sum_v; }
+};
+
+__host__ __device__ inline Uses uses_of(Pass pass, bool q, bool k, bool v) {
+  Uses u{};
+  if (pass == Pass::kKeys) {
+    u.near_q = u.sum_q = q, u.far_k = k, u.far_v = v;
+  } else {
+    u.near_k = k, u.far_q = q;
+    u.sum_v = pass == Pass::kForward && v;
+    u.near_v = u.sum_k = false;
+    if (pass == Pass::kQueries) u.near_v = v, u.sum_k = k;
+  }
+  return u;
+}
+
+template <int D>
+__host__ __device__ inline Layout layout_of(const Geometry& map, const Uses& u, int warps) {
+  Layout l{};
+  const auto whole = [](int bytes) { return (bytes + 15) / 16 * 16; };
+  const int stage = kStage * (2 * kPitch<D> + u.fars() * kTablePitch + 8);
+  l.stages = 0;
+  l.weights = 2 * stage;
+  const int weights = u.near_k + u.near_v + u.near_q + u.sum_v;  // W of each, staged once
+  l.rows = l.weights + weights * kAllPlaces * kPitch<D>;
+  l.warps = l.rows + whole(3 * 2 * (2 * map.height - 1));
+  // of a warp: rows or near tables, sums, P of near tables and of sums, classes of far tables
+  constexpr int kRows = kGroup * (kPitch<D> > kTablePitch ? kPitch<D> : kTablePitch);
+  l.tables = 0;
+  const int tables = u.nears() > 1 ? 2 : 1;
+  l.sums = tables * kRows;
+  l.places = l.sums + u.sums() * kGroup * kSumsPitch * 4;
+  l.classes = l.places + (u.nears() + u.sums()) * (map.across + 1) * 32 * 8;
+  l.warp_bytes = whole(l.classes + u.fars() * (map.across + 1) * kGroup);
+  l.bytes = l.warps + warps * l.warp_bytes;
+  return l;
+}
+
+#ifdef __CUDACC__
+__device__ __forceinline__ unsigned char* attention_memory() {
+  extern __shared__ __align__(16) unsigned char attention_bytes[];
+  return attention_bytes;
+}
+#else
+inline unsigned char* attention_memory() { return shared_memory(); }
+#endif
+
+// An image row of a chunk, which of its chunks it is (`across` of the geometry: none of the map), a bit for each slot.
+struct Chunk {
+  int row, across;
+  uint32_t there;
+};
+
+// The bucket of a place of 64, -1 where there is none.
+__host__ __device__ inline int bucket_of(const Encoding& e, bool skips, int place) {
+  const int row = place / kPlaces, column = place % kPlaces, bucket = row * e.columns + column;
+  if (row < e.rows && column < e.columns && bucket < e.buckets - skips) return bucket;
+  return skips ? e.buckets - 1 : -1;
+}
+
+// One warp of a block, and what it does in all three kernels. `On` has a bit for each of q, k, v; 8 reads it at run time.
+template <class T, int D, int On, Pass pass>
+struct Warp {
+  static constexpr int kPieces = D / 8, kSteps = D / 16;
+  using Rows = uint32_t[kSteps][4];   // A operands of the 16 rows
+  using Wide = float[D / 8][4];       // 16 rows of D sums
+  using Tile = float[2][4];           // 16 rows, 16 slots
+
+  const Attention& a;
+  const Geometry& map;
+  const Uses use;
+  const Layout at;
+  unsigned char *shared, *mine;
+  int lane, part, line;  // part of four lanes, line of eight
+  int b, h, group, column;
+  int64_t head;
+  int near_row, near_low, near_high, far_low, far_high;  // into rows(): of lane % 16, line and line + 8
+
+  __device__ static Uses uses(const Attention& a) {
+    if constexpr (On < 8) return uses_of(pass, On & 1, On & 2, On & 4);
+    return uses_of(pass, a.on_q.axes != nullptr, a.on_k.axes != nullptr, a.on_v.axes != nullptr);
+  }
+
+  __device__ explicit Warp(const Attention& attention)
+      : a(attention), map(attention.map), use(uses(attention)),
+        at(layout_of<D>(attention.map, use, blockDim.x / 32)), shared(attention_memory()) {
+    const int warps = blockDim.x / 32, warp = threadIdx.x / 32;
+    const int blocks = (map.groups + warps - 1) / warps;
+    head = blockIdx.x / blocks;
+    b = static_cast<int>(head / a.heads), h = static_cast<int>(head % a.heads);
+    group = blockIdx.x % blocks * warps + warp;
+    lane = threadIdx.x % 32, part = lane % 4, line = lane / 4;
+    mine = shared + at.warps + warp * at.warp_bytes;
+    const bool is_map = group < map.up * map.width;
+    column = is_map ? group / map.up : 0;
+    const auto row_of = [&](int u) {
+      const int row = group % map.up * kGroup + u;
+      return is_map && row < map.height ? row : -1;
+    };
+    const int differences = 2 * map.height - 1, middle = map.height - 1;
+    const auto near = [&](int row) { return row < 0 ? differences + middle : row + middle; };
+    const auto far = [&](int row) { return row < 0 ? differences : middle - row; };
+    near_row = near(row_of(lane % kGroup));
+    near_low = near(row_of(line)), near_high = near(row_of(line + 8));
+    far_low = far(row_of(line)), far_high = far(row_of(line + 8));
+  }
+
+  // --- tokens ---
+
+  __device__ int token_of_row(int u) const {
+    const int of_map = map.up * map.width;
+    int skip = map.free_rows * map.width + (group - of_map) * kGroup + u;
+    if (group < of_map) {
+      const int row = group % map.up * kGroup + u;
+      if (row < map.height) return map.skip + row * map.width + column;
+      skip = column * map.free_rows + row - map.height;
+    }
+    return group < map.groups && skip < map.skip ? skip : -1;
+  }
+
+  __device__ int token_of_slot(int chunk, int slot) const {
+    int skip = map.free_slots * map.height + (chunk - map.rows_end) * kGroup + slot;
+    if (chunk < map.rows_end) {
+      const int row = chunk / map.across, x = chunk % map.across * kGroup + slot;
+      if (x < map.width) return map.skip + row * map.width + x;
+      skip = row * map.free_slots + x - map.width;
+    }
+    return skip < map.skip ? skip : -1;
+  }
+
+  __device__ Chunk chunk_of(int chunk) const {
+    const auto bits = [](int count) { return count <= 0 ? 0u : (1u << min(count, kGroup)) - 1; };
+    if (chunk >= map.rows_end)
+      return {0, map.across, bits(map.skip - map.free_slots * map.height - (chunk - map.rows_end) * kGroup)};
+    const int row = chunk / map.across, across = chunk % map.across, x = across * kGroup;
+    uint32_t there = bits(map.width - x);
+    if (across == map.across - 1) there |= bits(min(map.skip - row * map.free_slots, map.free_slots)) << (map.width - x);
+    return {row, across, there};
+  }
+
+  // --- shared memory ---
+
+  __device__ unsigned char* stage(int n) const {
+    return shared + at.stages + n % 2 * ((at.weights - at.stages) / 2);
+  }
+  __device__ unsigned char* far_of(int n, int far) const {
+    return stage(n) + kStage * (2 * kPitch<D> + far * kTablePitch);
+  }
+  __device__ float* of_slots(int n) const { return reinterpret_cast<float*>(far_of(n, use.fars())); }
+  __device__ unsigned char* weights(int n) const { return shared + at.weights + n * kAllPlaces * kPitch<D>; }
+  __device__ unsigned char* rows(int encoding) const {
+    return shared + at.rows + encoding * 2 * (2 * map.height - 1);
+  }
+  __device__ unsigned char* table(int n) const {
+    return mine + at.tables + n * kGroup * (kPitch<D> > kTablePitch ? kPitch<D> : kTablePitch);
+  }
+  __device__ float* sums() const { return reinterpret_cast<float*>(mine + at.sums); }
+  __device__ uint2& places(int n, int across) const {
+    return reinterpret_cast<uint2*>(mine + at.places)[(n * (map.across + 1) + across) * 32 + lane];
+  }
+  __device__ unsigned char& class_of_slot(int far, int across, int slot) const {
+    return mine[at.classes + (far * (map.across + 1) + across) * kGroup + slot];
+  }
+
+  // --- before the loop ---
+
+  // rows[difference] of an encoding, then as often the row of skip tokens.
+  __device__ void put_rows(int encoding, const Encoding& e) const {
+    const int differences = 2 * map.height - 1;
+    for (int i = threadIdx.x; i < 2 * differences; i += blockDim.x) {
+      const int row = i < differences ? e.axes[i] / e.columns : kPlaces - 1;
+      rows(encoding)[i] = static_cast<unsigned char>(row & (kPlaces - 1));
+    }
+  }
+
+  // W with its buckets in their places, (64, D).
+  __device__ void put_weights(int n, const Encoding& e) const {
+    const bool skips = map.skip > 0;
+    for (int i = threadIdx.x; i < kAllPlaces * D; i += blockDim.x) {
+      const int place = i % kAllPlaces, d = i / kAllPlaces;
+      const int bucket = bucket_of(e, skips, place);
+      float x = 0.0f;
+      if (bucket >= 0 && d < 8 * a.head_pieces) {
+        const int64_t from = h * e.h + d * e.d + bucket * e.n;
+        x = e.is_float ? static_cast<const float*>(e.weights)[from] : to_float(static_cast<const T*>(e.weights)[from]);
+      }
+      *reinterpret_cast<uint16_t*>(weights(n) + place * kPitch<D> + 2 * d) = static_cast<uint16_t>(pack<T>(x, 0.0f));
+    }
+  }
+
+  __device__ int class_of(const Encoding& e, bool near, int across, int slot) const {
+    const int x = across * kGroup + slot;
+    if (across == map.across || x >= map.width) return kPlaces - 1;
+    const int difference = near ? column - x : x - column;
+    return e.axes[2 * map.height - 1 + map.width - 1 + difference] & (kPlaces - 1);
+  }
+
+  // The place `place` of one of a pair of numbers that stand for 2 part and 2 part + 1.
+  __device__ uint32_t one_of(int place) const { return place / 2 == part ? kOne<T> << 16 * (place % 2) : 0; }
+
+  __device__ void put_near(int n, const Encoding& e) const {
+    for (int x = 0; x <= map.across; ++x)
+      places(n, x) = make_uint2(one_of(class_of(e, true, x, line)), one_of(class_of(e, true, x, line + 8)));
+  }
+
+  __device__ void put_sum(int n, const Encoding& e) const {
+    for (int x = 0; x <= map.across; ++x) {
+      const auto two = [&](int slot) {
+        return (class_of(e, true, x, slot) == line ? kOne<T> : 0) |
+               (class_of(e, true, x, slot + 1) == line ? kOne<T> << 16 : 0);
+      };
+      places(n, x) = make_uint2(two(2 * part), two(2 * part + 8));
+    }
+    for (int g = 0; g < kPlaces; ++g) *sum_at(line, g) = *sum_at(line + 8, g) = make_float2(0.0f, 0.0f);
+  }
+
+  __device__ void put_far(int far, const Encoding& e) const {
+    if (lane < kGroup)
+      for (int x = 0; x <= map.across; ++x)
+        class_of_slot(far, x, lane) = static_cast<unsigned char>(class_of(e, false, x, lane));
+  }
+
+  // The warp's 16 rows of x, as operands; through shared memory, which is free again afterwards.
+  __device__ void take_rows(Rows& to, const Heads& x, unsigned char* through) const {
+    const T* from = static_cast<const T*>(x.data) + b * x.b + h * x.h;
+    for (int i = lane; i < kGroup * kPieces; i += 32) {
+      const int u = i / kPieces, piece = i % kPieces, token = token_of_row(u);
+      uint4 bits{0, 0, 0, 0};
+      if (token >= 0 && piece < a.head_pieces) bits = *reinterpret_cast<const uint4*>(from + token * x.l + piece * 8);
+      *reinterpret_cast<uint4*>(through + u * kPitch<D> + 16 * piece) = bits;
+    }
+    sync_warp();
+    const unsigned char* row = through + lane % 16 * kPitch<D> + lane / 16 * 16;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) load_matrices(to[step], row + 32 * step);
+    sync_warp();
+  }
+
+  // Rows times W.
+  __device__ void put_table(unsigned char* to, const Rows& x, const unsigned char* W) const {
+#pragma unroll
+    for (int n = 0; n < kAllPlaces / 16; ++n) {
+      Tile tile{};
+      multiply_slots(tile, x, W + n * 16 * kPitch<D>);
+      uint32_t* low = reinterpret_cast<uint32_t*>(to + line * kTablePitch + 32 * n) + part;
+      uint32_t* high = low + 8 * kTablePitch / 4;
+      low[0] = pack<T>(tile[0][0], tile[0][1]), low[4] = pack<T>(tile[1][0], tile[1][1]);
+      high[0] = pack<T>(tile[0][2], tile[0][3]), high[4] = pack<T>(tile[1][2], tile[1][3]);
+    }
+    sync_warp();
+  }
+
+  // A near table in memory, turned, for those to whom it is a far one.
+  __device__ void write_far(void* far, const unsigned char* from) const {
+    for (int i = lane; i < kGroup * kPlaces; i += 32) {
+      const int u = i / kPlaces, c = i % kPlaces, token = token_of_row(u);
+      const uint16_t* places = reinterpret_cast<const uint16_t*>(from + u * kTablePitch) + c;
+      uint32_t two[4];
+#pragma unroll
+      for (int g = 0; g < 4; ++g) two[g] = places[16 * g] | uint32_t{places[16 * g + 8]} << 16;
+      if (token >= 0) write_piece(far, token, c, make_uint4(two[0], two[1], two[2], two[3]));
+    }
+  }
+
+  __device__ void write_piece(void* to, int token, int piece, uint4 bits) const {
+    reinterpret_cast<uint4*>(static_cast<T*>(to) + (head * map.length + token) * kAllPlaces)[piece] = bits;
+  }
+
+  // --- the loop ---
+
+  // 32 tokens of x and y, and what is far, on their way to shared memory.
+  __device__ void fetch(int n, const Heads& x, const Heads& y) const {
+    unsigned char* to = stage(n);
+    const T* from_x = static_cast<const T*>(x.data) + b * x.b + h * x.h;
+    const T* from_y = static_cast<const T*>(y.data) + b * y.b + h * y.h;
+    for (int i = threadIdx.x; i < kStage * kPieces; i += blockDim.x) {
+      const int slot = i / kPieces, piece = i % kPieces;
+      const int token = token_of_slot(2 * n + slot / kGroup, slot % kGroup);
+      const bool there = token >= 0 && piece < a.head_pieces;
+      const int64_t row = there ? token : 0, beside = there ? 8 * piece : 0;
+      copy16(to + slot * kPitch<D> + 16 * piece, from_x + row * x.l + beside, there);
+      copy16(to + (kStage + slot) * kPitch<D> + 16 * piece, from_y + row * y.l + beside, there);
+    }
+    if (use.fars() > 0)
+      for (int i = threadIdx.x; i < kStage * kPlaces; i += blockDim.x) {
+        const int slot = i / kPlaces, piece = i % kPlaces;
+        const int token = token_of_slot(2 * n + slot / kGroup, slot % kGroup);
+        int far = 0;
+        const auto copy = [&](const Encoding& e) {
+          const T* from = static_cast<const T*>(e.far) + (head * map.length + max(token, 0)) * kAllPlaces + 8 * piece;
+          copy16(far_of(n, far++) + slot * kTablePitch + 16 * piece, from, token >= 0);
+        };
+        if (use.far_q) copy(a.on_q);
+        if (use.far_k) copy(a.on_k);
+        if (use.far_v) copy(a.on_v);
+      }
+    if constexpr (pass == Pass::kKeys)
+      for (int slot = threadIdx.x; slot < kStage; slot += blockDim.x) {
+        const int token = token_of_slot(2 * n + slot / kGroup, slot % kGroup);
+        copy4(of_slots(n) + slot, a.lse + head * map.length + max(token, 0));
+        copy4(of_slots(n) + kStage + slot, a.delta + head * map.length + max(token, 0));
+      }
+    end_copies();
+  }
+
+  __device__ int stages() const { return (map.chunks + 1) / 2; }
+
+  // Waits for a stage and sends for the next one.
+  __device__ void next(int n, const Heads& x, const Heads& y) const {
+    wait_copies<0>();
+    __syncthreads();
+    if (n + 1 < stages()) fetch(n + 1, x, y);
+  }
+
+  // tile += rows x slots^T; slots (16, D).
+  __device__ void multiply_slots(Tile& tile, const Rows& x, const unsigned char* slots) const {
+    const unsigned char* row = slots + (lane % 8 + lane / 16 * 8) * kPitch<D> + lane / 8 % 2 * 16;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      uint32_t r[4];
+      load_matrices(r, row + 32 * step);
+      multiply16<T>(tile[0], x[step], r[0], r[1]);
+      multiply16<T>(tile[1], x[step], r[2], r[3]);
+    }
+  }
+
+  // sum += x slots; slots (16, D).
+  __device__ void add_slots(Wide& sum, const uint32_t (&x)[4], const unsigned char* slots) const {
+    const unsigned char* row = slots + lane % 16 * kPitch<D> + lane / 16 * 16;
+#pragma unroll
+    for (int n = 0; n < D / 16; ++n) {
+      uint32_t r[4];
+      load_turned(r, row + 32 * n);
+      multiply16<T>(sum[2 * n], x, r[0], r[1]);
+      multiply16<T>(sum[2 * n + 1], x, r[2], r[3]);
+    }
+  }
+
+  __device__ void add_near(Tile& tile, int encoding, int n, int place, const Chunk& c) const {
+    const int g = rows(encoding)[near_row - c.row];
+    uint32_t r[2];
+    load_matrices(r, table(n) + lane % 16 * kTablePitch + 16 * g);
+    const uint2 P = places(place, c.across);
+    multiply8<T>(tile[0], r[0], r[1], P.x);
+    multiply8<T>(tile[1], r[0], r[1], P.y);
+  }
+
+  __device__ void add_far(Tile& tile, int encoding, int far, const Chunk& c, const unsigned char* slots) const {
+    const uint32_t low = one_of(rows(encoding)[far_low + c.row]), high = one_of(rows(encoding)[far_high + c.row]);
+    uint32_t r[2];
+    load_matrices(r, slots + lane % 16 * kTablePitch + 16 * class_of_slot(far, c.across, lane % 16));
+    multiply8<T>(tile[0], low, high, r[0]);
+    multiply8<T>(tile[1], low, high, r[1]);
+  }
+
+  __device__ float2* sum_at(int u, int g) const {
+    return reinterpret_cast<float2*>(sums() + u * kSumsPitch + g * kPlaces) + part;
+  }
+
+  // Sums of one image row go to their row of places.
+  __device__ void put_sums(float (&total)[4], int encoding, int row) const {
+    float2* low = sum_at(line, rows(encoding)[near_low - row]);
+    float2* high = sum_at(line + 8, rows(encoding)[near_high - row]);
+    low->x += total[0], low->y += total[1];
+    high->x += total[2], high->y += total[3];
+    total[0] = total[1] = total[2] = total[3] = 0.0f;
+  }
+
+  __device__ static bool has(const Chunk& c, int slot) { return c.there >> slot & 1; }
+  __device__ int slot_of(int n, int i) const { return 8 * n + 2 * part + i % 2; }
+
+  // A tile as an operand whose columns are multiplied with slots.
+  __device__ static void to_operand(uint32_t (&x)[4], const Tile& tile) {
+    x[0] = pack<T>(tile[0][0], tile[0][1]), x[1] = pack<T>(tile[0][2], tile[0][3]);
+    x[2] = pack<T>(tile[1][0], tile[1][1]), x[3] = pack<T>(tile[1][2], tile[1][3]);
+  }
+
+  // --- after the loop ---
+
+  // acc += sums W, sums times `low` and `high` first.
+  __device__ void add_sums(Wide& acc, const unsigned char* W, float low, float high) const {
+#pragma unroll
+    for (int n = 0; n < kPlaces / 2; ++n) {
+      uint32_t x[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float2* two = sum_at(line + i % 2 * 8, 2 * n + i / 2);
+        const float factor = i % 2 ? high : low;
+        two->x *= factor, two->y *= factor;
+        x[i] = pack<T>(two->x, two->y);
+      }
+      add_slots(acc, x, W + 16 * n * kPitch<D>);
+    }
+  }
+
+  __device__ void write_sums(void* to) const {
+    sync_warp();
+    for (int i = lane; i < kGroup * kPlaces; i += 32) {
+      const int u = i / kPlaces, g = i % kPlaces, token = token_of_row(u);
+      const float* x = sums() + u * kSumsPitch + g * kPlaces;
+      const uint4 bits = make_uint4(pack<T>(x[0], x[1]), pack<T>(x[2], x[3]), pack<T>(x[4], x[5]), pack<T>(x[6], x[7]));
+      if (token >= 0) write_piece(to, token, g, bits);
+    }
+  }
+
+  __device__ void write_rows(const Heads& to, const Wide& x, float low, float high) const {
+    unsigned char* through = table(0);
+    sync_warp();
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n) {
+      uint32_t* at_low = reinterpret_cast<uint32_t*>(through + line * kPitch<D> + 16 * n) + part;
+      at_low[0] = pack<T>(x[n][0] * low, x[n][1] * low);
+      at_low[8 * kPitch<D> / 4] = pack<T>(x[n][2] * high, x[n][3] * high);
+    }
+    sync_warp();
+    T* base = static_cast<T*>(to.data) + b * to.b + h * to.h;
+    for (int i = lane; i < kGroup * kPieces; i += 32) {
+      const int u = i / kPieces, piece = i % kPieces, token = token_of_row(u);
+      if (token >= 0 && piece < a.head_pieces)
+        *reinterpret_cast<uint4*>(base + token * to.l + 8 * piece) =
+            *reinterpret_cast<const uint4*>(through + u * kPitch<D> + 16 * piece);
+    }
+    sync_warp();
+  }
+
+  __device__ void put_all_rows() const {
+    if (use.far_q || use.near_q || use.sum_q) put_rows(0, a.on_q);
+    if (use.far_k || use.near_k || use.sum_k) put_rows(1, a.on_k);
+    if (use.far_v || use.near_v || use.sum_v) put_rows(2, a.on_v);
+  }
+
+  __device__ void forward() const {
+    fetch(0, a.k, a.v);
+    put_all_rows();
+    int of_v = 0;
+    if (use.near_k) put_weights(of_v++, a.on_k), put_near(0, a.on_k);
+    if (use.sum_v) put_weights(of_v, a.on_v), put_sum(of_v, a.on_v);
+    if (use.far_q) put_far(0, a.on_q);
+    Rows q;
+    take_rows(q, a.q, table(0));
+    __syncthreads();
+    if (use.near_k) put_table(table(0), q, weights(0));
+    const float factor = a.scale * kLog2e;
+    float top[2] = {-1e30f, -1e30f}, weight[2] = {0.0f, 0.0f}, total[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    int total_row = 0;
+    Wide acc{};
+    for (int n = 0; n < stages(); ++n) {
+      next(n, a.k, a.v);
+      float s[2][2][4] = {};
+      Chunk chunks[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const Chunk c = chunks[half] = chunk_of(2 * n + half);
+        multiply_slots(s[half], q, stage(n) + half * kGroup * kPitch<D>);
+        if (use.near_k) add_near(s[half], 1, 0, 0, c);
+        if (use.far_q) add_far(s[half], 0, 0, c, far_of(n, 0) + half * kGroup * kTablePitch);
+        if (c.there != 0xffff)
+#pragma unroll
+          for (int i = 0; i < 8; ++i)
+            if (!has(c, slot_of(i / 4, i))) s[half][i / 4][i % 4] = -INFINITY;
+      }
+      float most[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+      for (int i = 0; i < 16; ++i) most[i % 4 / 2] = fmaxf(most[i % 4 / 2], s[i / 8][i / 4 % 2][i % 4]);
+      most[0] *= factor, most[1] *= factor;
+      if (any_lane(most[0] > top[0] + kSlack || most[1] > top[1] + kSlack)) {
+        float fade[2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          most[r] = fmaxf(most[r], exchanged(most[r], 1));
+          most[r] = fmaxf(fmaxf(most[r], exchanged(most[r], 2)), top[r]);
+          fade[r] = power_of_2(top[r] - most[r]);
+          top[r] = most[r], weight[r] *= fade[r];
+        }
+#pragma unroll
+        for (int i = 0; i < D / 2; ++i) acc[i / 4][i % 4] *= fade[i % 4 / 2];
+        if (use.sum_v) {
+          for (int i = 0; i < 4; ++i) total[i] *= fade[i / 2];
+          for (int g = 0; g < kPlaces; ++g) {
+            float2 *low = sum_at(line, g), *high = sum_at(line + 8, g);
+            low->x *= fade[0], low->y *= fade[0], high->x *= fade[1], high->y *= fade[1];
+          }
+        }
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          float& x = s[half][i / 4][i % 4];
+          x = power_of_2(x * factor - top[i % 4 / 2]);
+          weight[i % 4 / 2] += x;
+        }
+        uint32_t p[4];
+        to_operand(p, s[half]);
+        add_slots(acc, p, stage(n) + (kStage + half * kGroup) * kPitch<D>);
+        if (use.sum_v) {
+          if (chunks[half].row != total_row) put_sums(total, 2, total_row), total_row = chunks[half].row;
+          const uint2 P = places(of_v, chunks[half].across);
+          multiply16<T>(total, p, P.x, P.y);
+        }
+      }
+    }
+    float share[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      weight[r] += exchanged(weight[r], 1);
+      weight[r] += exchanged(weight[r], 2);
+      share[r] = 1.0f / weight[r];
+    }
+    if (use.sum_v) {
+      put_sums(total, 2, total_row);
+#pragma unroll
+      for (int i = 0; i < D / 2; ++i) acc[i / 4][i % 4] *= share[i % 4 / 2];
+      add_sums(acc, weights(of_v), share[0], share[1]);
+      if (a.on_v.sums != nullptr) write_sums(a.on_v.sums);
+      share[0] = share[1] = 1.0f;
+    }
+    write_rows(a.out, acc, share[0], share[1]);
+    if (part == 0)
+      for (int r = 0; r < 2; ++r) {
+        const int token = token_of_row(line + 8 * r);
+        if (token >= 0) a.lse[head * map.length + token] = (top[r] + log2f(weight[r])) * kLn2;
+      }
+  }
+
+  // delta[i] = <grad_out[i], out[i]> of rows line and line + 8, and the same to memory.
+  __device__ void find_delta(float (&delta)[2]) const {
+    const int u = lane / 2, token = token_of_row(u);
+    float sum = 0.0f;
+    if (token >= 0) {
+      const T* x = static_cast<const T*>(a.grad_out.data) + b * a.grad_out.b + h * a.grad_out.h + token * a.grad_out.l;
+      const T* y = static_cast<const T*>(a.out.data) + b * a.out.b + h * a.out.h + token * a.out.l;
+      for (int piece = lane % 2; piece < a.head_pieces; piece += 2) {
+        const uint4 one = *reinterpret_cast<const uint4*>(x + 8 * piece), other = *reinterpret_cast<const uint4*>(y + 8 * piece);
+        const uint32_t ones[4] = {one.x, one.y, one.z, one.w}, others[4] = {other.x, other.y, other.z, other.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float2 x2 = unpack<T>(ones[i]), y2 = unpack<T>(others[i]);
+          sum += x2.x * y2.x + x2.y * y2.y;
+        }
+      }
+    }
+    sum += exchanged(sum, 1);
+    float* all = reinterpret_cast<float*>(table(0));
+    if (lane % 2 == 0) {
+      all[u] = sum;
+      if (token >= 0) a.delta[head * map.length + token] = sum;
+    }
+    sync_warp();
+    delta[0] = all[line], delta[1] = all[line + 8];
+    sync_warp();
+  }
+
+  __device__ void queries() const {
+    fetch(0, a.k, a.v);
+    put_all_rows();
+    int of_v = 0, sum = 0;
+    if (use.near_k) put_weights(of_v, a.on_k), put_near(of_v++, a.on_k);
+    if (use.near_v) put_weights(of_v, a.on_v), put_near(of_v, a.on_v);
+    sum = use.nears();
+    if (use.sum_k) put_sum(sum, a.on_k);
+    if (use.far_q) put_far(0, a.on_q);
+    float delta[2], lse[2];
+    find_delta(delta);
+    for (int r = 0; r < 2; ++r) {
+      const int token = token_of_row(line + 8 * r);
+      lse[r] = token >= 0 ? a.lse[head * map.length + token] * kLog2e : INFINITY;
+    }
+    Rows q, grad_out;
+    take_rows(q, a.q, table(0));
+    take_rows(grad_out, a.grad_out, table(0));
+    __syncthreads();
+    if (use.near_k) {
+      put_table(table(0), q, weights(0));
+      write_far(a.on_k.far, table(0));
+    }
+    if (use.near_v) {
+      put_table(table(of_v), grad_out, weights(of_v));
+      write_far(a.on_v.far, table(of_v));
+    }
+    const float factor = a.scale * kLog2e;
+    float total[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    int total_row = 0;
+    Wide acc{};
+    for (int n = 0; n < stages(); ++n) {
+      next(n, a.k, a.v);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const Chunk c = chunk_of(2 * n + half);
+        const unsigned char* k = stage(n) + half * kGroup * kPitch<D>;
+        Tile s{}, grad{};
+        multiply_slots(s, q, k);
+        if (use.near_k) add_near(s, 1, 0, 0, c);
+        if (use.far_q) add_far(s, 0, 0, c, far_of(n, 0) + half * kGroup * kTablePitch);
+        multiply_slots(grad, grad_out, k + kStage * kPitch<D>);
+        if (use.near_v) add_near(grad, 2, of_v, of_v, c);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const int r = i % 4 / 2;
+          const float p = power_of_2(s[i / 4][i % 4] * factor - lse[r]);
+          s[i / 4][i % 4] = p * (grad[i / 4][i % 4] - delta[r]);
+        }
+        if (c.there != 0xffff)
+#pragma unroll
+          for (int i = 0; i < 8; ++i)
+            if (!has(c, slot_of(i / 4, i))) s[i / 4][i % 4] = 0.0f;
+        uint32_t x[4];
+        to_operand(x, s);
+        add_slots(acc, x, k);
+        if (use.sum_k) {
+          if (c.row != total_row) put_sums(total, 1, total_row), total_row = c.row;
+          const uint2 P = places(sum, c.across);
+          multiply16<T>(total, x, P.x, P.y);
+        }
+      }
+    }
+    if (use.sum_k) {
+      put_sums(total, 1, total_row);
+      add_sums(acc, weights(0), 1.0f, 1.0f);
+      write_sums(a.on_k.sums);
+    }
+    write_rows(a.grad_q, acc, a.scale, a.scale);
+  }
+
+  __device__ void keys() const {
+    fetch(0, a.q, a.grad_out);
+    put_all_rows();
+    if (use.near_q) {
+      put_weights(0, a.on_q);
+      put_near(0, a.on_q);
+      put_sum(1, a.on_q);
+    }
+    int far = 0;
+    if (use.far_k) put_far(far++, a.on_k);
+    if (use.far_v) put_far(far, a.on_v);
+    Rows k, v;
+    take_rows(k, a.k, table(0));
+    take_rows(v, a.v, table(0));
+    __syncthreads();
+    if (use.near_q) put_table(table(0), k, weights(0));
+    const float factor = a.scale * kLog2e;
+    float total[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    int total_row = 0;
+    Wide acc_k{}, acc_v{};
+    for (int n = 0; n < stages(); ++n) {
+      next(n, a.q, a.grad_out);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const Chunk c = chunk_of(2 * n + half);
+        const unsigned char* q = stage(n) + half * kGroup * kPitch<D>;
+        const unsigned char* tables = far_of(n, 0) + half * kGroup * kTablePitch;
+        const float* lse = of_slots(n) + half * kGroup;
+        Tile s{}, grad{};
+        multiply_slots(s, k, q);
+        if (use.near_q) add_near(s, 0, 0, 0, c);
+        if (use.far_k) add_far(s, 1, 0, c, tables);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          float& x = s[i / 4][i % 4];
+          x = power_of_2(x * factor - lse[slot_of(i / 4, i)] * kLog2e);
+        }
+        if (c.there != 0xffff)
+#pragma unroll
+          for (int i = 0; i < 8; ++i)
+            if (!has(c, slot_of(i / 4, i))) s[i / 4][i % 4] = 0.0f;
+        multiply_slots(grad, v, q + kStage * kPitch<D>);
+        if (use.far_v) add_far(grad, 2, far, c, tables + far * kStage * kTablePitch);
+        uint32_t x[4];
+        to_operand(x, s);
+        add_slots(acc_v, x, q + kStage * kPitch<D>);
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+          s[i / 4][i % 4] *= grad[i / 4][i % 4] - lse[kStage + slot_of(i / 4, i)];
+        to_operand(x, s);
+        add_slots(acc_k, x, q);
+        if (use.sum_q) {
+          if (c.row != total_row) put_sums(total, 0, total_row), total_row = c.row;
+          const uint2 P = places(1, c.across);
+          multiply16<T>(total, x, P.x, P.y);
+        }
+      }
+    }
+    if (use.sum_q) {
+      put_sums(total, 0, total_row);
+      add_sums(acc_k, weights(0), 1.0f, 1.0f);
+      write_sums(a.on_q.sums);
+    }
+    write_rows(a.grad_k, acc_k, a.scale, a.scale);
+    write_rows(a.grad_v, acc_v, 1.0f, 1.0f);
+  }
+};
+
+template <class T, int D, int On, Pass pass>
+__global__ void __launch_bounds__(32 * kMaxWarps) attention_kernel(const Attention a) {
+  const Warp<T, D, On, pass> warp(a);
+  if constexpr (pass == Pass::kForward) warp.forward();
+  if constexpr (pass == Pass::kQueries) warp.queries();
+  if constexpr (pass == Pass::kKeys) warp.keys();
+}
+
+}  // namespace rpe_ops
