@@ -159,6 +159,76 @@ __host__ __device__ inline int bucket_of(const Encoding& e, bool skips, int plac
   return skips ? e.buckets - 1 : -1;
 }
 
+// A tile of 16 rows and 16 slots: tile += rows x slots^T; slots (16, D) in shared memory.
+template <class T, int D>
+__device__ __forceinline__ void multiply_slots(
+    float (&tile)[2][4], const uint32_t (&x)[D / 16][4], const unsigned char* slots) {
+  const int lane = threadIdx.x % 32;
+  const unsigned char* row = slots + (lane % 8 + lane / 16 * 8) * kPitch<D> + lane / 8 % 2 * 16;
+#pragma unroll
+  for (int step = 0; step < D / 16; ++step) {
+    uint32_t r[4];
+    load_matrices(r, row + 32 * step);
+    multiply16<T>(tile[0], x[step], r[0], r[1]);
+    multiply16<T>(tile[1], x[step], r[2], r[3]);
+  }
+}
+
+// sum += x slots; x (16, 16), slots (16, D) in shared memory.
+template <class T, int D>
+__device__ __forceinline__ void add_slots(float (&sum)[D / 8][4], const uint32_t (&x)[4], const unsigned char* slots) {
+  const int lane = threadIdx.x % 32;
+  const unsigned char* row = slots + lane % 16 * kPitch<D> + lane / 16 * 16;
+#pragma unroll
+  for (int n = 0; n < D / 16; ++n) {
+    uint32_t r[4];
+    load_turned(r, row + 32 * n);
+    multiply16<T>(sum[2 * n], x, r[0], r[1]);
+    multiply16<T>(sum[2 * n + 1], x, r[2], r[3]);
+  }
+}
+
+// W of a head with its buckets in their places, (64, D), by a whole block; turned: place (g, c) is where (c, g) was.
+template <class T, int D>
+__device__ void put_weights(unsigned char* to, const Encoding& e, int h, int pieces, bool skips, bool turned) {
+  for (int i = threadIdx.x; i < kAllPlaces * D; i += blockDim.x) {
+    const int place = i % kAllPlaces, d = i / kAllPlaces;
+    const int bucket = bucket_of(e, skips, turned ? place % kPlaces * kPlaces + place / kPlaces : place);
+    float x = 0.0f;
+    if (bucket >= 0 && d < 8 * pieces) {
+      const int64_t from = h * e.h + d * e.d + bucket * e.n;
+      if (e.is_float) x = static_cast<const float*>(e.weights)[from];
+      else x = unpack<T>(static_cast<const uint16_t*>(e.weights)[from]).x;
+    }
+    *reinterpret_cast<uint16_t*>(to + place * kPitch<D> + 2 * d) = static_cast<uint16_t>(pack<T>(x, 0.0f));
+  }
+}
+
+// 16 rows times W, (64, D), to 16 rows of 64 places; for one warp.
+template <class T, int D>
+__device__ void put_table(unsigned char* to, const uint32_t (&x)[D / 16][4], const unsigned char* W) {
+  const int part = threadIdx.x % 4, line = threadIdx.x % 32 / 4;
+#pragma unroll
+  for (int n = 0; n < kAllPlaces / 16; ++n) {
+    float tile[2][4] = {};
+    multiply_slots<T, D>(tile, x, W + n * 16 * kPitch<D>);
+    uint32_t* low = reinterpret_cast<uint32_t*>(to + line * kTablePitch + 32 * n) + part;
+    uint32_t* high = low + 8 * kTablePitch / 4;
+    low[0] = pack<T>(tile[0][0], tile[0][1]), low[4] = pack<T>(tile[1][0], tile[1][1]);
+    high[0] = pack<T>(tile[0][2], tile[0][3]), high[4] = pack<T>(tile[1][2], tile[1][3]);
+  }
+  sync_warp();
+}
+
+// 16 rows of D in shared memory as operands, for one warp.
+template <int D>
+__device__ __forceinline__ void take_operands(uint32_t (&to)[D / 16][4], const unsigned char* rows) {
+  const int lane = threadIdx.x % 32;
+  const unsigned char* row = rows + lane % 16 * kPitch<D> + lane / 16 * 16;
+#pragma unroll
+  for (int step = 0; step < D / 16; ++step) load_matrices(to[step], row + 32 * step);
+}
+
 // One warp of a block, and what it does in all three kernels. `On` has a bit for each of q, k, v; 8 reads it at run time.
 template <class T, int D, int On, Pass pass>
 struct Warp {
@@ -274,21 +344,6 @@ struct Warp {
     }
   }
 
-  // W with its buckets in their places, (64, D).
-  __device__ void put_weights(int n, const Encoding& e) const {
-    const bool skips = map.skip > 0;
-    for (int i = threadIdx.x; i < kAllPlaces * D; i += blockDim.x) {
-      const int place = i % kAllPlaces, d = i / kAllPlaces;
-      const int bucket = bucket_of(e, skips, place);
-      float x = 0.0f;
-      if (bucket >= 0 && d < 8 * a.head_pieces) {
-        const int64_t from = h * e.h + d * e.d + bucket * e.n;
-        x = e.is_float ? static_cast<const float*>(e.weights)[from] : to_float(static_cast<const T*>(e.weights)[from]);
-      }
-      *reinterpret_cast<uint16_t*>(weights(n) + place * kPitch<D> + 2 * d) = static_cast<uint16_t>(pack<T>(x, 0.0f));
-    }
-  }
-
   __device__ int class_of(const Encoding& e, bool near, int across, int slot) const {
     const int x = across * kGroup + slot;
     if (across == map.across || x >= map.width) return kPlaces - 1;
@@ -331,23 +386,7 @@ struct Warp {
       *reinterpret_cast<uint4*>(through + u * kPitch<D> + 16 * piece) = bits;
     }
     sync_warp();
-    const unsigned char* row = through + lane % 16 * kPitch<D> + lane / 16 * 16;
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) load_matrices(to[step], row + 32 * step);
-    sync_warp();
-  }
-
-  // Rows times W.
-  __device__ void put_table(unsigned char* to, const Rows& x, const unsigned char* W) const {
-#pragma unroll
-    for (int n = 0; n < kAllPlaces / 16; ++n) {
-      Tile tile{};
-      multiply_slots(tile, x, W + n * 16 * kPitch<D>);
-      uint32_t* low = reinterpret_cast<uint32_t*>(to + line * kTablePitch + 32 * n) + part;
-      uint32_t* high = low + 8 * kTablePitch / 4;
-      low[0] = pack<T>(tile[0][0], tile[0][1]), low[4] = pack<T>(tile[1][0], tile[1][1]);
-      high[0] = pack<T>(tile[0][2], tile[0][3]), high[4] = pack<T>(tile[1][2], tile[1][3]);
-    }
+    take_operands<D>(to, through);
     sync_warp();
   }
 
@@ -413,30 +452,6 @@ struct Warp {
     if (n + 1 < stages()) fetch(n + 1, x, y);
   }
 
-  // tile += rows x slots^T; slots (16, D).
-  __device__ void multiply_slots(Tile& tile, const Rows& x, const unsigned char* slots) const {
-    const unsigned char* row = slots + (lane % 8 + lane / 16 * 8) * kPitch<D> + lane / 8 % 2 * 16;
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      uint32_t r[4];
-      load_matrices(r, row + 32 * step);
-      multiply16<T>(tile[0], x[step], r[0], r[1]);
-      multiply16<T>(tile[1], x[step], r[2], r[3]);
-    }
-  }
-
-  // sum += x slots; slots (16, D).
-  __device__ void add_slots(Wide& sum, const uint32_t (&x)[4], const unsigned char* slots) const {
-    const unsigned char* row = slots + lane % 16 * kPitch<D> + lane / 16 * 16;
-#pragma unroll
-    for (int n = 0; n < D / 16; ++n) {
-      uint32_t r[4];
-      load_turned(r, row + 32 * n);
-      multiply16<T>(sum[2 * n], x, r[0], r[1]);
-      multiply16<T>(sum[2 * n + 1], x, r[2], r[3]);
-    }
-  }
-
   __device__ void add_near(Tile& tile, int encoding, int n, int place, const Chunk& c) const {
     const int g = rows(encoding)[near_row - c.row];
     uint32_t r[2];
@@ -490,7 +505,7 @@ struct Warp {
         two->x *= factor, two->y *= factor;
         x[i] = pack<T>(two->x, two->y);
       }
-      add_slots(acc, x, W + 16 * n * kPitch<D>);
+      add_slots<T, D>(acc, x, W + 16 * n * kPitch<D>);
     }
   }
 
@@ -534,13 +549,13 @@ struct Warp {
     fetch(0, a.k, a.v);
     put_all_rows();
     int of_v = 0;
-    if (use.near_k) put_weights(of_v++, a.on_k), put_near(0, a.on_k);
-    if (use.sum_v) put_weights(of_v, a.on_v), put_sum(of_v, a.on_v);
+    if (use.near_k) put_weights<T, D>(weights(of_v++), a.on_k, h, a.head_pieces, map.skip > 0, false), put_near(0, a.on_k);
+    if (use.sum_v) put_weights<T, D>(weights(of_v), a.on_v, h, a.head_pieces, map.skip > 0, false), put_sum(of_v, a.on_v);
     if (use.far_q) put_far(0, a.on_q);
     Rows q;
     take_rows(q, a.q, table(0));
     __syncthreads();
-    if (use.near_k) put_table(table(0), q, weights(0));
+    if (use.near_k) put_table<T, D>(table(0), q, weights(0));
     const float factor = a.scale * kLog2e;
     float top[2] = {-1e30f, -1e30f}, weight[2] = {0.0f, 0.0f}, total[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     int total_row = 0;
@@ -552,7 +567,7 @@ struct Warp {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const Chunk c = chunks[half] = chunk_of(2 * n + half);
-        multiply_slots(s[half], q, stage(n) + half * kGroup * kPitch<D>);
+        multiply_slots<T, D>(s[half], q, stage(n) + half * kGroup * kPitch<D>);
         if (use.near_k) add_near(s[half], 1, 0, 0, c);
         if (use.far_q) add_far(s[half], 0, 0, c, far_of(n, 0) + half * kGroup * kTablePitch);
         if (c.there != 0xffff)
@@ -593,7 +608,7 @@ struct Warp {
         }
         uint32_t p[4];
         to_operand(p, s[half]);
-        add_slots(acc, p, stage(n) + (kStage + half * kGroup) * kPitch<D>);
+        add_slots<T, D>(acc, p, stage(n) + (kStage + half * kGroup) * kPitch<D>);
         if (use.sum_v) {
           if (chunks[half].row != total_row) put_sums(total, 2, total_row), total_row = chunks[half].row;
           const uint2 P = places(of_v, chunks[half].across);
@@ -656,8 +671,8 @@ struct Warp {
     fetch(0, a.k, a.v);
     put_all_rows();
     int of_v = 0, sum = 0;
-    if (use.near_k) put_weights(of_v, a.on_k), put_near(of_v++, a.on_k);
-    if (use.near_v) put_weights(of_v, a.on_v), put_near(of_v, a.on_v);
+    if (use.near_k) put_weights<T, D>(weights(of_v), a.on_k, h, a.head_pieces, map.skip > 0, false), put_near(of_v++, a.on_k);
+    if (use.near_v) put_weights<T, D>(weights(of_v), a.on_v, h, a.head_pieces, map.skip > 0, false), put_near(of_v, a.on_v);
     sum = use.nears();
     if (use.sum_k) put_sum(sum, a.on_k);
     if (use.far_q) put_far(0, a.on_q);
@@ -672,11 +687,11 @@ struct Warp {
     take_rows(grad_out, a.grad_out, table(0));
     __syncthreads();
     if (use.near_k) {
-      put_table(table(0), q, weights(0));
+      put_table<T, D>(table(0), q, weights(0));
       write_far(a.on_k.far, table(0));
     }
     if (use.near_v) {
-      put_table(table(of_v), grad_out, weights(of_v));
+      put_table<T, D>(table(of_v), grad_out, weights(of_v));
       write_far(a.on_v.far, table(of_v));
     }
     const float factor = a.scale * kLog2e;
@@ -690,10 +705,10 @@ struct Warp {
         const Chunk c = chunk_of(2 * n + half);
         const unsigned char* k = stage(n) + half * kGroup * kPitch<D>;
         Tile s{}, grad{};
-        multiply_slots(s, q, k);
+        multiply_slots<T, D>(s, q, k);
         if (use.near_k) add_near(s, 1, 0, 0, c);
         if (use.far_q) add_far(s, 0, 0, c, far_of(n, 0) + half * kGroup * kTablePitch);
-        multiply_slots(grad, grad_out, k + kStage * kPitch<D>);
+        multiply_slots<T, D>(grad, grad_out, k + kStage * kPitch<D>);
         if (use.near_v) add_near(grad, 2, of_v, of_v, c);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
@@ -707,7 +722,7 @@ struct Warp {
             if (!has(c, slot_of(i / 4, i))) s[i / 4][i % 4] = 0.0f;
         uint32_t x[4];
         to_operand(x, s);
-        add_slots(acc, x, k);
+        add_slots<T, D>(acc, x, k);
         if (use.sum_k) {
           if (c.row != total_row) put_sums(total, 1, total_row), total_row = c.row;
           const uint2 P = places(sum, c.across);
@@ -727,7 +742,7 @@ struct Warp {
     fetch(0, a.q, a.grad_out);
     put_all_rows();
     if (use.near_q) {
-      put_weights(0, a.on_q);
+      put_weights<T, D>(weights(0), a.on_q, h, a.head_pieces, map.skip > 0, false);
       put_near(0, a.on_q);
       put_sum(1, a.on_q);
     }
@@ -738,7 +753,7 @@ struct Warp {
     take_rows(k, a.k, table(0));
     take_rows(v, a.v, table(0));
     __syncthreads();
-    if (use.near_q) put_table(table(0), k, weights(0));
+    if (use.near_q) put_table<T, D>(table(0), k, weights(0));
     const float factor = a.scale * kLog2e;
     float total[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     int total_row = 0;
@@ -752,7 +767,7 @@ struct Warp {
         const unsigned char* tables = far_of(n, 0) + half * kGroup * kTablePitch;
         const float* lse = of_slots(n) + half * kGroup;
         Tile s{}, grad{};
-        multiply_slots(s, k, q);
+        multiply_slots<T, D>(s, k, q);
         if (use.near_q) add_near(s, 0, 0, 0, c);
         if (use.far_k) add_far(s, 1, 0, c, tables);
 #pragma unroll
@@ -764,16 +779,16 @@ struct Warp {
 #pragma unroll
           for (int i = 0; i < 8; ++i)
             if (!has(c, slot_of(i / 4, i))) s[i / 4][i % 4] = 0.0f;
-        multiply_slots(grad, v, q + kStage * kPitch<D>);
+        multiply_slots<T, D>(grad, v, q + kStage * kPitch<D>);
         if (use.far_v) add_far(grad, 2, far, c, tables + far * kStage * kTablePitch);
         uint32_t x[4];
         to_operand(x, s);
-        add_slots(acc_v, x, q + kStage * kPitch<D>);
+        add_slots<T, D>(acc_v, x, q + kStage * kPitch<D>);
 #pragma unroll
         for (int i = 0; i < 8; ++i)
           s[i / 4][i % 4] *= grad[i / 4][i % 4] - lse[kStage + slot_of(i / 4, i)];
         to_operand(x, s);
-        add_slots(acc_k, x, q);
+        add_slots<T, D>(acc_k, x, q);
         if (use.sum_q) {
           if (c.row != total_row) put_sums(total, 0, total_row), total_row = c.row;
           const uint2 P = places(1, c.across);
