@@ -30,23 +30,22 @@ void launch(int64_t blocks, int threads, int shared_bytes, cudaStream_t stream, 
   check_cuda(cudaGetLastError());
 }
 
+// Whether rows begin at multiples of 16 bytes, and a head's numbers can be counted in 32 bits.
+bool is_aligned(const Tensor& x) {
+  return x.dim() == 4 && x.stride(3) == 1 && (x.stride(0) | x.stride(1) | x.stride(2)) % 8 == 0 &&
+         reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0 && x.size(2) * x.stride(2) < int64_t{1} << 31;
+}
+
+// As it is, or a copy.
+Tensor aligned(const Tensor& x) { return is_aligned(x) ? x : torch::stable::clone(torch::stable::contiguous(x)); }
+
 Heads heads_of(const Tensor& x, const char* name, const Tensor& like) {
   check(x.dim() == 4 && x.scalar_type() == like.scalar_type() && x.device() == like.device(), name,
         " and q differ in dimensions, dtype or device");
   for (int d = 0; d < 4; ++d)
     check(x.size(d) == like.size(d), name, " has shape ", shape_of(x), "; expected ", shape_of(like));
-  check(
-      x.stride(3) == 1 && (x.stride(0) | x.stride(1) | x.stride(2)) % 8 == 0 &&
-          reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0,
-      name, ": rows do not begin at multiples of 16 bytes");
-  return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
-}
-
-// Rows at multiples of 16 bytes: as it is, or a copy.
-Tensor aligned(const Tensor& x) {
-  const bool is = x.dim() == 4 && x.stride(3) == 1 && (x.stride(0) | x.stride(1) | x.stride(2)) % 8 == 0 &&
-                  reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0;
-  return is ? x : torch::stable::clone(torch::stable::contiguous(x));
+  check(is_aligned(x), name, ": rows do not begin at multiples of 16 bytes");
+  return {x.data_ptr(), x.stride(0), x.stride(1), int(x.stride(2))};
 }
 
 // (B, H, L, D) that lies in memory as (B, L, H, D): what follows an attention merges the heads without a copy.
@@ -136,15 +135,25 @@ struct Call {
   template <class T, int D, int On, Pass pass>
   void run() const {
     const Uses uses = uses_of(pass, q, k, v);
-    int warps = 0, waste = 1 << 30;
+    constexpr auto kernel = attention_kernel<T, D, On, pass>;
+    static const int registers = [] {
+      cudaFuncAttributes found{};
+      check_cuda(cudaFuncGetAttributes(&found, kernel));
+      return (found.numRegs + 7) / 8 * 8;
+    }();
+    // the most groups at work in a multiprocessor, those that are empty not counted
+    int warps = 0;
+    double best = 0;
     for (int w = std::min(kMaxWarps, a.map.groups); w > 0; --w) {
-      const int padded = (a.map.groups + w - 1) / w * w;
-      if (layout_of<D>(a.map, uses, w).bytes <= shared_limit && (padded < waste && (w >= 4 || warps == 0)))
-        warps = w, waste = padded;
+      const int bytes = layout_of<D>(a.map, uses, w).bytes;
+      if (bytes > shared_limit || (w < 4 && best > 0)) continue;
+      const int resident = std::min(65536 / (registers * 32 * w), (shared_limit + 1024) / (bytes + 1024));
+      const double at_work = double(resident) * w * a.map.groups / ((a.map.groups + w - 1) / w * w);
+      if (at_work > best * 1.05) warps = w, best = at_work;
     }
     check(warps > 0, "no block of attention on a map of ", a.map.height, " x ", a.map.width, " has enough shared memory");
-    const int bytes = layout_of<D>(a.map, uses, warps).bytes;
-    launch<attention_kernel<T, D, On, pass>>(B * H * (waste / warps), 32 * warps, bytes, stream, a);
+    const int64_t blocks = B * H * ((a.map.groups + warps - 1) / warps);
+    launch<kernel>(blocks, 32 * warps, layout_of<D>(a.map, uses, warps).bytes, stream, a);
   }
 
   template <Pass pass>
@@ -152,8 +161,10 @@ struct Call {
     with_types([&](auto dtype, auto head) {
       using T = decltype(dtype);
       constexpr int kHead = decltype(head)::value;
-      if (k && !q && !v) run<T, kHead, 2, pass>();
-      else run<T, kHead, 8, pass>();
+      if (k && !q && !v) return run<T, kHead, 2, pass>();
+      if constexpr (kHead == 64)
+        if (q && k && v) return run<T, kHead, 7, pass>();
+      run<T, kHead, 8, pass>();
     });
   }
 

@@ -45,7 +45,8 @@ constexpr int kPitch = 2 * D + 16;
 // (B, H, L, D), strides in numbers, the last is 1.
 struct Heads {
   void* data;
-  int64_t b, h, l;
+  int64_t b, h;
+  int l;  // a head's numbers are counted in 32 bits
 };
 
 struct Encoding {
@@ -89,7 +90,7 @@ struct Attention {
 
 // What a block has in shared memory, in bytes from its beginning.
 struct Layout {
-  int stages, weights, rows, warps, warp_bytes, places, classes, sums, tables, bytes;
+  int stages, weights, axes, chunks, warps, warp_bytes, places, classes, sums, tables, bytes;
 };
 
 enum class Pass { kForward, kQueries, kKeys };
@@ -115,6 +116,9 @@ __host__ __device__ inline Uses uses_of(Pass pass, bool q, bool k, bool v) {
   return u;
 }
 
+// Of an encoding: rows[difference], as often the row of skip tokens, columns[difference].
+__host__ __device__ inline int axes_bytes(const Geometry& map) { return 2 * (2 * map.height - 1) + 2 * map.width - 1; }
+
 template <int D>
 __host__ __device__ inline Layout layout_of(const Geometry& map, const Uses& u, int warps) {
   Layout l{};
@@ -123,8 +127,9 @@ __host__ __device__ inline Layout layout_of(const Geometry& map, const Uses& u, 
   l.stages = 0;
   l.weights = 2 * stage;
   const int weights = u.near_k + u.near_v + u.near_q + u.sum_v;  // W of each, staged once
-  l.rows = l.weights + weights * kAllPlaces * kPitch<D>;
-  l.warps = l.rows + whole(3 * 2 * (2 * map.height - 1));
+  l.chunks = l.weights + weights * kAllPlaces * kPitch<D>;
+  l.axes = l.chunks + (map.chunks + 1) / 2 * 2 * 16;
+  l.warps = l.axes + whole(3 * axes_bytes(map));
   // of a warp: rows or near tables, sums, P of near tables and of sums, classes of far tables
   constexpr int kRows = kGroup * (kPitch<D> > kTablePitch ? kPitch<D> : kTablePitch);
   l.tables = 0;
@@ -146,10 +151,23 @@ __device__ __forceinline__ unsigned char* attention_memory() {
 inline unsigned char* attention_memory() { return shared_memory(); }
 #endif
 
-// An image row of a chunk, which of its chunks it is (`across` of the geometry: none of the map), a bit for each slot.
+// Of a chunk: the image row, which of its chunks it is (`across` of the geometry: none of the map), a bit for each slot
+// that has a token, and how to find that: slots below `of_map` from `token`, the others, of skip tokens, from `skip`.
 struct Chunk {
-  int row, across;
+  int row, across, token, skip, of_map;
   uint32_t there;
+
+  __device__ uint4 packed() const {
+    return make_uint4(token, skip, there | of_map << 16, row | across << 16);
+  }
+  __device__ static Chunk unpacked(const uint4& x) {
+    return {static_cast<int>(x.w & 0xffff), static_cast<int>(x.w >> 16), static_cast<int>(x.x), static_cast<int>(x.y),
+            static_cast<int>(x.z >> 16), x.z & 0xffff};
+  }
+  // -1 where there is none.
+  __device__ int token_of(int slot) const {
+    return there >> slot & 1 ? (slot < of_map ? token : skip) + slot : -1;
+  }
 };
 
 // The bucket of a place of 64, -1 where there is none.
@@ -191,16 +209,26 @@ __device__ __forceinline__ void add_slots(float (&sum)[D / 8][4], const uint32_t
 // W of a head with its buckets in their places, (64, D), by a whole block; turned: place (g, c) is where (c, g) was.
 template <class T, int D>
 __device__ void put_weights(unsigned char* to, const Encoding& e, int h, int pieces, bool skips, bool turned) {
-  for (int i = threadIdx.x; i < kAllPlaces * D; i += blockDim.x) {
-    const int place = i % kAllPlaces, d = i / kAllPlaces;
-    const int bucket = bucket_of(e, skips, turned ? place % kPlaces * kPlaces + place / kPlaces : place);
-    float x = 0.0f;
-    if (bucket >= 0 && d < 8 * pieces) {
-      const int64_t from = h * e.h + d * e.d + bucket * e.n;
-      if (e.is_float) x = static_cast<const float*>(e.weights)[from];
-      else x = unpack<T>(static_cast<const uint16_t*>(e.weights)[from]).x;
+  constexpr int kBatch = 8;  // loads on their way together
+  for (int first = threadIdx.x; first < kAllPlaces * D; first += kBatch * blockDim.x) {
+    float x[kBatch];
+#pragma unroll
+    for (int n = 0; n < kBatch; ++n) {
+      const int i = first + n * blockDim.x, place = i % kAllPlaces, d = i / kAllPlaces;
+      const int bucket = bucket_of(e, skips, turned ? place % kPlaces * kPlaces + place / kPlaces : place);
+      x[n] = 0.0f;
+      if (bucket >= 0 && d < 8 * pieces) {
+        const int64_t from = h * e.h + d * e.d + bucket * e.n;
+        if (e.is_float) x[n] = static_cast<const float*>(e.weights)[from];
+        else x[n] = unpack<T>(static_cast<const uint16_t*>(e.weights)[from]).x;
+      }
     }
-    *reinterpret_cast<uint16_t*>(to + place * kPitch<D> + 2 * d) = static_cast<uint16_t>(pack<T>(x, 0.0f));
+#pragma unroll
+    for (int n = 0; n < kBatch; ++n) {
+      const int i = first + n * blockDim.x, place = i % kAllPlaces, d = i / kAllPlaces;
+      if (i < kAllPlaces * D)
+        *reinterpret_cast<uint16_t*>(to + place * kPitch<D> + 2 * d) = static_cast<uint16_t>(pack<T>(x[n], 0.0f));
+    }
   }
 }
 
@@ -289,24 +317,27 @@ struct Warp {
     return group < map.groups && skip < map.skip ? skip : -1;
   }
 
-  __device__ int token_of_slot(int chunk, int slot) const {
-    int skip = map.free_slots * map.height + (chunk - map.rows_end) * kGroup + slot;
-    if (chunk < map.rows_end) {
-      const int row = chunk / map.across, x = chunk % map.across * kGroup + slot;
-      if (x < map.width) return map.skip + row * map.width + x;
-      skip = row * map.free_slots + x - map.width;
-    }
-    return skip < map.skip ? skip : -1;
-  }
-
-  __device__ Chunk chunk_of(int chunk) const {
+  // Every chunk of the head, to shared memory.
+  __device__ void put_chunks() const {
     const auto bits = [](int count) { return count <= 0 ? 0u : (1u << min(count, kGroup)) - 1; };
-    if (chunk >= map.rows_end)
-      return {0, map.across, bits(map.skip - map.free_slots * map.height - (chunk - map.rows_end) * kGroup)};
-    const int row = chunk / map.across, across = chunk % map.across, x = across * kGroup;
-    uint32_t there = bits(map.width - x);
-    if (across == map.across - 1) there |= bits(min(map.skip - row * map.free_slots, map.free_slots)) << (map.width - x);
-    return {row, across, there};
+    for (int n = threadIdx.x; n < 2 * stages(); n += blockDim.x) {
+      Chunk c{};
+      if (n < map.rows_end) {
+        c.row = n / map.across, c.across = n % map.across;
+        const int x = c.across * kGroup;
+        c.of_map = min(map.width - x, kGroup);
+        c.token = map.skip + c.row * map.width + x;
+        c.skip = c.row * map.free_slots - c.of_map;
+        c.there = bits(c.of_map);
+        if (c.across == map.across - 1)
+          c.there |= bits(min(map.skip - c.row * map.free_slots, map.free_slots)) << c.of_map;
+      } else {
+        c.across = map.across;
+        c.skip = map.free_slots * map.height + (n - map.rows_end) * kGroup;
+        c.there = bits(map.skip - c.skip);
+      }
+      chunks()[n] = c.packed();
+    }
   }
 
   // --- shared memory ---
@@ -319,9 +350,8 @@ struct Warp {
   }
   __device__ float* of_slots(int n) const { return reinterpret_cast<float*>(far_of(n, use.fars())); }
   __device__ unsigned char* weights(int n) const { return shared + at.weights + n * kAllPlaces * kPitch<D>; }
-  __device__ unsigned char* rows(int encoding) const {
-    return shared + at.rows + encoding * 2 * (2 * map.height - 1);
-  }
+  __device__ uint4* chunks() const { return reinterpret_cast<uint4*>(shared + at.chunks); }
+  __device__ unsigned char* rows(int encoding) const { return shared + at.axes + encoding * axes_bytes(map); }
   __device__ unsigned char* table(int n) const {
     return mine + at.tables + n * kGroup * (kPitch<D> > kTablePitch ? kPitch<D> : kTablePitch);
   }
@@ -335,31 +365,31 @@ struct Warp {
 
   // --- before the loop ---
 
-  // rows[difference] of an encoding, then as often the row of skip tokens.
-  __device__ void put_rows(int encoding, const Encoding& e) const {
+  __device__ void put_axes(int encoding, const Encoding& e) const {
     const int differences = 2 * map.height - 1;
-    for (int i = threadIdx.x; i < 2 * differences; i += blockDim.x) {
-      const int row = i < differences ? e.axes[i] / e.columns : kPlaces - 1;
-      rows(encoding)[i] = static_cast<unsigned char>(row & (kPlaces - 1));
+    for (int i = threadIdx.x; i < axes_bytes(map); i += blockDim.x) {
+      int place = kPlaces - 1;
+      if (i < differences) place = e.axes[i] / e.columns;
+      if (i >= 2 * differences) place = e.axes[i - differences];
+      rows(encoding)[i] = static_cast<unsigned char>(place & (kPlaces - 1));
     }
   }
 
-  __device__ int class_of(const Encoding& e, bool near, int across, int slot) const {
-    const int x = across * kGroup + slot;
-    if (across == map.across || x >= map.width) return kPlaces - 1;
-    const int difference = near ? column - x : x - column;
-    return e.axes[2 * map.height - 1 + map.width - 1 + difference] & (kPlaces - 1);
+  __device__ int class_of(int encoding, bool near, int across, int slot) const {
+    const int x = across * kGroup + slot, difference = near ? column - x : x - column;
+    const unsigned char* columns = rows(encoding) + 2 * (2 * map.height - 1) + map.width - 1;
+    return across == map.across || x >= map.width ? kPlaces - 1 : columns[difference];
   }
 
   // The place `place` of one of a pair of numbers that stand for 2 part and 2 part + 1.
   __device__ uint32_t one_of(int place) const { return place / 2 == part ? kOne<T> << 16 * (place % 2) : 0; }
 
-  __device__ void put_near(int n, const Encoding& e) const {
+  __device__ void put_near(int n, int e) const {
     for (int x = 0; x <= map.across; ++x)
       places(n, x) = make_uint2(one_of(class_of(e, true, x, line)), one_of(class_of(e, true, x, line + 8)));
   }
 
-  __device__ void put_sum(int n, const Encoding& e) const {
+  __device__ void put_sum(int n, int e) const {
     for (int x = 0; x <= map.across; ++x) {
       const auto two = [&](int slot) {
         return (class_of(e, true, x, slot) == line ? kOne<T> : 0) |
@@ -370,7 +400,7 @@ struct Warp {
     for (int g = 0; g < kPlaces; ++g) *sum_at(line, g) = *sum_at(line + 8, g) = make_float2(0.0f, 0.0f);
   }
 
-  __device__ void put_far(int far, const Encoding& e) const {
+  __device__ void put_far(int far, int e) const {
     if (lane < kGroup)
       for (int x = 0; x <= map.across; ++x)
         class_of_slot(far, x, lane) = static_cast<unsigned char>(class_of(e, false, x, lane));
@@ -379,10 +409,11 @@ struct Warp {
   // The warp's 16 rows of x, as operands; through shared memory, which is free again afterwards.
   __device__ void take_rows(Rows& to, const Heads& x, unsigned char* through) const {
     const T* from = static_cast<const T*>(x.data) + b * x.b + h * x.h;
+#pragma unroll
     for (int i = lane; i < kGroup * kPieces; i += 32) {
       const int u = i / kPieces, piece = i % kPieces, token = token_of_row(u);
       uint4 bits{0, 0, 0, 0};
-      if (token >= 0 && piece < a.head_pieces) bits = *reinterpret_cast<const uint4*>(from + token * x.l + piece * 8);
+      if (token >= 0 && piece < a.head_pieces) bits = *reinterpret_cast<const uint4*>(from + static_cast<uint32_t>(token * x.l + piece * 8));
       *reinterpret_cast<uint4*>(through + u * kPitch<D> + 16 * piece) = bits;
     }
     sync_warp();
@@ -408,35 +439,41 @@ struct Warp {
 
   // --- the loop ---
 
-  // 32 tokens of x and y, and what is far, on their way to shared memory.
-  __device__ void fetch(int n, const Heads& x, const Heads& y) const {
+  // What the slots' tokens have, from the beginning of the head.
+  struct Slots {
+    const T *x, *y;
+    int x_l, y_l;
+  };
+
+  __device__ Slots slots_of(const Heads& x, const Heads& y) const {
+    return {static_cast<const T*>(x.data) + b * x.b + h * x.h, static_cast<const T*>(y.data) + b * y.b + h * y.h, x.l, y.l};
+  }
+
+  // 32 tokens on their way to shared memory.
+  __device__ void fetch(int n, const Slots& from) const {
     unsigned char* to = stage(n);
-    const T* from_x = static_cast<const T*>(x.data) + b * x.b + h * x.h;
-    const T* from_y = static_cast<const T*>(y.data) + b * y.b + h * y.h;
     for (int i = threadIdx.x; i < kStage * kPieces; i += blockDim.x) {
       const int slot = i / kPieces, piece = i % kPieces;
-      const int token = token_of_slot(2 * n + slot / kGroup, slot % kGroup);
+      const int token = Chunk::unpacked(chunks()[2 * n + slot / kGroup]).token_of(slot % kGroup);
       const bool there = token >= 0 && piece < a.head_pieces;
-      const int64_t row = there ? token : 0, beside = there ? 8 * piece : 0;
-      copy16(to + slot * kPitch<D> + 16 * piece, from_x + row * x.l + beside, there);
-      copy16(to + (kStage + slot) * kPitch<D> + 16 * piece, from_y + row * y.l + beside, there);
+      const int row = there ? token : 0, beside = there ? 8 * piece : 0;
+      copy16(to + slot * kPitch<D> + 16 * piece, from.x + static_cast<uint32_t>(row * from.x_l + beside), there);
+      copy16(
+          to + (kStage + slot) * kPitch<D> + 16 * piece, from.y + static_cast<uint32_t>(row * from.y_l + beside), there);
     }
     if (use.fars() > 0)
       for (int i = threadIdx.x; i < kStage * kPlaces; i += blockDim.x) {
         const int slot = i / kPlaces, piece = i % kPlaces;
-        const int token = token_of_slot(2 * n + slot / kGroup, slot % kGroup);
-        int far = 0;
-        const auto copy = [&](const Encoding& e) {
-          const T* from = static_cast<const T*>(e.far) + (head * map.length + max(token, 0)) * kAllPlaces + 8 * piece;
-          copy16(far_of(n, far++) + slot * kTablePitch + 16 * piece, from, token >= 0);
-        };
-        if (use.far_q) copy(a.on_q);
-        if (use.far_k) copy(a.on_k);
-        if (use.far_v) copy(a.on_v);
+        const int token = Chunk::unpacked(chunks()[2 * n + slot / kGroup]).token_of(slot % kGroup);
+        const int64_t row = (head * map.length + max(token, 0)) * kAllPlaces + 8 * piece;
+        unsigned char* far = far_of(n, 0) + slot * kTablePitch + 16 * piece;
+        if (use.far_q) copy16(far, static_cast<const T*>(a.on_q.far) + row, token >= 0), far += kStage * kTablePitch;
+        if (use.far_k) copy16(far, static_cast<const T*>(a.on_k.far) + row, token >= 0), far += kStage * kTablePitch;
+        if (use.far_v) copy16(far, static_cast<const T*>(a.on_v.far) + row, token >= 0);
       }
     if constexpr (pass == Pass::kKeys)
       for (int slot = threadIdx.x; slot < kStage; slot += blockDim.x) {
-        const int token = token_of_slot(2 * n + slot / kGroup, slot % kGroup);
+        const int token = Chunk::unpacked(chunks()[2 * n + slot / kGroup]).token_of(slot % kGroup);
         copy4(of_slots(n) + slot, a.lse + head * map.length + max(token, 0));
         copy4(of_slots(n) + kStage + slot, a.delta + head * map.length + max(token, 0));
       }
@@ -446,11 +483,13 @@ struct Warp {
   __device__ int stages() const { return (map.chunks + 1) / 2; }
 
   // Waits for a stage and sends for the next one.
-  __device__ void next(int n, const Heads& x, const Heads& y) const {
+  __device__ void next(int n, const Slots& from) const {
     wait_copies<0>();
     __syncthreads();
-    if (n + 1 < stages()) fetch(n + 1, x, y);
+    if (n + 1 < stages()) fetch(n + 1, from);
   }
+
+  __device__ Chunk chunk_of(int n) const { return Chunk::unpacked(chunks()[n]); }
 
   __device__ void add_near(Tile& tile, int encoding, int n, int place, const Chunk& c) const {
     const int g = rows(encoding)[near_row - c.row];
@@ -482,7 +521,8 @@ struct Warp {
     total[0] = total[1] = total[2] = total[3] = 0.0f;
   }
 
-  __device__ static bool has(const Chunk& c, int slot) { return c.there >> slot & 1; }
+  // Whether there is a token for number i of a tile.
+  __device__ bool has(const Chunk& c, int i) const { return c.there >> 2 * part & 1u << (i / 4 * 8 + i % 2); }
   __device__ int slot_of(int n, int i) const { return 8 * n + 2 * part + i % 2; }
 
   // A tile as an operand whose columns are multiplied with slots.
@@ -539,19 +579,22 @@ struct Warp {
     sync_warp();
   }
 
-  __device__ void put_all_rows() const {
-    if (use.far_q || use.near_q || use.sum_q) put_rows(0, a.on_q);
-    if (use.far_k || use.near_k || use.sum_k) put_rows(1, a.on_k);
-    if (use.far_v || use.near_v || use.sum_v) put_rows(2, a.on_v);
+  __device__ void put_all_axes() const {
+    if (use.far_q || use.near_q || use.sum_q) put_axes(0, a.on_q);
+    if (use.far_k || use.near_k || use.sum_k) put_axes(1, a.on_k);
+    if (use.far_v || use.near_v || use.sum_v) put_axes(2, a.on_v);
   }
 
   __device__ void forward() const {
-    fetch(0, a.k, a.v);
-    put_all_rows();
+    const Slots slots = slots_of(a.k, a.v);
+    put_chunks();
+    put_all_axes();
+    __syncthreads();
+    fetch(0, slots);
     int of_v = 0;
-    if (use.near_k) put_weights<T, D>(weights(of_v++), a.on_k, h, a.head_pieces, map.skip > 0, false), put_near(0, a.on_k);
-    if (use.sum_v) put_weights<T, D>(weights(of_v), a.on_v, h, a.head_pieces, map.skip > 0, false), put_sum(of_v, a.on_v);
-    if (use.far_q) put_far(0, a.on_q);
+    if (use.near_k) put_weights<T, D>(weights(of_v++), a.on_k, h, a.head_pieces, map.skip > 0, false), put_near(0, 1);
+    if (use.sum_v) put_weights<T, D>(weights(of_v), a.on_v, h, a.head_pieces, map.skip > 0, false), put_sum(of_v, 2);
+    if (use.far_q) put_far(0, 0);
     Rows q;
     take_rows(q, a.q, table(0));
     __syncthreads();
@@ -561,7 +604,7 @@ struct Warp {
     int total_row = 0;
     Wide acc{};
     for (int n = 0; n < stages(); ++n) {
-      next(n, a.k, a.v);
+      next(n, slots);
       float s[2][2][4] = {};
       Chunk chunks[2];
 #pragma unroll
@@ -573,7 +616,7 @@ struct Warp {
         if (c.there != 0xffff)
 #pragma unroll
           for (int i = 0; i < 8; ++i)
-            if (!has(c, slot_of(i / 4, i))) s[half][i / 4][i % 4] = -INFINITY;
+            if (!has(c, i)) s[half][i / 4][i % 4] = -INFINITY;
       }
       float most[2] = {-INFINITY, -INFINITY};
 #pragma unroll
@@ -668,14 +711,17 @@ struct Warp {
   }
 
   __device__ void queries() const {
-    fetch(0, a.k, a.v);
-    put_all_rows();
+    const Slots slots = slots_of(a.k, a.v);
+    put_chunks();
+    put_all_axes();
+    __syncthreads();
+    fetch(0, slots);
     int of_v = 0, sum = 0;
-    if (use.near_k) put_weights<T, D>(weights(of_v), a.on_k, h, a.head_pieces, map.skip > 0, false), put_near(of_v++, a.on_k);
-    if (use.near_v) put_weights<T, D>(weights(of_v), a.on_v, h, a.head_pieces, map.skip > 0, false), put_near(of_v, a.on_v);
+    if (use.near_k) put_weights<T, D>(weights(of_v), a.on_k, h, a.head_pieces, map.skip > 0, false), put_near(of_v++, 1);
+    if (use.near_v) put_weights<T, D>(weights(of_v), a.on_v, h, a.head_pieces, map.skip > 0, false), put_near(of_v, 2);
     sum = use.nears();
-    if (use.sum_k) put_sum(sum, a.on_k);
-    if (use.far_q) put_far(0, a.on_q);
+    if (use.sum_k) put_sum(sum, 1);
+    if (use.far_q) put_far(0, 0);
     float delta[2], lse[2];
     find_delta(delta);
     for (int r = 0; r < 2; ++r) {
@@ -699,7 +745,7 @@ struct Warp {
     int total_row = 0;
     Wide acc{};
     for (int n = 0; n < stages(); ++n) {
-      next(n, a.k, a.v);
+      next(n, slots);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const Chunk c = chunk_of(2 * n + half);
@@ -719,7 +765,7 @@ struct Warp {
         if (c.there != 0xffff)
 #pragma unroll
           for (int i = 0; i < 8; ++i)
-            if (!has(c, slot_of(i / 4, i))) s[i / 4][i % 4] = 0.0f;
+            if (!has(c, i)) s[i / 4][i % 4] = 0.0f;
         uint32_t x[4];
         to_operand(x, s);
         add_slots<T, D>(acc, x, k);
@@ -739,16 +785,19 @@ struct Warp {
   }
 
   __device__ void keys() const {
-    fetch(0, a.q, a.grad_out);
-    put_all_rows();
+    const Slots slots = slots_of(a.q, a.grad_out);
+    put_chunks();
+    put_all_axes();
+    __syncthreads();
+    fetch(0, slots);
     if (use.near_q) {
       put_weights<T, D>(weights(0), a.on_q, h, a.head_pieces, map.skip > 0, false);
-      put_near(0, a.on_q);
-      put_sum(1, a.on_q);
+      put_near(0, 0);
+      put_sum(1, 0);
     }
     int far = 0;
-    if (use.far_k) put_far(far++, a.on_k);
-    if (use.far_v) put_far(far, a.on_v);
+    if (use.far_k) put_far(far++, 1);
+    if (use.far_v) put_far(far, 2);
     Rows k, v;
     take_rows(k, a.k, table(0));
     take_rows(v, a.v, table(0));
@@ -759,7 +808,7 @@ struct Warp {
     int total_row = 0;
     Wide acc_k{}, acc_v{};
     for (int n = 0; n < stages(); ++n) {
-      next(n, a.q, a.grad_out);
+      next(n, slots);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const Chunk c = chunk_of(2 * n + half);
@@ -778,7 +827,7 @@ struct Warp {
         if (c.there != 0xffff)
 #pragma unroll
           for (int i = 0; i < 8; ++i)
-            if (!has(c, slot_of(i / 4, i))) s[i / 4][i % 4] = 0.0f;
+            if (!has(c, i)) s[i / 4][i % 4] = 0.0f;
         multiply_slots<T, D>(grad, v, q + kStage * kPitch<D>);
         if (use.far_v) add_far(grad, 2, far, c, tables + far * kStage * kTablePitch);
         uint32_t x[4];
@@ -806,8 +855,12 @@ struct Warp {
   }
 };
 
+// Registers of a thread, so that a multiprocessor has 16 warps, or 12 where each holds two gradients.
+template <int D, Pass pass>
+constexpr int kRegisters = D > 64 ? 255 : pass == Pass::kKeys ? 168 : 128;
+
 template <class T, int D, int On, Pass pass>
-__global__ void __launch_bounds__(32 * kMaxWarps) attention_kernel(const Attention a) {
+__global__ void __launch_bounds__(32 * kMaxWarps) __maxnreg__((kRegisters<D, pass>)) attention_kernel(const Attention a) {
   const Warp<T, D, On, pass> warp(a);
   if constexpr (pass == Pass::kForward) warp.forward();
   if constexpr (pass == Pass::kQueries) warp.queries();
