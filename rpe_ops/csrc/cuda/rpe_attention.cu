@@ -78,7 +78,7 @@ struct Call {
               L < int64_t{1} << 24,
           L, " tokens; expected skip=", skip, " + ", height, " * ", width);
     a.map = geometry_of(int(height), int(width), int(skip));
-    a.heads = int(H), a.head_pieces = int(D / 8), a.scale = float(scale);
+    a.batch = int(B), a.heads = int(H), a.head_pieces = int(D / 8), a.scale = float(scale);
     size_t n = 0;
     if (q) encode(a.on_q, x, tables[n], maps[n], &numbers[5 * n], false), ++n;
     if (k) encode(a.on_k, x, tables[n], maps[n], &numbers[5 * n], false), ++n;
@@ -132,6 +132,19 @@ struct Call {
     else with(Brain());
   }
 
+  // In how many parts the samples are taken side by side, where so many blocks are at work at a time. A block takes the
+  // samples of a part one after the other, and has to prepare only once; the numbers are chunks that take as long.
+  int64_t replicas_of(int64_t kinds, int64_t capacity) const {
+    constexpr int64_t kOnce = 40, kEach = 10;
+    int64_t best = 1, least = INT64_MAX;
+    for (int64_t parts = 1; parts <= B; ++parts) {
+      const int64_t waves = (kinds * parts + capacity - 1) / capacity, samples = (B + parts - 1) / parts;
+      const int64_t cost = waves * (kOnce + samples * (a.map.chunks + kEach));
+      if (cost < least) best = parts, least = cost;
+    }
+    return best;
+  }
+
   template <class T, int D, int On, Pass pass>
   void run() const {
     const Uses uses = uses_of(pass, q, k, v);
@@ -142,18 +155,19 @@ struct Call {
       return (found.numRegs + 7) / 8 * 8;
     }();
     // the most groups at work in a multiprocessor, those that are empty not counted
-    int warps = 0;
+    int warps = 0, capacity = 0;
     double best = 0;
     for (int w = std::min(kMaxWarps, a.map.groups); w > 0; --w) {
-      const int bytes = layout_of<D>(a.map, uses, w).bytes;
+      const int bytes = layout_of<D, pass>(a.map, uses, w).bytes;
       if (bytes > shared_limit || (w < 4 && best > 0)) continue;
       const int resident = std::min(65536 / (registers * 32 * w), (shared_limit + 1024) / (bytes + 1024));
       const double at_work = double(resident) * w * a.map.groups / ((a.map.groups + w - 1) / w * w);
-      if (at_work > best * 1.05) warps = w, best = at_work;
+      if (at_work > best * 1.05) warps = w, best = at_work, capacity = resident * processors;
     }
     check(warps > 0, "no block of attention on a map of ", a.map.height, " x ", a.map.width, " has enough shared memory");
-    const int64_t blocks = B * H * ((a.map.groups + warps - 1) / warps);
-    launch<kernel>(blocks, 32 * warps, layout_of<D>(a.map, uses, warps).bytes, stream, a);
+    const int64_t kinds = H * ((a.map.groups + warps - 1) / warps);
+    launch<kernel>(
+        kinds * replicas_of(kinds, capacity), 32 * warps, layout_of<D, pass>(a.map, uses, warps).bytes, stream, a);
   }
 
   template <Pass pass>

@@ -30,7 +30,6 @@ namespace rpe_ops {
 constexpr int kPlaces = 8;
 constexpr int kAllPlaces = kPlaces * kPlaces;
 constexpr int kGroup = 16;           // tokens of a warp, and of a chunk
-constexpr int kStage = 2 * kGroup;   // tokens that a block has in shared memory at a time; as many are on their way
 constexpr int kMaxWarps = 8;
 constexpr int kTablePitch = 2 * kAllPlaces + 16;  // bytes from row to row: 16 more, so that 8 rows lie in 32 banks
 constexpr int kSumsPitch = kAllPlaces + 8;        // floats
@@ -81,7 +80,7 @@ inline Geometry geometry_of(int height, int width, int skip) {
 
 struct Attention {
   Geometry map;
-  int heads, head_pieces;  // H, and D in pieces of 8
+  int batch, heads, head_pieces;  // B, H, and D in pieces of 8
   float scale;
   Encoding on_q, on_k, on_v;
   Heads q, k, v, out, grad_out, grad_q, grad_k, grad_v;
@@ -90,10 +89,13 @@ struct Attention {
 
 // What a block has in shared memory, in bytes from its beginning.
 struct Layout {
-  int stages, weights, axes, chunks, warps, warp_bytes, places, classes, sums, tables, bytes;
+  int stages, weights, axes, chunks, warps, warp_bytes, places, classes, tokens, sums, tables, bytes;
 };
 
 enum class Pass { kForward, kQueries, kKeys };
+
+// Chunks that a block has in shared memory at a time; as many are on their way.
+constexpr int chunks_of_stage(Pass pass) { return pass == Pass::kKeys ? 2 : 4; }
 
 // Encodings whose tables are of the warp's rows (near), whose sums it adds up, and whose tables are of the slots (far).
 struct Uses {
@@ -119,16 +121,17 @@ __host__ __device__ inline Uses uses_of(Pass pass, bool q, bool k, bool v) {
 // Of an encoding: rows[difference], as often the row of skip tokens, columns[difference].
 __host__ __device__ inline int axes_bytes(const Geometry& map) { return 2 * (2 * map.height - 1) + 2 * map.width - 1; }
 
-template <int D>
+template <int D, Pass pass>
 __host__ __device__ inline Layout layout_of(const Geometry& map, const Uses& u, int warps) {
   Layout l{};
   const auto whole = [](int bytes) { return (bytes + 15) / 16 * 16; };
-  const int stage = kStage * (2 * kPitch<D> + u.fars() * kTablePitch + 8);
+  constexpr int kChunks = chunks_of_stage(pass);
+  const int stage = kChunks * kGroup * (2 * kPitch<D> + u.fars() * kTablePitch + 8);
   l.stages = 0;
   l.weights = 2 * stage;
   const int weights = u.near_k + u.near_v + u.near_q + u.sum_v;  // W of each, staged once
   l.chunks = l.weights + weights * kAllPlaces * kPitch<D>;
-  l.axes = l.chunks + (map.chunks + 1) / 2 * 2 * 16;
+  l.axes = l.chunks + (map.chunks + kChunks - 1) / kChunks * kChunks * 16;
   l.warps = l.axes + whole(3 * axes_bytes(map));
   // of a warp: rows or near tables, sums, P of near tables and of sums, classes of far tables
   constexpr int kRows = kGroup * (kPitch<D> > kTablePitch ? kPitch<D> : kTablePitch);
@@ -137,7 +140,8 @@ __host__ __device__ inline Layout layout_of(const Geometry& map, const Uses& u, 
   l.sums = tables * kRows;
   l.places = l.sums + u.sums() * kGroup * kSumsPitch * 4;
   l.classes = l.places + (u.nears() + u.sums()) * (map.across + 1) * 32 * 8;
-  l.warp_bytes = whole(l.classes + u.fars() * (map.across + 1) * kGroup);
+  l.tokens = whole(l.classes + u.fars() * (map.across + 1) * kGroup);
+  l.warp_bytes = l.tokens + kGroup * 4;
   l.bytes = l.warps + warps * l.warp_bytes;
   return l;
 }
@@ -260,7 +264,7 @@ __device__ __forceinline__ void take_operands(uint32_t (&to)[D / 16][4], const u
 // One warp of a block, and what it does in all three kernels. `On` has a bit for each of q, k, v; 8 reads it at run time.
 template <class T, int D, int On, Pass pass>
 struct Warp {
-  static constexpr int kPieces = D / 8, kSteps = D / 16;
+  static constexpr int kPieces = D / 8, kSteps = D / 16, kChunks = chunks_of_stage(pass), kStage = kChunks * kGroup;
   using Rows = uint32_t[kSteps][4];   // A operands of the 16 rows
   using Wide = float[D / 8][4];       // 16 rows of D sums
   using Tile = float[2][4];           // 16 rows, 16 slots
@@ -271,8 +275,10 @@ struct Warp {
   const Layout at;
   unsigned char *shared, *mine;
   int lane, part, line;  // part of four lanes, line of eight
-  int b, h, group, column;
-  int64_t head;
+  int h, group, column;
+  int first, step;    // of the samples that the block takes, one after the other
+  int b;              // the one at hand
+  int64_t head;       // b * H + h
   int near_row, near_low, near_high, far_low, far_high;  // into rows(): of lane % 16, line and line + 8
 
   __device__ static Uses uses(const Attention& a) {
@@ -282,11 +288,11 @@ struct Warp {
 
   __device__ explicit Warp(const Attention& attention)
       : a(attention), map(attention.map), use(uses(attention)),
-        at(layout_of<D>(attention.map, use, blockDim.x / 32)), shared(attention_memory()) {
+        at(layout_of<D, pass>(attention.map, use, blockDim.x / 32)), shared(attention_memory()) {
     const int warps = blockDim.x / 32, warp = threadIdx.x / 32;
     const int blocks = (map.groups + warps - 1) / warps;
-    head = blockIdx.x / blocks;
-    b = static_cast<int>(head / a.heads), h = static_cast<int>(head % a.heads);
+    h = blockIdx.x / blocks % a.heads;
+    first = blockIdx.x / (blocks * a.heads), step = gridDim.x / (blocks * a.heads);
     group = blockIdx.x % blocks * warps + warp;
     lane = threadIdx.x % 32, part = lane % 4, line = lane / 4;
     mine = shared + at.warps + warp * at.warp_bytes;
@@ -306,7 +312,7 @@ struct Warp {
 
   // --- tokens ---
 
-  __device__ int token_of_row(int u) const {
+  __device__ int find_token(int u) const {
     const int of_map = map.up * map.width;
     int skip = map.free_rows * map.width + (group - of_map) * kGroup + u;
     if (group < of_map) {
@@ -317,10 +323,12 @@ struct Warp {
     return group < map.groups && skip < map.skip ? skip : -1;
   }
 
+  __device__ int& token_of_row(int u) const { return reinterpret_cast<int*>(mine + at.tokens)[u]; }
+
   // Every chunk of the head, to shared memory.
   __device__ void put_chunks() const {
     const auto bits = [](int count) { return count <= 0 ? 0u : (1u << min(count, kGroup)) - 1; };
-    for (int n = threadIdx.x; n < 2 * stages(); n += blockDim.x) {
+    for (int n = threadIdx.x; n < kChunks * stages(); n += blockDim.x) {
       Chunk c{};
       if (n < map.rows_end) {
         c.row = n / map.across, c.across = n % map.across;
@@ -397,6 +405,10 @@ struct Warp {
       };
       places(n, x) = make_uint2(two(2 * part), two(2 * part + 8));
     }
+  }
+
+  __device__ void clear_sums() const {
+#pragma unroll
     for (int g = 0; g < kPlaces; ++g) *sum_at(line, g) = *sum_at(line + 8, g) = make_float2(0.0f, 0.0f);
   }
 
@@ -443,18 +455,21 @@ struct Warp {
   struct Slots {
     const T *x, *y;
     int x_l, y_l;
+    int64_t token;  // of (B, H, L)
   };
 
-  __device__ Slots slots_of(const Heads& x, const Heads& y) const {
-    return {static_cast<const T*>(x.data) + b * x.b + h * x.h, static_cast<const T*>(y.data) + b * y.b + h * y.h, x.l, y.l};
+  __device__ Slots slots_of(const Heads& x, const Heads& y, int sample) const {
+    return {
+        static_cast<const T*>(x.data) + sample * x.b + h * x.h, static_cast<const T*>(y.data) + sample * y.b + h * y.h,
+        x.l, y.l, (int64_t{sample} * a.heads + h) * map.length};
   }
 
-  // 32 tokens on their way to shared memory.
-  __device__ void fetch(int n, const Slots& from) const {
+  // The tokens of some chunks on their way to the shared memory of stage n.
+  __device__ void fetch(int n, int chunk, const Slots& from) const {
     unsigned char* to = stage(n);
     for (int i = threadIdx.x; i < kStage * kPieces; i += blockDim.x) {
       const int slot = i / kPieces, piece = i % kPieces;
-      const int token = Chunk::unpacked(chunks()[2 * n + slot / kGroup]).token_of(slot % kGroup);
+      const int token = Chunk::unpacked(chunks()[chunk + slot / kGroup]).token_of(slot % kGroup);
       const bool there = token >= 0 && piece < a.head_pieces;
       const int row = there ? token : 0, beside = there ? 8 * piece : 0;
       copy16(to + slot * kPitch<D> + 16 * piece, from.x + static_cast<uint32_t>(row * from.x_l + beside), there);
@@ -464,8 +479,8 @@ struct Warp {
     if (use.fars() > 0)
       for (int i = threadIdx.x; i < kStage * kPlaces; i += blockDim.x) {
         const int slot = i / kPlaces, piece = i % kPlaces;
-        const int token = Chunk::unpacked(chunks()[2 * n + slot / kGroup]).token_of(slot % kGroup);
-        const int64_t row = (head * map.length + max(token, 0)) * kAllPlaces + 8 * piece;
+        const int token = Chunk::unpacked(chunks()[chunk + slot / kGroup]).token_of(slot % kGroup);
+        const int64_t row = (from.token + max(token, 0)) * kAllPlaces + 8 * piece;
         unsigned char* far = far_of(n, 0) + slot * kTablePitch + 16 * piece;
         if (use.far_q) copy16(far, static_cast<const T*>(a.on_q.far) + row, token >= 0), far += kStage * kTablePitch;
         if (use.far_k) copy16(far, static_cast<const T*>(a.on_k.far) + row, token >= 0), far += kStage * kTablePitch;
@@ -473,20 +488,50 @@ struct Warp {
       }
     if constexpr (pass == Pass::kKeys)
       for (int slot = threadIdx.x; slot < kStage; slot += blockDim.x) {
-        const int token = Chunk::unpacked(chunks()[2 * n + slot / kGroup]).token_of(slot % kGroup);
-        copy4(of_slots(n) + slot, a.lse + head * map.length + max(token, 0));
-        copy4(of_slots(n) + kStage + slot, a.delta + head * map.length + max(token, 0));
+        const int token = Chunk::unpacked(chunks()[chunk + slot / kGroup]).token_of(slot % kGroup);
+        copy4(of_slots(n) + slot, a.lse + from.token + max(token, 0));
+        copy4(of_slots(n) + kStage + slot, a.delta + from.token + max(token, 0));
       }
     end_copies();
   }
 
-  __device__ int stages() const { return (map.chunks + 1) / 2; }
+  __device__ int stages() const { return (map.chunks + kChunks - 1) / kChunks; }
 
-  // Waits for a stage and sends for the next one.
-  __device__ void next(int n, const Slots& from) const {
-    wait_copies<0>();
+  // Everything that samples have in common: `of_warp` is what only this warp reads.
+  template <class OfWarp>
+  __device__ void prepare(const OfWarp& of_warp) const {
+    put_chunks();
+    if (use.far_q || use.near_q || use.sum_q) put_axes(0, a.on_q);
+    if (use.far_k || use.near_k || use.sum_k) put_axes(1, a.on_k);
+    if (use.far_v || use.near_v || use.sum_v) put_axes(2, a.on_v);
+    if (lane < kGroup) token_of_row(lane) = find_token(lane);
     __syncthreads();
-    if (n + 1 < stages()) fetch(n + 1, from);
+    of_warp();
+  }
+
+  // For every sample: `begin`, `with` the chunks of each stage (the stage, its first chunk, their number), `end`.
+  template <class Begin, class With, class End>
+  __device__ void run(const Heads& x, const Heads& y, const Begin& begin, const With& with, const End& end) {
+    Slots slots = slots_of(x, y, first);
+    fetch(0, 0, slots);
+    __syncthreads();
+    int n = 0;
+    for (b = first; b < a.batch; b += step) {
+      head = int64_t{b} * a.heads + h;
+      begin();
+      for (int chunk = 0; chunk < map.chunks; chunk += kChunks, ++n) {
+        wait_copies<0>();
+        __syncthreads();
+        if (chunk + kChunks < map.chunks) {
+          fetch(n + 1, chunk + kChunks, slots);
+        } else if (b + step < a.batch) {
+          slots = slots_of(x, y, b + step);
+          fetch(n + 1, 0, slots);
+        }
+        with(n, chunk, min(kChunks, map.chunks - chunk));
+      }
+      end();
+    }
   }
 
   __device__ Chunk chunk_of(int n) const { return Chunk::unpacked(chunks()[n]); }
@@ -579,40 +624,37 @@ struct Warp {
     sync_warp();
   }
 
-  __device__ void put_all_axes() const {
-    if (use.far_q || use.near_q || use.sum_q) put_axes(0, a.on_q);
-    if (use.far_k || use.near_k || use.sum_k) put_axes(1, a.on_k);
-    if (use.far_v || use.near_v || use.sum_v) put_axes(2, a.on_v);
-  }
-
-  __device__ void forward() const {
-    const Slots slots = slots_of(a.k, a.v);
-    put_chunks();
-    put_all_axes();
-    __syncthreads();
-    fetch(0, slots);
-    int of_v = 0;
-    if (use.near_k) put_weights<T, D>(weights(of_v++), a.on_k, h, a.head_pieces, map.skip > 0, false), put_near(0, 1);
-    if (use.sum_v) put_weights<T, D>(weights(of_v), a.on_v, h, a.head_pieces, map.skip > 0, false), put_sum(of_v, 2);
-    if (use.far_q) put_far(0, 0);
-    Rows q;
-    take_rows(q, a.q, table(0));
-    __syncthreads();
-    if (use.near_k) put_table<T, D>(table(0), q, weights(0));
+  __device__ void forward() {
+    const int of_v = use.near_k;
+    prepare([&] {
+      if (use.near_k) put_weights<T, D>(weights(0), a.on_k, h, a.head_pieces, map.skip > 0, false), put_near(0, 1);
+      if (use.sum_v) put_weights<T, D>(weights(of_v), a.on_v, h, a.head_pieces, map.skip > 0, false), put_sum(of_v, 2);
+      if (use.far_q) put_far(0, 0);
+    });
     const float factor = a.scale * kLog2e;
-    float top[2] = {-1e30f, -1e30f}, weight[2] = {0.0f, 0.0f}, total[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    int total_row = 0;
-    Wide acc{};
-    for (int n = 0; n < stages(); ++n) {
-      next(n, slots);
+    Rows q;
+    Wide acc;
+    float top[2], weight[2], total[4];
+    int total_row;
+    const auto begin = [&] {
+      take_rows(q, a.q, table(0));
+      if (use.near_k) put_table<T, D>(table(0), q, weights(0));
+      if (use.sum_v) clear_sums();
+      top[0] = top[1] = -1e30f, weight[0] = weight[1] = 0.0f, total_row = 0;
+#pragma unroll
+      for (int i = 0; i < D / 2; ++i) acc[i / 4][i % 4] = 0.0f;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) total[i] = 0.0f;
+    };
+    const auto two = [&](int n, int chunk, int beside) {
       float s[2][2][4] = {};
       Chunk chunks[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const Chunk c = chunks[half] = chunk_of(2 * n + half);
-        multiply_slots<T, D>(s[half], q, stage(n) + half * kGroup * kPitch<D>);
+        const Chunk c = chunks[half] = chunk_of(chunk + beside + half);
+        multiply_slots<T, D>(s[half], q, stage(n) + (beside + half) * kGroup * kPitch<D>);
         if (use.near_k) add_near(s[half], 1, 0, 0, c);
-        if (use.far_q) add_far(s[half], 0, 0, c, far_of(n, 0) + half * kGroup * kTablePitch);
+        if (use.far_q) add_far(s[half], 0, 0, c, far_of(n, 0) + (beside + half) * kGroup * kTablePitch);
         if (c.there != 0xffff)
 #pragma unroll
           for (int i = 0; i < 8; ++i)
@@ -651,35 +693,41 @@ struct Warp {
         }
         uint32_t p[4];
         to_operand(p, s[half]);
-        add_slots<T, D>(acc, p, stage(n) + (kStage + half * kGroup) * kPitch<D>);
+        add_slots<T, D>(acc, p, stage(n) + (kStage + (beside + half) * kGroup) * kPitch<D>);
         if (use.sum_v) {
           if (chunks[half].row != total_row) put_sums(total, 2, total_row), total_row = chunks[half].row;
           const uint2 P = places(of_v, chunks[half].across);
           multiply16<T>(total, p, P.x, P.y);
         }
       }
-    }
-    float share[2];
+    };
+    const auto with = [&](int n, int chunk, int count) {
+      for (int beside = 0; beside < count; beside += 2) two(n, chunk, beside);
+    };
+    const auto end = [&] {
+      float share[2];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      weight[r] += exchanged(weight[r], 1);
-      weight[r] += exchanged(weight[r], 2);
-      share[r] = 1.0f / weight[r];
-    }
-    if (use.sum_v) {
-      put_sums(total, 2, total_row);
-#pragma unroll
-      for (int i = 0; i < D / 2; ++i) acc[i / 4][i % 4] *= share[i % 4 / 2];
-      add_sums(acc, weights(of_v), share[0], share[1]);
-      if (a.on_v.sums != nullptr) write_sums(a.on_v.sums);
-      share[0] = share[1] = 1.0f;
-    }
-    write_rows(a.out, acc, share[0], share[1]);
-    if (part == 0)
       for (int r = 0; r < 2; ++r) {
-        const int token = token_of_row(line + 8 * r);
-        if (token >= 0) a.lse[head * map.length + token] = (top[r] + log2f(weight[r])) * kLn2;
+        weight[r] += exchanged(weight[r], 1);
+        weight[r] += exchanged(weight[r], 2);
+        share[r] = 1.0f / weight[r];
       }
+      if (use.sum_v) {
+        put_sums(total, 2, total_row);
+#pragma unroll
+        for (int i = 0; i < D / 2; ++i) acc[i / 4][i % 4] *= share[i % 4 / 2];
+        add_sums(acc, weights(of_v), share[0], share[1]);
+        if (a.on_v.sums != nullptr) write_sums(a.on_v.sums);
+        share[0] = share[1] = 1.0f;
+      }
+      write_rows(a.out, acc, share[0], share[1]);
+      if (part == 0)
+        for (int r = 0; r < 2; ++r) {
+          const int token = token_of_row(line + 8 * r);
+          if (token >= 0) a.lse[head * map.length + token] = (top[r] + log2f(weight[r])) * kLn2;
+        }
+    };
+    run(a.k, a.v, begin, with, end);
   }
 
   // delta[i] = <grad_out[i], out[i]> of rows line and line + 8, and the same to memory.
@@ -710,50 +758,52 @@ struct Warp {
     sync_warp();
   }
 
-  __device__ void queries() const {
-    const Slots slots = slots_of(a.k, a.v);
-    put_chunks();
-    put_all_axes();
-    __syncthreads();
-    fetch(0, slots);
-    int of_v = 0, sum = 0;
-    if (use.near_k) put_weights<T, D>(weights(of_v), a.on_k, h, a.head_pieces, map.skip > 0, false), put_near(of_v++, 1);
-    if (use.near_v) put_weights<T, D>(weights(of_v), a.on_v, h, a.head_pieces, map.skip > 0, false), put_near(of_v, 2);
-    sum = use.nears();
-    if (use.sum_k) put_sum(sum, 1);
-    if (use.far_q) put_far(0, 0);
-    float delta[2], lse[2];
-    find_delta(delta);
-    for (int r = 0; r < 2; ++r) {
-      const int token = token_of_row(line + 8 * r);
-      lse[r] = token >= 0 ? a.lse[head * map.length + token] * kLog2e : INFINITY;
-    }
-    Rows q, grad_out;
-    take_rows(q, a.q, table(0));
-    take_rows(grad_out, a.grad_out, table(0));
-    __syncthreads();
-    if (use.near_k) {
-      put_table<T, D>(table(0), q, weights(0));
-      write_far(a.on_k.far, table(0));
-    }
-    if (use.near_v) {
-      put_table<T, D>(table(of_v), grad_out, weights(of_v));
-      write_far(a.on_v.far, table(of_v));
-    }
+  __device__ void queries() {
+    const int of_v = use.near_k, sum = use.nears();
+    prepare([&] {
+      if (use.near_k) put_weights<T, D>(weights(0), a.on_k, h, a.head_pieces, map.skip > 0, false), put_near(0, 1);
+      if (use.near_v) put_weights<T, D>(weights(of_v), a.on_v, h, a.head_pieces, map.skip > 0, false), put_near(of_v, 2);
+      if (use.sum_k) put_sum(sum, 1);
+      if (use.far_q) put_far(0, 0);
+    });
     const float factor = a.scale * kLog2e;
-    float total[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    int total_row = 0;
-    Wide acc{};
-    for (int n = 0; n < stages(); ++n) {
-      next(n, slots);
+    Rows q, grad_out;
+    Wide acc;
+    float delta[2], lse[2], total[4];
+    int total_row;
+    const auto begin = [&] {
+      find_delta(delta);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const Chunk c = chunk_of(2 * n + half);
-        const unsigned char* k = stage(n) + half * kGroup * kPitch<D>;
+      for (int r = 0; r < 2; ++r) {
+        const int token = token_of_row(line + 8 * r);
+        lse[r] = token >= 0 ? a.lse[head * map.length + token] * kLog2e : INFINITY;
+      }
+      take_rows(q, a.q, table(0));
+      take_rows(grad_out, a.grad_out, table(0));
+      if (use.near_k) {
+        put_table<T, D>(table(0), q, weights(0));
+        write_far(a.on_k.far, table(0));
+      }
+      if (use.near_v) {
+        put_table<T, D>(table(of_v), grad_out, weights(of_v));
+        write_far(a.on_v.far, table(of_v));
+      }
+      if (use.sum_k) clear_sums();
+      total_row = 0;
+#pragma unroll
+      for (int i = 0; i < D / 2; ++i) acc[i / 4][i % 4] = 0.0f;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) total[i] = 0.0f;
+    };
+    const auto with = [&](int n, int chunk, int count) {
+#pragma unroll 2
+      for (int beside = 0; beside < count; ++beside) {
+        const Chunk c = chunk_of(chunk + beside);
+        const unsigned char* k = stage(n) + beside * kGroup * kPitch<D>;
         Tile s{}, grad{};
         multiply_slots<T, D>(s, q, k);
         if (use.near_k) add_near(s, 1, 0, 0, c);
-        if (use.far_q) add_far(s, 0, 0, c, far_of(n, 0) + half * kGroup * kTablePitch);
+        if (use.far_q) add_far(s, 0, 0, c, far_of(n, 0) + beside * kGroup * kTablePitch);
         multiply_slots<T, D>(grad, grad_out, k + kStage * kPitch<D>);
         if (use.near_v) add_near(grad, 2, of_v, of_v, c);
 #pragma unroll
@@ -775,46 +825,51 @@ struct Warp {
           multiply16<T>(total, x, P.x, P.y);
         }
       }
-    }
-    if (use.sum_k) {
-      put_sums(total, 1, total_row);
-      add_sums(acc, weights(0), 1.0f, 1.0f);
-      write_sums(a.on_k.sums);
-    }
-    write_rows(a.grad_q, acc, a.scale, a.scale);
+    };
+    const auto end = [&] {
+      if (use.sum_k) {
+        put_sums(total, 1, total_row);
+        add_sums(acc, weights(0), 1.0f, 1.0f);
+        write_sums(a.on_k.sums);
+      }
+      write_rows(a.grad_q, acc, a.scale, a.scale);
+    };
+    run(a.k, a.v, begin, with, end);
   }
 
-  __device__ void keys() const {
-    const Slots slots = slots_of(a.q, a.grad_out);
-    put_chunks();
-    put_all_axes();
-    __syncthreads();
-    fetch(0, slots);
-    if (use.near_q) {
-      put_weights<T, D>(weights(0), a.on_q, h, a.head_pieces, map.skip > 0, false);
-      put_near(0, 0);
-      put_sum(1, 0);
-    }
-    int far = 0;
-    if (use.far_k) put_far(far++, 1);
-    if (use.far_v) put_far(far, 2);
-    Rows k, v;
-    take_rows(k, a.k, table(0));
-    take_rows(v, a.v, table(0));
-    __syncthreads();
-    if (use.near_q) put_table<T, D>(table(0), k, weights(0));
+  __device__ void keys() {
+    const int far = use.far_k;
+    prepare([&] {
+      if (use.near_q) {
+        put_weights<T, D>(weights(0), a.on_q, h, a.head_pieces, map.skip > 0, false);
+        put_near(0, 0), put_sum(1, 0);
+      }
+      if (use.far_k) put_far(0, 1);
+      if (use.far_v) put_far(far, 2);
+    });
     const float factor = a.scale * kLog2e;
-    float total[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    int total_row = 0;
-    Wide acc_k{}, acc_v{};
-    for (int n = 0; n < stages(); ++n) {
-      next(n, slots);
+    Rows k, v;
+    Wide acc_k, acc_v;
+    float total[4];
+    int total_row;
+    const auto begin = [&] {
+      take_rows(k, a.k, table(0));
+      take_rows(v, a.v, table(0));
+      if (use.near_q) put_table<T, D>(table(0), k, weights(0));
+      if (use.sum_q) clear_sums();
+      total_row = 0;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const Chunk c = chunk_of(2 * n + half);
-        const unsigned char* q = stage(n) + half * kGroup * kPitch<D>;
-        const unsigned char* tables = far_of(n, 0) + half * kGroup * kTablePitch;
-        const float* lse = of_slots(n) + half * kGroup;
+      for (int i = 0; i < D / 2; ++i) acc_k[i / 4][i % 4] = acc_v[i / 4][i % 4] = 0.0f;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) total[i] = 0.0f;
+    };
+    const auto with = [&](int n, int chunk, int count) {
+#pragma unroll 2
+      for (int beside = 0; beside < count; ++beside) {
+        const Chunk c = chunk_of(chunk + beside);
+        const unsigned char* q = stage(n) + beside * kGroup * kPitch<D>;
+        const unsigned char* tables = far_of(n, 0) + beside * kGroup * kTablePitch;
+        const float* lse = of_slots(n) + beside * kGroup;
         Tile s{}, grad{};
         multiply_slots<T, D>(s, k, q);
         if (use.near_q) add_near(s, 0, 0, 0, c);
@@ -844,14 +899,17 @@ struct Warp {
           multiply16<T>(total, x, P.x, P.y);
         }
       }
-    }
-    if (use.sum_q) {
-      put_sums(total, 0, total_row);
-      add_sums(acc_k, weights(0), 1.0f, 1.0f);
-      write_sums(a.on_q.sums);
-    }
-    write_rows(a.grad_k, acc_k, a.scale, a.scale);
-    write_rows(a.grad_v, acc_v, 1.0f, 1.0f);
+    };
+    const auto end = [&] {
+      if (use.sum_q) {
+        put_sums(total, 0, total_row);
+        add_sums(acc_k, weights(0), 1.0f, 1.0f);
+        write_sums(a.on_q.sums);
+      }
+      write_rows(a.grad_k, acc_k, a.scale, a.scale);
+      write_rows(a.grad_v, acc_v, 1.0f, 1.0f);
+    };
+    run(a.q, a.grad_out, begin, with, end);
   }
 };
 
@@ -861,7 +919,7 @@ constexpr int kRegisters = D > 64 ? 255 : pass == Pass::kKeys ? 168 : 128;
 
 template <class T, int D, int On, Pass pass>
 __global__ void __launch_bounds__(32 * kMaxWarps) __maxnreg__((kRegisters<D, pass>)) attention_kernel(const Attention a) {
-  const Warp<T, D, On, pass> warp(a);
+  Warp<T, D, On, pass> warp(a);
   if constexpr (pass == Pass::kForward) warp.forward();
   if constexpr (pass == Pass::kQueries) warp.queries();
   if constexpr (pass == Pass::kKeys) warp.keys();

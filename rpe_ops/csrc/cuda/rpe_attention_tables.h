@@ -69,6 +69,8 @@ struct TableGradients {
   float* parts;  // (count, H, splits, D, 64)
 };
 
+constexpr int kStage = 2 * kGroup;  // tokens that a block of table_gradients_kernel has in shared memory at a time
+
 template <int D>
 constexpr int kGradientBytes = 2 * kStage * (kPitch<D> + kTablePitch);
 
