@@ -135,7 +135,7 @@ struct Call {
   // In how many parts the samples are taken side by side, where so many blocks are at work at a time. A block takes the
   // samples of a part one after the other, and has to prepare only once; the numbers are chunks that take as long.
   int64_t replicas_of(int64_t kinds, int64_t capacity) const {
-    constexpr int64_t kOnce = 40, kEach = 10;
+    constexpr int64_t kOnce = 10, kEach = 9;
     int64_t best = 1, least = INT64_MAX;
     for (int64_t parts = 1; parts <= B; ++parts) {
       const int64_t waves = (kinds * parts + capacity - 1) / capacity, samples = (B + parts - 1) / parts;
@@ -158,7 +158,7 @@ struct Call {
     int warps = 0, capacity = 0;
     double best = 0;
     for (int w = std::min(kMaxWarps, a.map.groups); w > 0; --w) {
-      const int bytes = layout_of<D, pass>(a.map, uses, w).bytes;
+      const int bytes = layout_of<D, On, pass>(a.map, uses, w).bytes;
       if (bytes > shared_limit || (w < 4 && best > 0)) continue;
       const int resident = std::min(65536 / (registers * 32 * w), (shared_limit + 1024) / (bytes + 1024));
       const double at_work = double(resident) * w * a.map.groups / ((a.map.groups + w - 1) / w * w);
@@ -167,7 +167,7 @@ struct Call {
     check(warps > 0, "no block of attention on a map of ", a.map.height, " x ", a.map.width, " has enough shared memory");
     const int64_t kinds = H * ((a.map.groups + warps - 1) / warps);
     launch<kernel>(
-        kinds * replicas_of(kinds, capacity), 32 * warps, layout_of<D, pass>(a.map, uses, warps).bytes, stream, a);
+        kinds * replicas_of(kinds, capacity), 32 * warps, layout_of<D, On, pass>(a.map, uses, warps).bytes, stream, a);
   }
 
   template <Pass pass>

@@ -94,8 +94,8 @@ struct Layout {
 
 enum class Pass { kForward, kQueries, kKeys };
 
-// Chunks that a block has in shared memory at a time; as many are on their way.
-constexpr int chunks_of_stage(Pass pass) { return pass == Pass::kKeys ? 2 : 4; }
+// Chunks that a block has in shared memory at a time, as many are on their way: 4 where that leaves room for two blocks.
+constexpr int chunks_of_stage(Pass pass, int on) { return on == 2 && pass != Pass::kKeys ? 4 : 2; }
 
 // Encodings whose tables are of the warp's rows (near), whose sums it adds up, and whose tables are of the slots (far).
 struct Uses {
@@ -121,11 +121,11 @@ __host__ __device__ inline Uses uses_of(Pass pass, bool q, bool k, bool v) {
 // Of an encoding: rows[difference], as often the row of skip tokens, columns[difference].
 __host__ __device__ inline int axes_bytes(const Geometry& map) { return 2 * (2 * map.height - 1) + 2 * map.width - 1; }
 
-template <int D, Pass pass>
+template <int D, int On, Pass pass>
 __host__ __device__ inline Layout layout_of(const Geometry& map, const Uses& u, int warps) {
   Layout l{};
   const auto whole = [](int bytes) { return (bytes + 15) / 16 * 16; };
-  constexpr int kChunks = chunks_of_stage(pass);
+  constexpr int kChunks = chunks_of_stage(pass, On);
   const int stage = kChunks * kGroup * (2 * kPitch<D> + u.fars() * kTablePitch + 8);
   l.stages = 0;
   l.weights = 2 * stage;
@@ -264,7 +264,7 @@ __device__ __forceinline__ void take_operands(uint32_t (&to)[D / 16][4], const u
 // One warp of a block, and what it does in all three kernels. `On` has a bit for each of q, k, v; 8 reads it at run time.
 template <class T, int D, int On, Pass pass>
 struct Warp {
-  static constexpr int kPieces = D / 8, kSteps = D / 16, kChunks = chunks_of_stage(pass), kStage = kChunks * kGroup;
+  static constexpr int kPieces = D / 8, kSteps = D / 16, kChunks = chunks_of_stage(pass, On), kStage = kChunks * kGroup;
   using Rows = uint32_t[kSteps][4];   // A operands of the 16 rows
   using Wide = float[D / 8][4];       // 16 rows of D sums
   using Tile = float[2][4];           // 16 rows, 16 slots
@@ -288,7 +288,7 @@ struct Warp {
 
   __device__ explicit Warp(const Attention& attention)
       : a(attention), map(attention.map), use(uses(attention)),
-        at(layout_of<D, pass>(attention.map, use, blockDim.x / 32)), shared(attention_memory()) {
+        at(layout_of<D, On, pass>(attention.map, use, blockDim.x / 32)), shared(attention_memory()) {
     const int warps = blockDim.x / 32, warp = threadIdx.x / 32;
     const int blocks = (map.groups + warps - 1) / warps;
     h = blockIdx.x / blocks % a.heads;
@@ -418,15 +418,26 @@ struct Warp {
         class_of_slot(far, x, lane) = static_cast<unsigned char>(class_of(e, false, x, lane));
   }
 
-  // The warp's 16 rows of x, as operands; through shared memory, which is free again afterwards.
-  __device__ void take_rows(Rows& to, const Heads& x, unsigned char* through) const {
+  // The warp's 16 rows of x on their way to registers; `take_rows` makes operands of them, through shared memory that is
+  // free again afterwards.
+  using Bits = uint4[kPieces / 2];
+
+  __device__ void load_rows(Bits& bits, const Heads& x) const {
     const T* from = static_cast<const T*>(x.data) + b * x.b + h * x.h;
 #pragma unroll
-    for (int i = lane; i < kGroup * kPieces; i += 32) {
-      const int u = i / kPieces, piece = i % kPieces, token = token_of_row(u);
-      uint4 bits{0, 0, 0, 0};
-      if (token >= 0 && piece < a.head_pieces) bits = *reinterpret_cast<const uint4*>(from + static_cast<uint32_t>(token * x.l + piece * 8));
-      *reinterpret_cast<uint4*>(through + u * kPitch<D> + 16 * piece) = bits;
+    for (int n = 0; n < kPieces / 2; ++n) {
+      const int u = (lane + 32 * n) / kPieces, piece = (lane + 32 * n) % kPieces, token = token_of_row(u);
+      bits[n] = make_uint4(0, 0, 0, 0);
+      if (token >= 0 && piece < a.head_pieces)
+        bits[n] = *reinterpret_cast<const uint4*>(from + static_cast<uint32_t>(token * x.l + piece * 8));
+    }
+  }
+
+  __device__ void take_rows(Rows& to, const Bits& bits, unsigned char* through) const {
+#pragma unroll
+    for (int n = 0; n < kPieces / 2; ++n) {
+      const int u = (lane + 32 * n) / kPieces, piece = (lane + 32 * n) % kPieces;
+      *reinterpret_cast<uint4*>(through + u * kPitch<D> + 16 * piece) = bits[n];
     }
     sync_warp();
     take_operands<D>(to, through);
@@ -637,7 +648,9 @@ struct Warp {
     float top[2], weight[2], total[4];
     int total_row;
     const auto begin = [&] {
-      take_rows(q, a.q, table(0));
+      Bits bits;
+      load_rows(bits, a.q);
+      take_rows(q, bits, table(0));
       if (use.near_k) put_table<T, D>(table(0), q, weights(0));
       if (use.sum_v) clear_sums();
       top[0] = top[1] = -1e30f, weight[0] = weight[1] = 0.0f, total_row = 0;
@@ -731,30 +744,30 @@ struct Warp {
   }
 
   // delta[i] = <grad_out[i], out[i]> of rows line and line + 8, and the same to memory.
-  __device__ void find_delta(float (&delta)[2]) const {
-    const int u = lane / 2, token = token_of_row(u);
-    float sum = 0.0f;
-    if (token >= 0) {
-      const T* x = static_cast<const T*>(a.grad_out.data) + b * a.grad_out.b + h * a.grad_out.h + token * a.grad_out.l;
-      const T* y = static_cast<const T*>(a.out.data) + b * a.out.b + h * a.out.h + token * a.out.l;
-      for (int piece = lane % 2; piece < a.head_pieces; piece += 2) {
-        const uint4 one = *reinterpret_cast<const uint4*>(x + 8 * piece), other = *reinterpret_cast<const uint4*>(y + 8 * piece);
-        const uint32_t ones[4] = {one.x, one.y, one.z, one.w}, others[4] = {other.x, other.y, other.z, other.w};
+  __device__ void find_delta(float (&delta)[2], const Bits& grad_out, const Bits& out) const {
+    float* parts = reinterpret_cast<float*>(table(0));  // of each row, one from each lane that has a piece of it
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float2 x2 = unpack<T>(ones[i]), y2 = unpack<T>(others[i]);
-          sum += x2.x * y2.x + x2.y * y2.y;
-        }
+    for (int n = 0; n < kPieces / 2; ++n) {
+      const uint32_t ones[4] = {grad_out[n].x, grad_out[n].y, grad_out[n].z, grad_out[n].w};
+      const uint32_t others[4] = {out[n].x, out[n].y, out[n].z, out[n].w};
+      float sum = 0.0f;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 x = unpack<T>(ones[i]), y = unpack<T>(others[i]);
+        sum += x.x * y.x + x.y * y.y;
       }
-    }
-    sum += exchanged(sum, 1);
-    float* all = reinterpret_cast<float*>(table(0));
-    if (lane % 2 == 0) {
-      all[u] = sum;
-      if (token >= 0) a.delta[head * map.length + token] = sum;
+      parts[lane + 32 * n] = sum;
     }
     sync_warp();
-    delta[0] = all[line], delta[1] = all[line + 8];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      delta[r] = 0.0f;
+      for (int piece = part; piece < kPieces; piece += 4) delta[r] += parts[(line + 8 * r) * kPieces + piece];
+      delta[r] += exchanged(delta[r], 1);
+      delta[r] += exchanged(delta[r], 2);
+      const int token = token_of_row(line + 8 * r);
+      if (part == 0 && token >= 0) a.delta[head * map.length + token] = delta[r];
+    }
     sync_warp();
   }
 
@@ -772,14 +785,16 @@ struct Warp {
     float delta[2], lse[2], total[4];
     int total_row;
     const auto begin = [&] {
-      find_delta(delta);
+      Bits of_q, of_grad, of_out;
+      load_rows(of_q, a.q), load_rows(of_grad, a.grad_out), load_rows(of_out, a.out);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int token = token_of_row(line + 8 * r);
         lse[r] = token >= 0 ? a.lse[head * map.length + token] * kLog2e : INFINITY;
       }
-      take_rows(q, a.q, table(0));
-      take_rows(grad_out, a.grad_out, table(0));
+      find_delta(delta, of_grad, of_out);
+      take_rows(q, of_q, table(0));
+      take_rows(grad_out, of_grad, table(0));
       if (use.near_k) {
         put_table<T, D>(table(0), q, weights(0));
         write_far(a.on_k.far, table(0));
@@ -853,8 +868,10 @@ struct Warp {
     float total[4];
     int total_row;
     const auto begin = [&] {
-      take_rows(k, a.k, table(0));
-      take_rows(v, a.v, table(0));
+      Bits of_k, of_v;
+      load_rows(of_k, a.k), load_rows(of_v, a.v);
+      take_rows(k, of_k, table(0));
+      take_rows(v, of_v, table(0));
       if (use.near_q) put_table<T, D>(table(0), k, weights(0));
       if (use.sum_q) clear_sums();
       total_row = 0;
@@ -918,7 +935,7 @@ template <int D, Pass pass>
 constexpr int kRegisters = D > 64 ? 255 : pass == Pass::kKeys ? 168 : 128;
 
 template <class T, int D, int On, Pass pass>
-__global__ void __launch_bounds__(32 * kMaxWarps) __maxnreg__((kRegisters<D, pass>)) attention_kernel(const Attention a) {
+__global__ void __maxnreg__((kRegisters<D, pass>)) attention_kernel(const Attention a) {
   Warp<T, D, On, pass> warp(a);
   if constexpr (pass == Pass::kForward) warp.forward();
   if constexpr (pass == Pass::kQueries) warp.queries();
