@@ -46,7 +46,7 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
-inline uint3 threadIdx, blockIdx, gridDim;
+inline uint3 threadIdx, blockIdx, blockDim, gridDim;
 
 template <class T>
 T min(T a, T b) {
@@ -186,6 +186,7 @@ inline void launch(
   order = turn;
   random = 1;
   gridDim = {static_cast<unsigned>(blocks), 1, 1};
+  blockDim = {threads, 1, 1};
   body = &kernel;
   std::vector<unsigned> turns(threads);
   for (unsigned t = 0; t < threads; ++t) turns[t] = order == 1 ? threads - 1 - t : t;

@@ -48,11 +48,16 @@ void together(const char* instruction, const Work& work) {
 
 inline Words& words() { return warps[current / kLanes].lanes[lane()]; }
 
-// at[0 .. 16) is in the block's shared memory, and begins at a multiple of 16 bytes.
-inline void check_shared(const char* instruction, const void* at) {
+inline void check_multiple(const char* instruction, const void* at, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(at) % bytes == 0) return;
+  stop(instruction, bytes == 4 ? "not at a multiple of 4 bytes" : "not at a multiple of 16 bytes", at);
+}
+
+// at[0 .. bytes) is in the block's shared memory, and begins at a multiple of them.
+inline void check_shared(const char* instruction, const void* at, int64_t bytes = 16) {
   const int64_t offset = static_cast<const unsigned char*>(at) - shared;
-  if (offset < 0 || offset + 16 > shared_bytes) stop(instruction, "not in shared memory", at);
-  if (offset % 16 != 0) stop(instruction, "not at a multiple of 16 bytes", at);
+  if (offset < 0 || offset + bytes > shared_bytes) stop(instruction, "not in shared memory", at);
+  check_multiple(instruction, at, bytes);
 }
 
 inline float float_of(uint32_t bits) {
@@ -174,8 +179,14 @@ inline void load_turned(uint32_t (&r)[4], const void* row) { on_host::load<4, tr
 
 inline void copy16(void* shared, const void* global, bool there) {
   on_host::check_shared("copy16", shared);
-  if (reinterpret_cast<uintptr_t>(global) % 16 != 0) on_host::stop("copy16", "not at a multiple of 16 bytes", global);
+  on_host::check_multiple("copy16", global, 16);
   on_host::copy(shared, there ? global : nullptr, 16);
+}
+
+inline void copy4(void* shared, const void* global) {
+  on_host::check_shared("copy4", shared, 4);
+  on_host::check_multiple("copy4", global, 4);
+  on_host::copy(shared, global, 4);
 }
 
 inline void end_copies() { on_host::end_copies(); }
@@ -225,6 +236,11 @@ uint32_t pack(float low, float high) {
 template <class T>
 float2 unpack(uint32_t both) {
   return {on_host::widened<T>(both & 0xffff), on_host::widened<T>(both >> 16)};
+}
+
+template <class T>
+float to_float(T x) {
+  return on_host::widened<T>(x.bits);
 }
 
 }  // namespace rpe_ops
