@@ -756,7 +756,7 @@ def rpe_attention(
         attn_mask: broadcasts to (B, H, Lq, Lk). Boolean: True takes part. Floating: added to the scores. A row without
             any key gets zero weights, so its output is 0 (as `F.scaled_dot_product_attention` has it), never NaN.
         dropout_p: probability that an attention weight is dropped; pass 0.0 in evaluation.
-        backend: "cpu" (C++) and "triton" (GPUs) are the fused kernels of `rpe_ops`, "eager" the formula in plain torch;
+        backend: "cpu" and "cuda" (C++) and "triton" are the fused kernels of `rpe_ops`, "eager" plain torch's formula;
             "sdpa" hands the sum of encodings and mask to `F.scaled_dot_product_attention` (nothing on values);
             "reference" is the law. A name is honoured or refused. None takes what is fused where it runs (see
             `rpe_ops.rpe_attention.choose`), "sdpa" where nothing is trained and there is no rpe_v, else "eager".
@@ -765,12 +765,15 @@ def rpe_attention(
     rpe = _Encodings.of(q, k, rpe_q, rpe_k, rpe_v, dict(height=height, width=width, positions=positions))
     if attn_mask is not None and attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
         raise TypeError(f"attn_mask is {attn_mask.dtype}; expected bool (True takes part) or floating point (added)")
-    if backend not in (None, "cpu", "triton", "eager", "sdpa", "reference"):
-        raise ValueError(f'unknown backend {backend!r}; expected None, "cpu", "triton", "eager", "sdpa" or "reference"')
+    in_tensors = ("cpu", "cuda", "triton", "reference")
+    if backend not in (None, *in_tensors, "eager", "sdpa"):
+        raise ValueError(
+            f'unknown backend {backend!r}; expected None, "eager", "sdpa" or one of {", ".join(in_tensors)}'
+        )
     if backend == "sdpa" and rpe_v is not None:
         raise ValueError('backend="sdpa" returns no attention weights, which an encoding on values needs; use "eager"')
     why_not = rpe.why_not_in_operators()
-    if why_not and backend in ("cpu", "triton", "reference"):
+    if why_not and backend in in_tensors:
         raise ValueError(f'backend="{backend}" {why_not}')
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     records = _is_exporting() or torch.jit.is_tracing()  # what others run without rpe_ops or gradients
@@ -778,7 +781,7 @@ def rpe_attention(
     if backend is None:
         name = _attention.choose(q, k, attn_mask) if in_operators else "eager"
     # dropped weights depend on the seed alone where rpe_ops draws them, also for its formula
-    if name in ("cpu", "triton", "reference") or (in_operators and name == "eager" and dropout_p > 0):
+    if name in in_tensors or (in_operators and name == "eager" and dropout_p > 0):
         options = dict(scale=scale, attn_mask=attn_mask, dropout_p=dropout_p, backend=name, or_eager=backend is None)
         return _attention.rpe_attention(q, k, v, *rpe.tables(q, k), **options)[0]
     bias, empty = rpe.bias(q * scale, k * scale, attn_mask)

@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from . import _native, _torch, fused, rpe_attention_eager
+from . import _torch, fused, rpe_attention_eager
 
 
 def backends(compile: bool = False) -> dict[str, str]:
@@ -24,7 +24,6 @@ def backends(compile: bool = False) -> dict[str, str]:
     found = {name: backend.about() for name, backend in fused.BACKENDS.items()}
     if compile and found["triton"].startswith("runs: "):
         found["triton"] += _compiled()
-    found["cuda"] = _native.about("cuda", "compiled kernels of rpe_index for CUDA")
     found["eager"] = rpe_attention_eager.about()
     found["reference"] = "runs on every device: the law, in float32 or float64; for tests, slow and with L x L tensors"
     if _torch.MISSING:

@@ -30,8 +30,18 @@ _SCHEMAS = {
         "Tensor[] maps_v, SymInt[] sizes_q, SymInt[] sizes_k, SymInt[] sizes_v, Tensor? attn_mask, Tensor? seed, "
         "float scale, float dropout_p) -> (Tensor, Tensor, Tensor, Tensor[], Tensor[], Tensor[])"
     ),
+    "rpe_attention_cuda": (
+        "rpe_ops::rpe_attention_cuda(Tensor q, Tensor k, Tensor v, Tensor[] tables, Tensor[] maps, SymInt[] numbers, "
+        "int on, float scale, bool keeps) -> (Tensor, Tensor, Tensor)"
+    ),
+    "rpe_attention_cuda_backward": (
+        "rpe_ops::rpe_attention_cuda_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+        "Tensor sums, Tensor[] tables, Tensor[] maps, SymInt[] numbers, int on, float scale) "
+        "-> (Tensor, Tensor, Tensor, Tensor[])"
+    ),
 }
-_ON_CUDA = ("rpe_index", "rpe_bucket_sum")
+_ON_BOTH = ("rpe_index", "rpe_bucket_sum")
+_ON_CUDA = (*_ON_BOTH, "rpe_attention_cuda", "rpe_attention_cuda_backward")
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _HOW = "build it with `python setup.py build_ext --inplace` in the directory rpe_ops"
 
@@ -84,7 +94,7 @@ def _candidates(library: str) -> list[str]:
 def _has_kernels(device: str) -> bool:
     if not all(hasattr(torch.ops.rpe_ops, name) for name in _SCHEMAS):
         return False
-    names = _ON_CUDA if device == "cuda" else _SCHEMAS
+    names = _ON_CUDA if device == "cuda" else [name for name in _SCHEMAS if name in _ON_BOTH or name not in _ON_CUDA]
     return all(_torch.has_kernel(f"rpe_ops::{name}", device.upper()) for name in names)
 
 

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import rpe_attention_cpu, rpe_attention_eager, rpe_attention_triton
+from . import rpe_attention_cpu, rpe_attention_cuda, rpe_attention_eager, rpe_attention_triton
 from .maps import NUMBERS, from_numbers, tensor_and_numbers
 
-BACKENDS: dict[str, Any] = {"cpu": rpe_attention_cpu, "triton": rpe_attention_triton}
+# where several take a call, the first is chosen
+BACKENDS: dict[str, Any] = {"cpu": rpe_attention_cpu, "cuda": rpe_attention_cuda, "triton": rpe_attention_triton}
 
 
 class Call(NamedTuple):
@@ -39,6 +40,7 @@ class Call(NamedTuple):
     numbers_v: tuple[int, ...]
     weights_v: bool  # the tables on values are W
     or_eager: bool  # what the backend cannot (second derivatives, a kernel that fails) is left to the formula
+    trains: bool  # a backward may follow
 
 
 class Inputs(NamedTuple):
@@ -90,8 +92,16 @@ def attention(
         numbers.append(some)
     weights_v = len(tables) > len(on_q) + len(on_k)
     of_q, of_k, of_v = numbers
-    call = Call(backend, settings["scale"], settings["dropout_p"], of_q, of_k, of_v, weights_v, or_eager)
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *tables))
+    call = Call(backend, settings["scale"], settings["dropout_p"], of_q, of_k, of_v, weights_v, or_eager, trains)
+    if backend == "cuda" and (
+        reason := rpe_attention_cuda.why_not_call(call, _inputs(call, (q, k, v, mask, seed), (*tables, *maps)))
+    ):
+        if not or_eager:
+            raise ValueError(f'backend="cuda" {reason}')
+        if rpe_attention_triton.why_not(q, mask) or rpe_attention_triton.is_slow(q, k):
+            return rpe_attention_eager.attention(q, k, v, on_q, on_k, on_v, **settings)
+        call = call._replace(backend="triton")
     function = RPEAttention.apply
     if torch.compiler.is_compiling():
         # one tensor twice, a map of q and k or q that is k, is more than torch.compile takes

@@ -82,7 +82,7 @@ def rpe_attention(
         if (reason := fused.BACKENDS[backend].why_not(q, attn_mask)) is not None:
             raise ValueError(f'backend="{backend}" {reason}')
     elif backend not in ("eager", "reference"):
-        raise ValueError(f'unknown backend {backend!r}; expected None, "cpu", "triton", "eager" or "reference"')
+        raise ValueError(f'unknown backend {backend!r}; expected None, "cpu", "cuda", "triton", "eager" or "reference"')
     if backend == "reference":
         on_q, on_k = ([(table, maps.ids_of(place)) for table, place in pairs] for pairs in (on_q, on_k))
         on_v = [(maps.ids_of(place), last) for place, last in on_v]
@@ -121,13 +121,16 @@ def _with_tables(
 
 
 def choose(q: Tensor, k: Tensor, attn_mask: Tensor | None = None) -> str:
-    """The backend that None means for such a call: "cpu" or "triton", by q's device, where it runs, elsewhere "eager".
+    """The backend that None means for such a call: "cpu", "cuda" or "triton", by q's device, else "eager".
 
-    "eager" also where a fused backend knows that it is the slower one, see their `is_slow`.
+    "eager" also where a fused backend knows that it is the slower one, see their `is_slow`; and "cuda" leaves calls to
+    "triton" whose encodings it does not take.
     """
-    name = "cpu" if q.device.type == "cpu" else "triton"
-    backend = fused.BACKENDS[name]
-    return "eager" if backend.why_not(q, attn_mask) or backend.is_slow(q, k) else name
+    for name in ("cpu",) if q.device.type == "cpu" else ("cuda", "triton"):
+        backend = fused.BACKENDS[name]
+        if not backend.why_not(q, attn_mask) and not backend.is_slow(q, k):
+            return name
+    return "eager"
 
 
 def why_not(backend: str, q: Tensor, attn_mask: Tensor | None = None) -> str | None:

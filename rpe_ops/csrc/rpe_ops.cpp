@@ -15,4 +15,10 @@ STABLE_TORCH_LIBRARY(rpe_ops, m) {
       "Tensor[] tables_q, Tensor[] tables_k, Tensor[] tables_v, Tensor[] maps_q, Tensor[] maps_k, Tensor[] maps_v, "
       "SymInt[] sizes_q, SymInt[] sizes_k, SymInt[] sizes_v, Tensor? attn_mask, Tensor? seed, float scale, "
       "float dropout_p) -> (Tensor, Tensor, Tensor, Tensor[], Tensor[], Tensor[])");
+  m.def(
+      "rpe_attention_cuda(Tensor q, Tensor k, Tensor v, Tensor[] tables, Tensor[] maps, SymInt[] numbers, int on, "
+      "float scale, bool keeps) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "rpe_attention_cuda_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor sums, "
+      "Tensor[] tables, Tensor[] maps, SymInt[] numbers, int on, float scale) -> (Tensor, Tensor, Tensor, Tensor[])");
 }

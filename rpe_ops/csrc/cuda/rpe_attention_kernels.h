@@ -30,7 +30,6 @@ namespace rpe_ops {
 constexpr int kPlaces = 8;
 constexpr int kAllPlaces = kPlaces * kPlaces;
 constexpr int kGroup = 16;           // tokens of a warp, and of a chunk
-constexpr int kStage = 2 * kGroup;   // tokens that a block has in shared memory at a time; as many are on their way
 constexpr int kMaxWarps = 8;
 constexpr int kTablePitch = 2 * kAllPlaces + 16;  // bytes from row to row: 16 more, so that 8 rows lie in 32 banks
 constexpr int kSumsPitch = kAllPlaces + 8;        // floats
@@ -45,7 +44,8 @@ constexpr int kPitch = 2 * D + 16;
 // (B, H, L, D), strides in numbers, the last is 1.
 struct Heads {
   void* data;
-  int64_t b, h, l;
+  int64_t b, h;
+  int l;  // a head's numbers are counted in 32 bits
 };
 
 struct Encoding {
@@ -80,7 +80,7 @@ inline Geometry geometry_of(int height, int width, int skip) {
 
 struct Attention {
   Geometry map;
-  int heads, head_pieces;  // H, and D in pieces of 8
+  int batch, heads, head_pieces;  // B, H, and D in pieces of 8
   float scale;
   Encoding on_q, on_k, on_v;
   Heads q, k, v, out, grad_out, grad_q, grad_k, grad_v;
@@ -89,10 +89,13 @@ struct Attention {
 
 // What a block has in shared memory, in bytes from its beginning.
 struct Layout {
-  int stages, weights, rows, warps, warp_bytes, places, classes, sums, tables, bytes;
+  int stages, weights, axes, chunks, warps, warp_bytes, places, classes, tokens, sums, tables, bytes;
 };
 
 enum class Pass { kForward, kQueries, kKeys };
+
+// Chunks that a block has in shared memory at a time; as many are on their way.
+constexpr int chunks_of_stage(Pass pass) { return pass == Pass::kKeys ? 2 : 4; }
 
 // Encodings whose tables are of the warp's rows (near), whose sums it adds up, and whose tables are of the slots (far).
 struct Uses {
@@ -115,16 +118,21 @@ __host__ __device__ inline Uses uses_of(Pass pass, bool q, bool k, bool v) {
   return u;
 }
 
-template <int D>
+// Of an encoding: rows[difference], as often the row of skip tokens, columns[difference].
+__host__ __device__ inline int axes_bytes(const Geometry& map) { return 2 * (2 * map.height - 1) + 2 * map.width - 1; }
+
+template <int D, Pass pass>
 __host__ __device__ inline Layout layout_of(const Geometry& map, const Uses& u, int warps) {
   Layout l{};
   const auto whole = [](int bytes) { return (bytes + 15) / 16 * 16; };
-  const int stage = kStage * (2 * kPitch<D> + u.fars() * kTablePitch + 8);
+  constexpr int kChunks = chunks_of_stage(pass);
+  const int stage = kChunks * kGroup * (2 * kPitch<D> + u.fars() * kTablePitch + 8);
   l.stages = 0;
   l.weights = 2 * stage;
   const int weights = u.near_k + u.near_v + u.near_q + u.sum_v;  // W of each, staged once
-  l.rows = l.weights + weights * kAllPlaces * kPitch<D>;
-  l.warps = l.rows + whole(3 * 2 * (2 * map.height - 1));
+  l.chunks = l.weights + weights * kAllPlaces * kPitch<D>;
+  l.axes = l.chunks + (map.chunks + kChunks - 1) / kChunks * kChunks * 16;
+  l.warps = l.axes + whole(3 * axes_bytes(map));
   // of a warp: rows or near tables, sums, P of near tables and of sums, classes of far tables
   constexpr int kRows = kGroup * (kPitch<D> > kTablePitch ? kPitch<D> : kTablePitch);
   l.tables = 0;
@@ -132,7 +140,8 @@ __host__ __device__ inline Layout layout_of(const Geometry& map, const Uses& u, 
   l.sums = tables * kRows;
   l.places = l.sums + u.sums() * kGroup * kSumsPitch * 4;
   l.classes = l.places + (u.nears() + u.sums()) * (map.across + 1) * 32 * 8;
-  l.warp_bytes = whole(l.classes + u.fars() * (map.across + 1) * kGroup);
+  l.tokens = whole(l.classes + u.fars() * (map.across + 1) * kGroup);
+  l.warp_bytes = l.tokens + kGroup * 4;
   l.bytes = l.warps + warps * l.warp_bytes;
   return l;
 }
@@ -146,10 +155,23 @@ __device__ __forceinline__ unsigned char* attention_memory() {
 inline unsigned char* attention_memory() { return shared_memory(); }
 #endif
 
-// An image row of a chunk, which of its chunks it is (`across` of the geometry: none of the map), a bit for each slot.
+// Of a chunk: the image row, which of its chunks it is (`across` of the geometry: none of the map), a bit for each slot
+// that has a token, and how to find that: slots below `of_map` from `token`, the others, of skip tokens, from `skip`.
 struct Chunk {
-  int row, across;
+  int row, across, token, skip, of_map;
   uint32_t there;
+
+  __device__ uint4 packed() const {
+    return make_uint4(token, skip, there | of_map << 16, row | across << 16);
+  }
+  __device__ static Chunk unpacked(const uint4& x) {
+    return {static_cast<int>(x.w & 0xffff), static_cast<int>(x.w >> 16), static_cast<int>(x.x), static_cast<int>(x.y),
+            static_cast<int>(x.z >> 16), x.z & 0xffff};
+  }
+  // -1 where there is none.
+  __device__ int token_of(int slot) const {
+    return there >> slot & 1 ? (slot < of_map ? token : skip) + slot : -1;
+  }
 };
 
 // The bucket of a place of 64, -1 where there is none.
@@ -159,10 +181,90 @@ __host__ __device__ inline int bucket_of(const Encoding& e, bool skips, int plac
   return skips ? e.buckets - 1 : -1;
 }
 
+// A tile of 16 rows and 16 slots: tile += rows x slots^T; slots (16, D) in shared memory.
+template <class T, int D>
+__device__ __forceinline__ void multiply_slots(
+    float (&tile)[2][4], const uint32_t (&x)[D / 16][4], const unsigned char* slots) {
+  const int lane = threadIdx.x % 32;
+  const unsigned char* row = slots + (lane % 8 + lane / 16 * 8) * kPitch<D> + lane / 8 % 2 * 16;
+#pragma unroll
+  for (int step = 0; step < D / 16; ++step) {
+    uint32_t r[4];
+    load_matrices(r, row + 32 * step);
+    multiply16<T>(tile[0], x[step], r[0], r[1]);
+    multiply16<T>(tile[1], x[step], r[2], r[3]);
+  }
+}
+
+// sum += x slots; x (16, 16), slots (16, D) in shared memory.
+template <class T, int D>
+__device__ __forceinline__ void add_slots(float (&sum)[D / 8][4], const uint32_t (&x)[4], const unsigned char* slots) {
+  const int lane = threadIdx.x % 32;
+  const unsigned char* row = slots + lane % 16 * kPitch<D> + lane / 16 * 16;
+#pragma unroll
+  for (int n = 0; n < D / 16; ++n) {
+    uint32_t r[4];
+    load_turned(r, row + 32 * n);
+    multiply16<T>(sum[2 * n], x, r[0], r[1]);
+    multiply16<T>(sum[2 * n + 1], x, r[2], r[3]);
+  }
+}
+
+// W of a head with its buckets in their places, (64, D), by a whole block; turned: place (g, c) is where (c, g) was.
+template <class T, int D>
+__device__ void put_weights(unsigned char* to, const Encoding& e, int h, int pieces, bool skips, bool turned) {
+  constexpr int kBatch = 8;  // loads on their way together
+  for (int first = threadIdx.x; first < kAllPlaces * D; first += kBatch * blockDim.x) {
+    float x[kBatch];
+#pragma unroll
+    for (int n = 0; n < kBatch; ++n) {
+      const int i = first + n * blockDim.x, place = i % kAllPlaces, d = i / kAllPlaces;
+      const int bucket = bucket_of(e, skips, turned ? place % kPlaces * kPlaces + place / kPlaces : place);
+      x[n] = 0.0f;
+      if (bucket >= 0 && d < 8 * pieces) {
+        const int64_t from = h * e.h + d * e.d + bucket * e.n;
+        if (e.is_float) x[n] = static_cast<const float*>(e.weights)[from];
+        else x[n] = unpack<T>(static_cast<const uint16_t*>(e.weights)[from]).x;
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kBatch; ++n) {
+      const int i = first + n * blockDim.x, place = i % kAllPlaces, d = i / kAllPlaces;
+      if (i < kAllPlaces * D)
+        *reinterpret_cast<uint16_t*>(to + place * kPitch<D> + 2 * d) = static_cast<uint16_t>(pack<T>(x[n], 0.0f));
+    }
+  }
+}
+
+// 16 rows times W, (64, D), to 16 rows of 64 places; for one warp.
+template <class T, int D>
+__device__ void put_table(unsigned char* to, const uint32_t (&x)[D / 16][4], const unsigned char* W) {
+  const int part = threadIdx.x % 4, line = threadIdx.x % 32 / 4;
+#pragma unroll
+  for (int n = 0; n < kAllPlaces / 16; ++n) {
+    float tile[2][4] = {};
+    multiply_slots<T, D>(tile, x, W + n * 16 * kPitch<D>);
+    uint32_t* low = reinterpret_cast<uint32_t*>(to + line * kTablePitch + 32 * n) + part;
+    uint32_t* high = low + 8 * kTablePitch / 4;
+    low[0] = pack<T>(tile[0][0], tile[0][1]), low[4] = pack<T>(tile[1][0], tile[1][1]);
+    high[0] = pack<T>(tile[0][2], tile[0][3]), high[4] = pack<T>(tile[1][2], tile[1][3]);
+  }
+  sync_warp();
+}
+
+// 16 rows of D in shared memory as operands, for one warp.
+template <int D>
+__device__ __forceinline__ void take_operands(uint32_t (&to)[D / 16][4], const unsigned char* rows) {
+  const int lane = threadIdx.x % 32;
+  const unsigned char* row = rows + lane % 16 * kPitch<D> + lane / 16 * 16;
+#pragma unroll
+  for (int step = 0; step < D / 16; ++step) load_matrices(to[step], row + 32 * step);
+}
+
 // One warp of a block, and what it does in all three kernels. `On` has a bit for each of q, k, v; 8 reads it at run time.
 template <class T, int D, int On, Pass pass>
 struct Warp {
-  static constexpr int kPieces = D / 8, kSteps = D / 16;
+  static constexpr int kPieces = D / 8, kSteps = D / 16, kChunks = chunks_of_stage(pass), kStage = kChunks * kGroup;
   using Rows = uint32_t[kSteps][4];   // A operands of the 16 rows
   using Wide = float[D / 8][4];       // 16 rows of D sums
   using Tile = float[2][4];           // 16 rows, 16 slots
@@ -173,8 +275,10 @@ struct Warp {
   const Layout at;
   unsigned char *shared, *mine;
   int lane, part, line;  // part of four lanes, line of eight
-  int b, h, group, column;
-  int64_t head;
+  int h, group, column;
+  int first, step;    // of the samples that the block takes, one after the other
+  int b;              // the one at hand
+  int64_t head;       // b * H + h
   int near_row, near_low, near_high, far_low, far_high;  // into rows(): of lane % 16, line and line + 8
 
   __device__ static Uses uses(const Attention& a) {
@@ -184,11 +288,11 @@ struct Warp {
 
   __device__ explicit Warp(const Attention& attention)
       : a(attention), map(attention.map), use(uses(attention)),
-        at(layout_of<D>(attention.map, use, blockDim.x / 32)), shared(attention_memory()) {
+        at(layout_of<D, pass>(attention.map, use, blockDim.x / 32)), shared(attention_memory()) {
     const int warps = blockDim.x / 32, warp = threadIdx.x / 32;
     const int blocks = (map.groups + warps - 1) / warps;
-    head = blockIdx.x / blocks;
-    b = static_cast<int>(head / a.heads), h = static_cast<int>(head % a.heads);
+    h = blockIdx.x / blocks % a.heads;
+    first = blockIdx.x / (blocks * a.heads), step = gridDim.x / (blocks * a.heads);
     group = blockIdx.x % blocks * warps + warp;
     lane = threadIdx.x % 32, part = lane % 4, line = lane / 4;
     mine = shared + at.warps + warp * at.warp_bytes;
@@ -208,7 +312,7 @@ struct Warp {
 
   // --- tokens ---
 
-  __device__ int token_of_row(int u) const {
+  __device__ int find_token(int u) const {
     const int of_map = map.up * map.width;
     int skip = map.free_rows * map.width + (group - of_map) * kGroup + u;
     if (group < of_map) {
@@ -219,24 +323,29 @@ struct Warp {
     return group < map.groups && skip < map.skip ? skip : -1;
   }
 
-  __device__ int token_of_slot(int chunk, int slot) const {
-    int skip = map.free_slots * map.height + (chunk - map.rows_end) * kGroup + slot;
-    if (chunk < map.rows_end) {
-      const int row = chunk / map.across, x = chunk % map.across * kGroup + slot;
-      if (x < map.width) return map.skip + row * map.width + x;
-      skip = row * map.free_slots + x - map.width;
-    }
-    return skip < map.skip ? skip : -1;
-  }
+  __device__ int& token_of_row(int u) const { return reinterpret_cast<int*>(mine + at.tokens)[u]; }
 
-  __device__ Chunk chunk_of(int chunk) const {
+  // Every chunk of the head, to shared memory.
+  __device__ void put_chunks() const {
     const auto bits = [](int count) { return count <= 0 ? 0u : (1u << min(count, kGroup)) - 1; };
-    if (chunk >= map.rows_end)
-      return {0, map.across, bits(map.skip - map.free_slots * map.height - (chunk - map.rows_end) * kGroup)};
-    const int row = chunk / map.across, across = chunk % map.across, x = across * kGroup;
-    uint32_t there = bits(map.width - x);
-    if (across == map.across - 1) there |= bits(min(map.skip - row * map.free_slots, map.free_slots)) << (map.width - x);
-    return {row, across, there};
+    for (int n = threadIdx.x; n < kChunks * stages(); n += blockDim.x) {
+      Chunk c{};
+      if (n < map.rows_end) {
+        c.row = n / map.across, c.across = n % map.across;
+        const int x = c.across * kGroup;
+        c.of_map = min(map.width - x, kGroup);
+        c.token = map.skip + c.row * map.width + x;
+        c.skip = c.row * map.free_slots - c.of_map;
+        c.there = bits(c.of_map);
+        if (c.across == map.across - 1)
+          c.there |= bits(min(map.skip - c.row * map.free_slots, map.free_slots)) << c.of_map;
+      } else {
+        c.across = map.across;
+        c.skip = map.free_slots * map.height + (n - map.rows_end) * kGroup;
+        c.there = bits(map.skip - c.skip);
+      }
+      chunks()[n] = c.packed();
+    }
   }
 
   // --- shared memory ---
@@ -249,9 +358,8 @@ struct Warp {
   }
   __device__ float* of_slots(int n) const { return reinterpret_cast<float*>(far_of(n, use.fars())); }
   __device__ unsigned char* weights(int n) const { return shared + at.weights + n * kAllPlaces * kPitch<D>; }
-  __device__ unsigned char* rows(int encoding) const {
-    return shared + at.rows + encoding * 2 * (2 * map.height - 1);
-  }
+  __device__ uint4* chunks() const { return reinterpret_cast<uint4*>(shared + at.chunks); }
+  __device__ unsigned char* rows(int encoding) const { return shared + at.axes + encoding * axes_bytes(map); }
   __device__ unsigned char* table(int n) const {
     return mine + at.tables + n * kGroup * (kPitch<D> > kTablePitch ? kPitch<D> : kTablePitch);
   }
@@ -265,46 +373,31 @@ struct Warp {
 
   // --- before the loop ---
 
-  // rows[difference] of an encoding, then as often the row of skip tokens.
-  __device__ void put_rows(int encoding, const Encoding& e) const {
+  __device__ void put_axes(int encoding, const Encoding& e) const {
     const int differences = 2 * map.height - 1;
-    for (int i = threadIdx.x; i < 2 * differences; i += blockDim.x) {
-      const int row = i < differences ? e.axes[i] / e.columns : kPlaces - 1;
-      rows(encoding)[i] = static_cast<unsigned char>(row & (kPlaces - 1));
+    for (int i = threadIdx.x; i < axes_bytes(map); i += blockDim.x) {
+      int place = kPlaces - 1;
+      if (i < differences) place = e.axes[i] / e.columns;
+      if (i >= 2 * differences) place = e.axes[i - differences];
+      rows(encoding)[i] = static_cast<unsigned char>(place & (kPlaces - 1));
     }
   }
 
-  // W with its buckets in their places, (64, D).
-  __device__ void put_weights(int n, const Encoding& e) const {
-    const bool skips = map.skip > 0;
-    for (int i = threadIdx.x; i < kAllPlaces * D; i += blockDim.x) {
-      const int place = i % kAllPlaces, d = i / kAllPlaces;
-      const int bucket = bucket_of(e, skips, place);
-      float x = 0.0f;
-      if (bucket >= 0 && d < 8 * a.head_pieces) {
-        const int64_t from = h * e.h + d * e.d + bucket * e.n;
-        x = e.is_float ? static_cast<const float*>(e.weights)[from] : to_float(static_cast<const T*>(e.weights)[from]);
-      }
-      *reinterpret_cast<uint16_t*>(weights(n) + place * kPitch<D> + 2 * d) = static_cast<uint16_t>(pack<T>(x, 0.0f));
-    }
-  }
-
-  __device__ int class_of(const Encoding& e, bool near, int across, int slot) const {
-    const int x = across * kGroup + slot;
-    if (across == map.across || x >= map.width) return kPlaces - 1;
-    const int difference = near ? column - x : x - column;
-    return e.axes[2 * map.height - 1 + map.width - 1 + difference] & (kPlaces - 1);
+  __device__ int class_of(int encoding, bool near, int across, int slot) const {
+    const int x = across * kGroup + slot, difference = near ? column - x : x - column;
+    const unsigned char* columns = rows(encoding) + 2 * (2 * map.height - 1) + map.width - 1;
+    return across == map.across || x >= map.width ? kPlaces - 1 : columns[difference];
   }
 
   // The place `place` of one of a pair of numbers that stand for 2 part and 2 part + 1.
   __device__ uint32_t one_of(int place) const { return place / 2 == part ? kOne<T> << 16 * (place % 2) : 0; }
 
-  __device__ void put_near(int n, const Encoding& e) const {
+  __device__ void put_near(int n, int e) const {
     for (int x = 0; x <= map.across; ++x)
       places(n, x) = make_uint2(one_of(class_of(e, true, x, line)), one_of(class_of(e, true, x, line + 8)));
   }
 
-  __device__ void put_sum(int n, const Encoding& e) const {
+  __device__ void put_sum(int n, int e) const {
     for (int x = 0; x <= map.across; ++x) {
       const auto two = [&](int slot) {
         return (class_of(e, true, x, slot) == line ? kOne<T> : 0) |
@@ -312,10 +405,14 @@ struct Warp {
       };
       places(n, x) = make_uint2(two(2 * part), two(2 * part + 8));
     }
+  }
+
+  __device__ void clear_sums() const {
+#pragma unroll
     for (int g = 0; g < kPlaces; ++g) *sum_at(line, g) = *sum_at(line + 8, g) = make_float2(0.0f, 0.0f);
   }
 
-  __device__ void put_far(int far, const Encoding& e) const {
+  __device__ void put_far(int far, int e) const {
     if (lane < kGroup)
       for (int x = 0; x <= map.across; ++x)
         class_of_slot(far, x, lane) = static_cast<unsigned char>(class_of(e, false, x, lane));
@@ -324,30 +421,15 @@ struct Warp {
   // The warp's 16 rows of x, as operands; through shared memory, which is free again afterwards.
   __device__ void take_rows(Rows& to, const Heads& x, unsigned char* through) const {
     const T* from = static_cast<const T*>(x.data) + b * x.b + h * x.h;
+#pragma unroll
     for (int i = lane; i < kGroup * kPieces; i += 32) {
       const int u = i / kPieces, piece = i % kPieces, token = token_of_row(u);
       uint4 bits{0, 0, 0, 0};
-      if (token >= 0 && piece < a.head_pieces) bits = *reinterpret_cast<const uint4*>(from + token * x.l + piece * 8);
+      if (token >= 0 && piece < a.head_pieces) bits = *reinterpret_cast<const uint4*>(from + static_cast<uint32_t>(token * x.l + piece * 8));
       *reinterpret_cast<uint4*>(through + u * kPitch<D> + 16 * piece) = bits;
     }
     sync_warp();
-    const unsigned char* row = through + lane % 16 * kPitch<D> + lane / 16 * 16;
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) load_matrices(to[step], row + 32 * step);
-    sync_warp();
-  }
-
-  // Rows times W.
-  __device__ void put_table(unsigned char* to, const Rows& x, const unsigned char* W) const {
-#pragma unroll
-    for (int n = 0; n < kAllPlaces / 16; ++n) {
-      Tile tile{};
-      multiply_slots(tile, x, W + n * 16 * kPitch<D>);
-      uint32_t* low = reinterpret_cast<uint32_t*>(to + line * kTablePitch + 32 * n) + part;
-      uint32_t* high = low + 8 * kTablePitch / 4;
-      low[0] = pack<T>(tile[0][0], tile[0][1]), low[4] = pack<T>(tile[1][0], tile[1][1]);
-      high[0] = pack<T>(tile[0][2], tile[0][3]), high[4] = pack<T>(tile[1][2], tile[1][3]);
-    }
+    take_operands<D>(to, through);
     sync_warp();
   }
 
@@ -369,73 +451,90 @@ struct Warp {
 
   // --- the loop ---
 
-  // 32 tokens of x and y, and what is far, on their way to shared memory.
-  __device__ void fetch(int n, const Heads& x, const Heads& y) const {
+  // What the slots' tokens have, from the beginning of the head.
+  struct Slots {
+    const T *x, *y;
+    int x_l, y_l;
+    int64_t token;  // of (B, H, L)
+  };
+
+  __device__ Slots slots_of(const Heads& x, const Heads& y, int sample) const {
+    return {
+        static_cast<const T*>(x.data) + sample * x.b + h * x.h, static_cast<const T*>(y.data) + sample * y.b + h * y.h,
+        x.l, y.l, (int64_t{sample} * a.heads + h) * map.length};
+  }
+
+  // The tokens of some chunks on their way to the shared memory of stage n.
+  __device__ void fetch(int n, int chunk, const Slots& from) const {
     unsigned char* to = stage(n);
-    const T* from_x = static_cast<const T*>(x.data) + b * x.b + h * x.h;
-    const T* from_y = static_cast<const T*>(y.data) + b * y.b + h * y.h;
     for (int i = threadIdx.x; i < kStage * kPieces; i += blockDim.x) {
       const int slot = i / kPieces, piece = i % kPieces;
-      const int token = token_of_slot(2 * n + slot / kGroup, slot % kGroup);
+      const int token = Chunk::unpacked(chunks()[chunk + slot / kGroup]).token_of(slot % kGroup);
       const bool there = token >= 0 && piece < a.head_pieces;
-      const int64_t row = there ? token : 0, beside = there ? 8 * piece : 0;
-      copy16(to + slot * kPitch<D> + 16 * piece, from_x + row * x.l + beside, there);
-      copy16(to + (kStage + slot) * kPitch<D> + 16 * piece, from_y + row * y.l + beside, there);
+      const int row = there ? token : 0, beside = there ? 8 * piece : 0;
+      copy16(to + slot * kPitch<D> + 16 * piece, from.x + static_cast<uint32_t>(row * from.x_l + beside), there);
+      copy16(
+          to + (kStage + slot) * kPitch<D> + 16 * piece, from.y + static_cast<uint32_t>(row * from.y_l + beside), there);
     }
     if (use.fars() > 0)
       for (int i = threadIdx.x; i < kStage * kPlaces; i += blockDim.x) {
         const int slot = i / kPlaces, piece = i % kPlaces;
-        const int token = token_of_slot(2 * n + slot / kGroup, slot % kGroup);
-        int far = 0;
-        const auto copy = [&](const Encoding& e) {
-          const T* from = static_cast<const T*>(e.far) + (head * map.length + max(token, 0)) * kAllPlaces + 8 * piece;
-          copy16(far_of(n, far++) + slot * kTablePitch + 16 * piece, from, token >= 0);
-        };
-        if (use.far_q) copy(a.on_q);
-        if (use.far_k) copy(a.on_k);
-        if (use.far_v) copy(a.on_v);
+        const int token = Chunk::unpacked(chunks()[chunk + slot / kGroup]).token_of(slot % kGroup);
+        const int64_t row = (from.token + max(token, 0)) * kAllPlaces + 8 * piece;
+        unsigned char* far = far_of(n, 0) + slot * kTablePitch + 16 * piece;
+        if (use.far_q) copy16(far, static_cast<const T*>(a.on_q.far) + row, token >= 0), far += kStage * kTablePitch;
+        if (use.far_k) copy16(far, static_cast<const T*>(a.on_k.far) + row, token >= 0), far += kStage * kTablePitch;
+        if (use.far_v) copy16(far, static_cast<const T*>(a.on_v.far) + row, token >= 0);
       }
     if constexpr (pass == Pass::kKeys)
       for (int slot = threadIdx.x; slot < kStage; slot += blockDim.x) {
-        const int token = token_of_slot(2 * n + slot / kGroup, slot % kGroup);
-        copy4(of_slots(n) + slot, a.lse + head * map.length + max(token, 0));
-        copy4(of_slots(n) + kStage + slot, a.delta + head * map.length + max(token, 0));
+        const int token = Chunk::unpacked(chunks()[chunk + slot / kGroup]).token_of(slot % kGroup);
+        copy4(of_slots(n) + slot, a.lse + from.token + max(token, 0));
+        copy4(of_slots(n) + kStage + slot, a.delta + from.token + max(token, 0));
       }
     end_copies();
   }
 
-  __device__ int stages() const { return (map.chunks + 1) / 2; }
+  __device__ int stages() const { return (map.chunks + kChunks - 1) / kChunks; }
 
-  // Waits for a stage and sends for the next one.
-  __device__ void next(int n, const Heads& x, const Heads& y) const {
-    wait_copies<0>();
+  // Everything that samples have in common: `of_warp` is what only this warp reads.
+  template <class OfWarp>
+  __device__ void prepare(const OfWarp& of_warp) const {
+    put_chunks();
+    if (use.far_q || use.near_q || use.sum_q) put_axes(0, a.on_q);
+    if (use.far_k || use.near_k || use.sum_k) put_axes(1, a.on_k);
+    if (use.far_v || use.near_v || use.sum_v) put_axes(2, a.on_v);
+    if (lane < kGroup) token_of_row(lane) = find_token(lane);
     __syncthreads();
-    if (n + 1 < stages()) fetch(n + 1, x, y);
+    of_warp();
   }
 
-  // tile += rows x slots^T; slots (16, D).
-  __device__ void multiply_slots(Tile& tile, const Rows& x, const unsigned char* slots) const {
-    const unsigned char* row = slots + (lane % 8 + lane / 16 * 8) * kPitch<D> + lane / 8 % 2 * 16;
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      uint32_t r[4];
-      load_matrices(r, row + 32 * step);
-      multiply16<T>(tile[0], x[step], r[0], r[1]);
-      multiply16<T>(tile[1], x[step], r[2], r[3]);
+  // For every sample: `begin`, `with` the chunks of each stage (the stage, its first chunk, their number), `end`.
+  template <class Begin, class With, class End>
+  __device__ void run(const Heads& x, const Heads& y, const Begin& begin, const With& with, const End& end) {
+    Slots slots = slots_of(x, y, first);
+    fetch(0, 0, slots);
+    __syncthreads();
+    int n = 0;
+    for (b = first; b < a.batch; b += step) {
+      head = int64_t{b} * a.heads + h;
+      begin();
+      for (int chunk = 0; chunk < map.chunks; chunk += kChunks, ++n) {
+        wait_copies<0>();
+        __syncthreads();
+        if (chunk + kChunks < map.chunks) {
+          fetch(n + 1, chunk + kChunks, slots);
+        } else if (b + step < a.batch) {
+          slots = slots_of(x, y, b + step);
+          fetch(n + 1, 0, slots);
+        }
+        with(n, chunk, min(kChunks, map.chunks - chunk));
+      }
+      end();
     }
   }
 
-  // sum += x slots; slots (16, D).
-  __device__ void add_slots(Wide& sum, const uint32_t (&x)[4], const unsigned char* slots) const {
-    const unsigned char* row = slots + lane % 16 * kPitch<D> + lane / 16 * 16;
-#pragma unroll
-    for (int n = 0; n < D / 16; ++n) {
-      uint32_t r[4];
-      load_turned(r, row + 32 * n);
-      multiply16<T>(sum[2 * n], x, r[0], r[1]);
-      multiply16<T>(sum[2 * n + 1], x, r[2], r[3]);
-    }
-  }
+  __device__ Chunk chunk_of(int n) const { return Chunk::unpacked(chunks()[n]); }
 
   __device__ void add_near(Tile& tile, int encoding, int n, int place, const Chunk& c) const {
     const int g = rows(encoding)[near_row - c.row];
@@ -467,7 +566,8 @@ struct Warp {
     total[0] = total[1] = total[2] = total[3] = 0.0f;
   }
 
-  __device__ static bool has(const Chunk& c, int slot) { return c.there >> slot & 1; }
+  // Whether there is a token for number i of a tile.
+  __device__ bool has(const Chunk& c, int i) const { return c.there >> 2 * part & 1u << (i / 4 * 8 + i % 2); }
   __device__ int slot_of(int n, int i) const { return 8 * n + 2 * part + i % 2; }
 
   // A tile as an operand whose columns are multiplied with slots.
@@ -490,7 +590,7 @@ struct Warp {
         two->x *= factor, two->y *= factor;
         x[i] = pack<T>(two->x, two->y);
       }
-      add_slots(acc, x, W + 16 * n * kPitch<D>);
+      add_slots<T, D>(acc, x, W + 16 * n * kPitch<D>);
     }
   }
 
@@ -524,41 +624,41 @@ struct Warp {
     sync_warp();
   }
 
-  __device__ void put_all_rows() const {
-    if (use.far_q || use.near_q || use.sum_q) put_rows(0, a.on_q);
-    if (use.far_k || use.near_k || use.sum_k) put_rows(1, a.on_k);
-    if (use.far_v || use.near_v || use.sum_v) put_rows(2, a.on_v);
-  }
-
-  __device__ void forward() const {
-    fetch(0, a.k, a.v);
-    put_all_rows();
-    int of_v = 0;
-    if (use.near_k) put_weights(of_v++, a.on_k), put_near(0, a.on_k);
-    if (use.sum_v) put_weights(of_v, a.on_v), put_sum(of_v, a.on_v);
-    if (use.far_q) put_far(0, a.on_q);
-    Rows q;
-    take_rows(q, a.q, table(0));
-    __syncthreads();
-    if (use.near_k) put_table(table(0), q, weights(0));
+  __device__ void forward() {
+    const int of_v = use.near_k;
+    prepare([&] {
+      if (use.near_k) put_weights<T, D>(weights(0), a.on_k, h, a.head_pieces, map.skip > 0, false), put_near(0, 1);
+      if (use.sum_v) put_weights<T, D>(weights(of_v), a.on_v, h, a.head_pieces, map.skip > 0, false), put_sum(of_v, 2);
+      if (use.far_q) put_far(0, 0);
+    });
     const float factor = a.scale * kLog2e;
-    float top[2] = {-1e30f, -1e30f}, weight[2] = {0.0f, 0.0f}, total[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    int total_row = 0;
-    Wide acc{};
-    for (int n = 0; n < stages(); ++n) {
-      next(n, a.k, a.v);
+    Rows q;
+    Wide acc;
+    float top[2], weight[2], total[4];
+    int total_row;
+    const auto begin = [&] {
+      take_rows(q, a.q, table(0));
+      if (use.near_k) put_table<T, D>(table(0), q, weights(0));
+      if (use.sum_v) clear_sums();
+      top[0] = top[1] = -1e30f, weight[0] = weight[1] = 0.0f, total_row = 0;
+#pragma unroll
+      for (int i = 0; i < D / 2; ++i) acc[i / 4][i % 4] = 0.0f;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) total[i] = 0.0f;
+    };
+    const auto two = [&](int n, int chunk, int beside) {
       float s[2][2][4] = {};
       Chunk chunks[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const Chunk c = chunks[half] = chunk_of(2 * n + half);
-        multiply_slots(s[half], q, stage(n) + half * kGroup * kPitch<D>);
+        const Chunk c = chunks[half] = chunk_of(chunk + beside + half);
+        multiply_slots<T, D>(s[half], q, stage(n) + (beside + half) * kGroup * kPitch<D>);
         if (use.near_k) add_near(s[half], 1, 0, 0, c);
-        if (use.far_q) add_far(s[half], 0, 0, c, far_of(n, 0) + half * kGroup * kTablePitch);
+        if (use.far_q) add_far(s[half], 0, 0, c, far_of(n, 0) + (beside + half) * kGroup * kTablePitch);
         if (c.there != 0xffff)
 #pragma unroll
           for (int i = 0; i < 8; ++i)
-            if (!has(c, slot_of(i / 4, i))) s[half][i / 4][i % 4] = -INFINITY;
+            if (!has(c, i)) s[half][i / 4][i % 4] = -INFINITY;
       }
       float most[2] = {-INFINITY, -INFINITY};
 #pragma unroll
@@ -593,35 +693,41 @@ struct Warp {
         }
         uint32_t p[4];
         to_operand(p, s[half]);
-        add_slots(acc, p, stage(n) + (kStage + half * kGroup) * kPitch<D>);
+        add_slots<T, D>(acc, p, stage(n) + (kStage + (beside + half) * kGroup) * kPitch<D>);
         if (use.sum_v) {
           if (chunks[half].row != total_row) put_sums(total, 2, total_row), total_row = chunks[half].row;
           const uint2 P = places(of_v, chunks[half].across);
           multiply16<T>(total, p, P.x, P.y);
         }
       }
-    }
-    float share[2];
+    };
+    const auto with = [&](int n, int chunk, int count) {
+      for (int beside = 0; beside < count; beside += 2) two(n, chunk, beside);
+    };
+    const auto end = [&] {
+      float share[2];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      weight[r] += exchanged(weight[r], 1);
-      weight[r] += exchanged(weight[r], 2);
-      share[r] = 1.0f / weight[r];
-    }
-    if (use.sum_v) {
-      put_sums(total, 2, total_row);
-#pragma unroll
-      for (int i = 0; i < D / 2; ++i) acc[i / 4][i % 4] *= share[i % 4 / 2];
-      add_sums(acc, weights(of_v), share[0], share[1]);
-      if (a.on_v.sums != nullptr) write_sums(a.on_v.sums);
-      share[0] = share[1] = 1.0f;
-    }
-    write_rows(a.out, acc, share[0], share[1]);
-    if (part == 0)
       for (int r = 0; r < 2; ++r) {
-        const int token = token_of_row(line + 8 * r);
-        if (token >= 0) a.lse[head * map.length + token] = (top[r] + log2f(weight[r])) * kLn2;
+        weight[r] += exchanged(weight[r], 1);
+        weight[r] += exchanged(weight[r], 2);
+        share[r] = 1.0f / weight[r];
       }
+      if (use.sum_v) {
+        put_sums(total, 2, total_row);
+#pragma unroll
+        for (int i = 0; i < D / 2; ++i) acc[i / 4][i % 4] *= share[i % 4 / 2];
+        add_sums(acc, weights(of_v), share[0], share[1]);
+        if (a.on_v.sums != nullptr) write_sums(a.on_v.sums);
+        share[0] = share[1] = 1.0f;
+      }
+      write_rows(a.out, acc, share[0], share[1]);
+      if (part == 0)
+        for (int r = 0; r < 2; ++r) {
+          const int token = token_of_row(line + 8 * r);
+          if (token >= 0) a.lse[head * map.length + token] = (top[r] + log2f(weight[r])) * kLn2;
+        }
+    };
+    run(a.k, a.v, begin, with, end);
   }
 
   // delta[i] = <grad_out[i], out[i]> of rows line and line + 8, and the same to memory.
@@ -652,48 +758,53 @@ struct Warp {
     sync_warp();
   }
 
-  __device__ void queries() const {
-    fetch(0, a.k, a.v);
-    put_all_rows();
-    int of_v = 0, sum = 0;
-    if (use.near_k) put_weights(of_v, a.on_k), put_near(of_v++, a.on_k);
-    if (use.near_v) put_weights(of_v, a.on_v), put_near(of_v, a.on_v);
-    sum = use.nears();
-    if (use.sum_k) put_sum(sum, a.on_k);
-    if (use.far_q) put_far(0, a.on_q);
-    float delta[2], lse[2];
-    find_delta(delta);
-    for (int r = 0; r < 2; ++r) {
-      const int token = token_of_row(line + 8 * r);
-      lse[r] = token >= 0 ? a.lse[head * map.length + token] * kLog2e : INFINITY;
-    }
-    Rows q, grad_out;
-    take_rows(q, a.q, table(0));
-    take_rows(grad_out, a.grad_out, table(0));
-    __syncthreads();
-    if (use.near_k) {
-      put_table(table(0), q, weights(0));
-      write_far(a.on_k.far, table(0));
-    }
-    if (use.near_v) {
-      put_table(table(of_v), grad_out, weights(of_v));
-      write_far(a.on_v.far, table(of_v));
-    }
+  __device__ void queries() {
+    const int of_v = use.near_k, sum = use.nears();
+    prepare([&] {
+      if (use.near_k) put_weights<T, D>(weights(0), a.on_k, h, a.head_pieces, map.skip > 0, false), put_near(0, 1);
+      if (use.near_v) put_weights<T, D>(weights(of_v), a.on_v, h, a.head_pieces, map.skip > 0, false), put_near(of_v, 2);
+      if (use.sum_k) put_sum(sum, 1);
+      if (use.far_q) put_far(0, 0);
+    });
     const float factor = a.scale * kLog2e;
-    float total[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    int total_row = 0;
-    Wide acc{};
-    for (int n = 0; n < stages(); ++n) {
-      next(n, a.k, a.v);
+    Rows q, grad_out;
+    Wide acc;
+    float delta[2], lse[2], total[4];
+    int total_row;
+    const auto begin = [&] {
+      find_delta(delta);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const Chunk c = chunk_of(2 * n + half);
-        const unsigned char* k = stage(n) + half * kGroup * kPitch<D>;
+      for (int r = 0; r < 2; ++r) {
+        const int token = token_of_row(line + 8 * r);
+        lse[r] = token >= 0 ? a.lse[head * map.length + token] * kLog2e : INFINITY;
+      }
+      take_rows(q, a.q, table(0));
+      take_rows(grad_out, a.grad_out, table(0));
+      if (use.near_k) {
+        put_table<T, D>(table(0), q, weights(0));
+        write_far(a.on_k.far, table(0));
+      }
+      if (use.near_v) {
+        put_table<T, D>(table(of_v), grad_out, weights(of_v));
+        write_far(a.on_v.far, table(of_v));
+      }
+      if (use.sum_k) clear_sums();
+      total_row = 0;
+#pragma unroll
+      for (int i = 0; i < D / 2; ++i) acc[i / 4][i % 4] = 0.0f;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) total[i] = 0.0f;
+    };
+    const auto with = [&](int n, int chunk, int count) {
+#pragma unroll 2
+      for (int beside = 0; beside < count; ++beside) {
+        const Chunk c = chunk_of(chunk + beside);
+        const unsigned char* k = stage(n) + beside * kGroup * kPitch<D>;
         Tile s{}, grad{};
-        multiply_slots(s, q, k);
+        multiply_slots<T, D>(s, q, k);
         if (use.near_k) add_near(s, 1, 0, 0, c);
-        if (use.far_q) add_far(s, 0, 0, c, far_of(n, 0) + half * kGroup * kTablePitch);
-        multiply_slots(grad, grad_out, k + kStage * kPitch<D>);
+        if (use.far_q) add_far(s, 0, 0, c, far_of(n, 0) + beside * kGroup * kTablePitch);
+        multiply_slots<T, D>(grad, grad_out, k + kStage * kPitch<D>);
         if (use.near_v) add_near(grad, 2, of_v, of_v, c);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
@@ -704,55 +815,63 @@ struct Warp {
         if (c.there != 0xffff)
 #pragma unroll
           for (int i = 0; i < 8; ++i)
-            if (!has(c, slot_of(i / 4, i))) s[i / 4][i % 4] = 0.0f;
+            if (!has(c, i)) s[i / 4][i % 4] = 0.0f;
         uint32_t x[4];
         to_operand(x, s);
-        add_slots(acc, x, k);
+        add_slots<T, D>(acc, x, k);
         if (use.sum_k) {
           if (c.row != total_row) put_sums(total, 1, total_row), total_row = c.row;
           const uint2 P = places(sum, c.across);
           multiply16<T>(total, x, P.x, P.y);
         }
       }
-    }
-    if (use.sum_k) {
-      put_sums(total, 1, total_row);
-      add_sums(acc, weights(0), 1.0f, 1.0f);
-      write_sums(a.on_k.sums);
-    }
-    write_rows(a.grad_q, acc, a.scale, a.scale);
+    };
+    const auto end = [&] {
+      if (use.sum_k) {
+        put_sums(total, 1, total_row);
+        add_sums(acc, weights(0), 1.0f, 1.0f);
+        write_sums(a.on_k.sums);
+      }
+      write_rows(a.grad_q, acc, a.scale, a.scale);
+    };
+    run(a.k, a.v, begin, with, end);
   }
 
-  __device__ void keys() const {
-    fetch(0, a.q, a.grad_out);
-    put_all_rows();
-    if (use.near_q) {
-      put_weights(0, a.on_q);
-      put_near(0, a.on_q);
-      put_sum(1, a.on_q);
-    }
-    int far = 0;
-    if (use.far_k) put_far(far++, a.on_k);
-    if (use.far_v) put_far(far, a.on_v);
-    Rows k, v;
-    take_rows(k, a.k, table(0));
-    take_rows(v, a.v, table(0));
-    __syncthreads();
-    if (use.near_q) put_table(table(0), k, weights(0));
+  __device__ void keys() {
+    const int far = use.far_k;
+    prepare([&] {
+      if (use.near_q) {
+        put_weights<T, D>(weights(0), a.on_q, h, a.head_pieces, map.skip > 0, false);
+        put_near(0, 0), put_sum(1, 0);
+      }
+      if (use.far_k) put_far(0, 1);
+      if (use.far_v) put_far(far, 2);
+    });
     const float factor = a.scale * kLog2e;
-    float total[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    int total_row = 0;
-    Wide acc_k{}, acc_v{};
-    for (int n = 0; n < stages(); ++n) {
-      next(n, a.q, a.grad_out);
+    Rows k, v;
+    Wide acc_k, acc_v;
+    float total[4];
+    int total_row;
+    const auto begin = [&] {
+      take_rows(k, a.k, table(0));
+      take_rows(v, a.v, table(0));
+      if (use.near_q) put_table<T, D>(table(0), k, weights(0));
+      if (use.sum_q) clear_sums();
+      total_row = 0;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const Chunk c = chunk_of(2 * n + half);
-        const unsigned char* q = stage(n) + half * kGroup * kPitch<D>;
-        const unsigned char* tables = far_of(n, 0) + half * kGroup * kTablePitch;
-        const float* lse = of_slots(n) + half * kGroup;
+      for (int i = 0; i < D / 2; ++i) acc_k[i / 4][i % 4] = acc_v[i / 4][i % 4] = 0.0f;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) total[i] = 0.0f;
+    };
+    const auto with = [&](int n, int chunk, int count) {
+#pragma unroll 2
+      for (int beside = 0; beside < count; ++beside) {
+        const Chunk c = chunk_of(chunk + beside);
+        const unsigned char* q = stage(n) + beside * kGroup * kPitch<D>;
+        const unsigned char* tables = far_of(n, 0) + beside * kGroup * kTablePitch;
+        const float* lse = of_slots(n) + beside * kGroup;
         Tile s{}, grad{};
-        multiply_slots(s, k, q);
+        multiply_slots<T, D>(s, k, q);
         if (use.near_q) add_near(s, 0, 0, 0, c);
         if (use.far_k) add_far(s, 1, 0, c, tables);
 #pragma unroll
@@ -763,37 +882,44 @@ struct Warp {
         if (c.there != 0xffff)
 #pragma unroll
           for (int i = 0; i < 8; ++i)
-            if (!has(c, slot_of(i / 4, i))) s[i / 4][i % 4] = 0.0f;
-        multiply_slots(grad, v, q + kStage * kPitch<D>);
+            if (!has(c, i)) s[i / 4][i % 4] = 0.0f;
+        multiply_slots<T, D>(grad, v, q + kStage * kPitch<D>);
         if (use.far_v) add_far(grad, 2, far, c, tables + far * kStage * kTablePitch);
         uint32_t x[4];
         to_operand(x, s);
-        add_slots(acc_v, x, q + kStage * kPitch<D>);
+        add_slots<T, D>(acc_v, x, q + kStage * kPitch<D>);
 #pragma unroll
         for (int i = 0; i < 8; ++i)
           s[i / 4][i % 4] *= grad[i / 4][i % 4] - lse[kStage + slot_of(i / 4, i)];
         to_operand(x, s);
-        add_slots(acc_k, x, q);
+        add_slots<T, D>(acc_k, x, q);
         if (use.sum_q) {
           if (c.row != total_row) put_sums(total, 0, total_row), total_row = c.row;
           const uint2 P = places(1, c.across);
           multiply16<T>(total, x, P.x, P.y);
         }
       }
-    }
-    if (use.sum_q) {
-      put_sums(total, 0, total_row);
-      add_sums(acc_k, weights(0), 1.0f, 1.0f);
-      write_sums(a.on_q.sums);
-    }
-    write_rows(a.grad_k, acc_k, a.scale, a.scale);
-    write_rows(a.grad_v, acc_v, 1.0f, 1.0f);
+    };
+    const auto end = [&] {
+      if (use.sum_q) {
+        put_sums(total, 0, total_row);
+        add_sums(acc_k, weights(0), 1.0f, 1.0f);
+        write_sums(a.on_q.sums);
+      }
+      write_rows(a.grad_k, acc_k, a.scale, a.scale);
+      write_rows(a.grad_v, acc_v, 1.0f, 1.0f);
+    };
+    run(a.q, a.grad_out, begin, with, end);
   }
 };
 
+// Registers of a thread, so that a multiprocessor has 16 warps, or 12 where each holds two gradients.
+template <int D, Pass pass>
+constexpr int kRegisters = D > 64 ? 255 : pass == Pass::kKeys ? 168 : 128;
+
 template <class T, int D, int On, Pass pass>
-__global__ void __launch_bounds__(32 * kMaxWarps) attention_kernel(const Attention a) {
-  const Warp<T, D, On, pass> warp(a);
+__global__ void __launch_bounds__(32 * kMaxWarps) __maxnreg__((kRegisters<D, pass>)) attention_kernel(const Attention a) {
+  Warp<T, D, On, pass> warp(a);
   if constexpr (pass == Pass::kForward) warp.forward();
   if constexpr (pass == Pass::kQueries) warp.queries();
   if constexpr (pass == Pass::kKeys) warp.keys();

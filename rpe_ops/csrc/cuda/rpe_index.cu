@@ -3,7 +3,6 @@
 
 #include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -14,6 +13,7 @@
 #include <vector>
 
 #include "../check.h"
+#include "launch.h"
 #include "rpe_index_kernels.h"
 
 namespace rpe_ops {
@@ -23,12 +23,6 @@ using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
 constexpr const char* kNoFloat = "input is neither float64, float32, float16 nor bfloat16";
-
-// The macros of torch for this are not in the headers of every torch that the library is built against.
-void check_launch() {
-  const cudaError_t error = cudaGetLastError();
-  check(error == cudaSuccess, "CUDA did not start a kernel of rpe_ops: ", cudaGetErrorString(error));
-}
 
 int64_t multiprocessors(const Tensor& input) {
   int count = 1;
@@ -45,7 +39,7 @@ void launch_index(const Problem& problem, int64_t processors, cudaStream_t strea
     index_kernel<Bits><<<static_cast<unsigned>(plan.blocks), kThreads, plan.shared_bytes, stream>>>(problem, plan);
   else
     index_large_kernel<Bits><<<static_cast<unsigned>(blocks_of_large(problem)), kThreads, 0, stream>>>(problem);
-  check_launch();
+  check_cuda(cudaGetLastError());
 }
 
 template <class T>
@@ -59,18 +53,11 @@ void launch_sum(const Problem& problem, int64_t processors, cudaStream_t stream)
   } else if constexpr (sizeof(T) == 2) {
     sum_kernel<T, 2><<<blocks, kThreads, plan.shared_bytes, stream>>>(problem, plan);
   }
-  check_launch();
+  check_cuda(cudaGetLastError());
 }
 
 Tensor with_unit_last_stride(const Tensor& input) {
   return input.size(3) <= 1 || input.stride(3) == 1 ? input : torch::stable::contiguous(input);
-}
-
-cudaStream_t current_stream(const Tensor& input) {
-  void* stream = nullptr;
-  const AOTITorchError error = aoti_torch_get_current_cuda_stream(input.get_device_index(), &stream);
-  check(error == AOTI_TORCH_SUCCESS, "torch knows no current stream of CUDA device ", input.get_device_index());
-  return static_cast<cudaStream_t>(stream);
 }
 
 Problem problem_of(const Tensor& input, const Tensor& index, int64_t buckets, const Tensor& output) {

@@ -128,12 +128,6 @@ __device__ __forceinline__ float2 unpack(uint32_t both) {
 }
 
 template <class T>
-__device__ __forceinline__ float to_float(T x) {
-  if constexpr (__is_same(T, Half)) return __half2float(x);
-  else return __bfloat162float(x);
-}
-
-template <class T>
 constexpr uint32_t kOne = __is_same(T, Half) ? 0x3c00u : 0x3f80u;
 
 }  // namespace rpe_ops

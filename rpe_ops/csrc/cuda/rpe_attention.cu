@@ -1,0 +1,290 @@
+// rpe_attention on CUDA tensors of 16 bits, for maps that factor: checks and launches. Kernels: rpe_attention_kernels.h.
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdint>
+#include <tuple>
+#include <vector>
+
+#include "../check.h"
+#include "launch.h"
+#include "rpe_attention_tables.h"
+
+namespace rpe_ops {
+namespace {
+
+using Tensors = std::vector<Tensor>;
+using Numbers = std::vector<int64_t>;
+
+template <auto kernel, class... Arguments>
+void launch(int64_t blocks, int threads, int shared_bytes, cudaStream_t stream, const Arguments&... arguments) {
+  if (blocks == 0) return;
+  check(blocks < int64_t{1} << 31, "rpe_attention: ", blocks, " blocks are more than a launch can have");
+  if (shared_bytes > 48 * 1024)
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(arguments...);
+  check_cuda(cudaGetLastError());
+}
+
+// Whether rows begin at multiples of 16 bytes, and a head's numbers can be counted in 32 bits.
+bool is_aligned(const Tensor& x) {
+  return x.dim() == 4 && x.stride(3) == 1 && (x.stride(0) | x.stride(1) | x.stride(2)) % 8 == 0 &&
+         reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0 && x.size(2) * x.stride(2) < int64_t{1} << 31;
+}
+
+// As it is, or a copy.
+Tensor aligned(const Tensor& x) { return is_aligned(x) ? x : torch::stable::clone(torch::stable::contiguous(x)); }
+
+Heads heads_of(const Tensor& x, const char* name, const Tensor& like) {
+  check(x.dim() == 4 && x.scalar_type() == like.scalar_type() && x.device() == like.device(), name,
+        " and q differ in dimensions, dtype or device");
+  for (int d = 0; d < 4; ++d)
+    check(x.size(d) == like.size(d), name, " has shape ", shape_of(x), "; expected ", shape_of(like));
+  check(is_aligned(x), name, ": rows do not begin at multiples of 16 bytes");
+  return {x.data_ptr(), x.stride(0), x.stride(1), int(x.stride(2))};
+}
+
+// (B, H, L, D) that lies in memory as (B, L, H, D): what follows an attention merges the heads without a copy.
+Tensor empty_heads(const Tensor& q) {
+  return torch::stable::transpose(
+      torch::stable::new_empty(q, {q.size(0), q.size(2), q.size(1), q.size(3)}), 1, 2);
+}
+
+// One call: the tensors' sizes, the encodings, and which kernels there are for them.
+struct Call {
+  Attention a{};
+  int64_t B, H, L, D;
+  bool q, k, v, is_half;
+  cudaStream_t stream;
+  int shared_limit, processors;
+
+  // on has bits 1, 2, 4 for encodings on q, k and v, and tables, maps and numbers are those, in this order
+  Call(const Tensor& x, const Tensors& tables, const Tensors& maps, const Numbers& numbers, int64_t on, double scale) {
+    check(x.dim() == 4 && (x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16),
+          "q is neither float16 nor bfloat16 of 4 dimensions");
+    B = x.size(0), H = x.size(1), L = x.size(2), D = x.size(3);
+    check(D >= 8 && D <= 128 && D % 8 == 0, "head size ", D, "; expected a multiple of 8 up to 128");
+    check(scale > 0, "scale=", scale, "; expected a positive number");
+    q = on & 1, k = on & 2, v = on & 4, is_half = x.scalar_type() == ScalarType::Half;
+    const size_t count = q + k + v;
+    check(count > 0 && tables.size() == count && maps.size() == count && numbers.size() == 5 * count,
+          "expected a table, a map and five numbers for each encoding");
+    const int64_t height = numbers[0], width = numbers[1], skip = numbers[2];
+    check(height > 0 && width > 0 && skip >= 0 && height <= 1 << 20 && width <= 1 << 20 && L == skip + height * width &&
+              L < int64_t{1} << 24,
+          L, " tokens; expected skip=", skip, " + ", height, " * ", width);
+    a.map = geometry_of(int(height), int(width), int(skip));
+    a.batch = int(B), a.heads = int(H), a.head_pieces = int(D / 8), a.scale = float(scale);
+    size_t n = 0;
+    if (q) encode(a.on_q, x, tables[n], maps[n], &numbers[5 * n], false), ++n;
+    if (k) encode(a.on_k, x, tables[n], maps[n], &numbers[5 * n], false), ++n;
+    if (v) encode(a.on_v, x, tables[n], maps[n], &numbers[5 * n], true), ++n;
+    stream = current_stream(x);
+    shared_limit = attribute(x, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    processors = attribute(x, cudaDevAttrMultiProcessorCount);
+  }
+
+  void encode(Encoding& e, const Tensor& x, const Tensor& W, const Tensor& map, const int64_t* numbers, bool on_v) const {
+    for (int i = 0; i < 3; ++i) {
+      const int64_t size[] = {a.map.height, a.map.width, a.map.skip};
+      check(numbers[i] == size[i], "maps of several sizes");
+    }
+    e.buckets = int(numbers[3]), e.columns = int(numbers[4]);
+    const int skips = a.map.skip > 0;
+    check(e.buckets > 0 && e.columns > 0 && e.columns + skips <= kPlaces, "columns=", e.columns);
+    e.rows = (e.buckets - skips + e.columns - 1) / e.columns;
+    check(e.rows + skips <= kPlaces, "more than 8 rows of buckets");
+    check(map.scalar_type() == ScalarType::Int && map.dim() == 1 && map.is_contiguous() && map.device() == x.device() &&
+              map.size(0) == 2 * a.map.height + 2 * a.map.width - 2,
+          "a map is not int32 of 2h-1 + 2w-1 numbers on q's device");
+    e.axes = static_cast<const int32_t*>(map.data_ptr());
+    e.is_float = W.scalar_type() == ScalarType::Float;
+    check(W.device() == x.device() && (e.is_float || W.scalar_type() == x.scalar_type()),
+          "W is neither float32 nor of q's dtype, or not on its device");
+    check(W.dim() == 3 && W.size(0) == H && W.size(on_v ? 2 : 1) == D && W.size(on_v ? 1 : 2) == e.buckets,
+          "W has shape ", shape_of(W));
+    e.weights = W.data_ptr();
+    e.h = W.stride(0), e.d = W.stride(on_v ? 2 : 1), e.n = W.stride(on_v ? 1 : 2);
+  }
+
+  static int attribute(const Tensor& x, cudaDeviceAttr which) {
+    int value = 0;
+    check_cuda(cudaDeviceGetAttribute(&value, which, x.get_device_index()));
+    return value;
+  }
+
+  Tensor tables_of(const Tensor& x) const { return torch::stable::new_empty(x, {B, H, L, kAllPlaces}); }
+
+  // f of a dtype and a head size that kernels are made for
+  template <class F>
+  void with_types(const F& f) const {
+    const auto with = [&](auto dtype) {
+      if (D <= 32) f(dtype, std::integral_constant<int, 32>());
+      else if (D <= 64) f(dtype, std::integral_constant<int, 64>());
+      else if (D <= 96) f(dtype, std::integral_constant<int, 96>());
+      else f(dtype, std::integral_constant<int, 128>());
+    };
+    if (is_half) with(Half());
+    else with(Brain());
+  }
+
+  // In how many parts the samples are taken side by side, where so many blocks are at work at a time. A block takes the
+  // samples of a part one after the other, and has to prepare only once; the numbers are chunks that take as long.
+  int64_t replicas_of(int64_t kinds, int64_t capacity) const {
+    constexpr int64_t kOnce = 40, kEach = 10;
+    int64_t best = 1, least = INT64_MAX;
+    for (int64_t parts = 1; parts <= B; ++parts) {
+      const int64_t waves = (kinds * parts + capacity - 1) / capacity, samples = (B + parts - 1) / parts;
+      const int64_t cost = waves * (kOnce + samples * (a.map.chunks + kEach));
+      if (cost < least) best = parts, least = cost;
+    }
+    return best;
+  }
+
+  template <class T, int D, int On, Pass pass>
+  void run() const {
+    const Uses uses = uses_of(pass, q, k, v);
+    constexpr auto kernel = attention_kernel<T, D, On, pass>;
+    static const int registers = [] {
+      cudaFuncAttributes found{};
+      check_cuda(cudaFuncGetAttributes(&found, kernel));
+      return (found.numRegs + 7) / 8 * 8;
+    }();
+    // the most groups at work in a multiprocessor, those that are empty not counted
+    int warps = 0, capacity = 0;
+    double best = 0;
+    for (int w = std::min(kMaxWarps, a.map.groups); w > 0; --w) {
+      const int bytes = layout_of<D, pass>(a.map, uses, w).bytes;
+      if (bytes > shared_limit || (w < 4 && best > 0)) continue;
+      const int resident = std::min(65536 / (registers * 32 * w), (shared_limit + 1024) / (bytes + 1024));
+      const double at_work = double(resident) * w * a.map.groups / ((a.map.groups + w - 1) / w * w);
+      if (at_work > best * 1.05) warps = w, best = at_work, capacity = resident * processors;
+    }
+    check(warps > 0, "no block of attention on a map of ", a.map.height, " x ", a.map.width, " has enough shared memory");
+    const int64_t kinds = H * ((a.map.groups + warps - 1) / warps);
+    launch<kernel>(
+        kinds * replicas_of(kinds, capacity), 32 * warps, layout_of<D, pass>(a.map, uses, warps).bytes, stream, a);
+  }
+
+  template <Pass pass>
+  void attend() const {
+    with_types([&](auto dtype, auto head) {
+      using T = decltype(dtype);
+      constexpr int kHead = decltype(head)::value;
+      if (k && !q && !v) return run<T, kHead, 2, pass>();
+      if constexpr (kHead == 64)
+        if (q && k && v) return run<T, kHead, 7, pass>();
+      run<T, kHead, 8, pass>();
+    });
+  }
+
+  void find_far_q() const {
+    with_types([&](auto dtype, auto head) {
+      constexpr int kHead = decltype(head)::value;
+      const int64_t blocks = std::min<int64_t>((B * L + kSideTokens - 1) / kSideTokens, (4 * processors + H - 1) / H);
+      launch<side_tables_kernel<decltype(dtype), kHead>>(
+          blocks * H, 32 * kMaxWarps, kSideBytes<kHead>, stream, a.k, a.on_q, a.heads, a.head_pieces, int(L), B * L,
+          a.map.skip > 0);
+    });
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> rpe_attention_cuda(
+    Tensor q, Tensor k, Tensor v, Tensors tables, Tensors maps, Numbers numbers, int64_t on, double scale, bool keeps) {
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  q = aligned(q), k = aligned(k), v = aligned(v);
+  Call call(q, tables, maps, numbers, on, scale);
+  Attention& a = call.a;
+  Tensor out = empty_heads(q), lse = torch::stable::new_empty(q, {call.B, call.H, call.L}, ScalarType::Float);
+  Tensor sums = call.v && keeps ? call.tables_of(q) : torch::stable::new_empty(q, {0});
+  if (call.B * call.H == 0) return {out, lse, sums};
+  a.q = heads_of(q, "q", q), a.k = heads_of(k, "k", q), a.v = heads_of(v, "v", q), a.out = heads_of(out, "out", q);
+  a.lse = static_cast<float*>(lse.data_ptr());
+  if (call.v && keeps) a.on_v.sums = sums.data_ptr();
+  Tensor far;
+  if (call.q) {
+    far = call.tables_of(q);
+    a.on_q.far = far.data_ptr();
+    call.find_far_q();
+  }
+  call.attend<Pass::kForward>();
+  return {out, lse, sums};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensors> rpe_attention_cuda_backward(
+    Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor sums, Tensors tables, Tensors maps,
+    Numbers numbers, int64_t on, double scale) {
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  q = aligned(q), k = aligned(k), v = aligned(v), grad_out = aligned(grad_out), out = aligned(out);
+  Call call(q, tables, maps, numbers, on, scale);
+  Attention& a = call.a;
+  Tensor grad_q = empty_heads(q), grad_k = empty_heads(q), grad_v = empty_heads(q);
+  Tensors grads;
+  for (const Tensor& table : tables) {
+    const Numbers sizes{table.size(0), table.size(1), table.size(2)};
+    grads.push_back(call.B == 0 ? torch::stable::new_zeros(table, sizes) : torch::stable::new_empty(table, sizes));
+  }
+  if (call.B * call.H == 0) return {grad_q, grad_k, grad_v, grads};
+  check(lse.dim() == 3 && lse.numel() == call.B * call.H * call.L && lse.is_contiguous() &&
+            lse.scalar_type() == ScalarType::Float && lse.device() == q.device(),
+        "lse is not what rpe_attention returned");
+  check(!call.v || (sums.numel() == call.B * call.H * call.L * kAllPlaces && sums.is_contiguous() &&
+                    sums.scalar_type() == q.scalar_type() && sums.device() == q.device()),
+        "sums are not what rpe_attention returned");
+  Tensor delta = torch::stable::new_empty(lse, {call.B, call.H, call.L});
+  a.q = heads_of(q, "q", q), a.k = heads_of(k, "k", q), a.v = heads_of(v, "v", q);
+  a.out = heads_of(out, "out", q), a.grad_out = heads_of(grad_out, "grad_out", q);
+  a.grad_q = heads_of(grad_q, "grad_q", q), a.grad_k = heads_of(grad_k, "grad_k", q);
+  a.grad_v = heads_of(grad_v, "grad_v", q);
+  a.lse = static_cast<float*>(lse.data_ptr()), a.delta = static_cast<float*>(delta.data_ptr());
+  Tensors kept;  // until the kernels are launched: afterwards the stream keeps the order
+  const auto memory = [&] {
+    kept.push_back(call.tables_of(q));
+    return kept.back().data_ptr();
+  };
+  if (call.q) a.on_q.far = memory(), a.on_q.sums = memory();
+  if (call.k) a.on_k.far = memory(), a.on_k.sums = memory();
+  if (call.v) a.on_v.far = memory(), a.on_v.sums = sums.data_ptr();
+  if (call.q) call.find_far_q();
+  call.attend<Pass::kQueries>();
+  call.attend<Pass::kKeys>();
+
+  TableGradients all{};
+  const auto add = [&](const Heads& x, Encoding e, bool on_v) {
+    const Tensor& grad = grads[all.count];
+    e.h = grad.stride(0), e.d = grad.stride(on_v ? 2 : 1), e.n = grad.stride(on_v ? 1 : 2);
+    all.of[all.count++] = {x, e.sums, e, grad.data_ptr(), on_v ? 1.0f : a.scale};
+  };
+  if (call.q) add(a.k, a.on_q, false);
+  if (call.k) add(a.q, a.on_k, false);
+  if (call.v) add(a.grad_out, a.on_v, true);
+  all.heads = a.heads, all.pieces = a.head_pieces, all.length = int(call.L), all.tokens = call.B * call.L;
+  all.skips = a.map.skip > 0;
+  // a few blocks for each multiprocessor, and at least four stages of tokens for each block
+  const int64_t most = (all.tokens + 4 * kStage - 1) / (4 * kStage);
+  all.splits = int(std::max<int64_t>(1, std::min<int64_t>(most, 4 * call.processors / (all.count * all.heads))));
+  call.with_types([&](auto dtype, auto head) {
+    using T = decltype(dtype);
+    constexpr int kHead = decltype(head)::value;
+    const int64_t blocks = int64_t{all.count} * all.heads * all.splits;
+    const Tensor parts = torch::stable::new_empty(lse, {blocks, kHead, kAllPlaces});
+    all.parts = static_cast<float*>(parts.data_ptr());
+    launch<table_gradients_kernel<T, kHead>>(blocks, 2 * kHead, kGradientBytes<kHead>, call.stream, all);
+    launch<fold_gradients_kernel<T, kHead>>(
+        int64_t{all.count} * all.heads * (kHead * kAllPlaces / kFoldThreads), kFoldThreads, kFoldThreads * 4, call.stream,
+        all);
+  });
+  return {grad_q, grad_k, grad_v, grads};
+}
+
+}  // namespace
+}  // namespace rpe_ops
+
+STABLE_TORCH_LIBRARY_IMPL(rpe_ops, CUDA, m) {
+  m.impl("rpe_attention_cuda", TORCH_BOX(&rpe_ops::rpe_attention_cuda));
+  m.impl("rpe_attention_cuda_backward", TORCH_BOX(&rpe_ops::rpe_attention_cuda_backward));
+}
