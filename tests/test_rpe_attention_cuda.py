@@ -23,7 +23,6 @@ pytestmark = pytest.mark.skipif(
 )
 DTYPES = {torch.float16: b"h", torch.bfloat16: b"b"}
 ORDERS = RISING, FALLING, SHUFFLED = range(3)
-FORWARD, QUERIES, KEYS = range(3)
 RESULTS = ("out", "grad_q", "grad_k", "grad_v")
 PLACES = 8
 INT, INT64, POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
@@ -34,7 +33,7 @@ def fields(kind, names):
 
 
 class Heads(ctypes.Structure):
-    _fields_ = [*fields(POINTER, "data"), *fields(INT64, "b h l")]
+    _fields_ = [*fields(POINTER, "data"), *fields(INT64, "b h"), *fields(INT, "l")]
 
 
 class Encoding(ctypes.Structure):
@@ -54,7 +53,7 @@ class Geometry(ctypes.Structure):
 class Attention(ctypes.Structure):
     _fields_ = [
         *fields(Geometry, "map"),
-        *fields(INT, "heads head_pieces"),
+        *fields(INT, "batch heads head_pieces"),
         *fields(ctypes.c_float, "scale"),
         *fields(Encoding, "on_q on_k on_v"),
         *fields(Heads, "q k v out grad_out grad_q grad_k grad_v"),
@@ -62,8 +61,29 @@ class Attention(ctypes.Structure):
     ]
 
 
+class TableGradient(ctypes.Structure):
+    _fields_ = [
+        *fields(Heads, "x"),
+        *fields(POINTER, "sums"),
+        *fields(Encoding, "e"),
+        *fields(POINTER, "grad"),
+        *fields(ctypes.c_float, "factor"),
+    ]
+
+
+class TableGradients(ctypes.Structure):
+    _fields_ = [
+        *fields(TableGradient * 3, "of"),
+        *fields(INT, "count heads pieces length"),
+        *fields(INT64, "tokens"),
+        *fields(INT, "splits"),
+        *fields(ctypes.c_bool, "skips"),
+        *fields(POINTER, "parts"),
+    ]
+
+
 class Options(ctypes.Structure):
-    _fields_ = fields(INT64, "batch warps order is_known")
+    _fields_ = fields(INT64, "warps parts order is_known")
 
 
 def build(folder):
@@ -79,9 +99,7 @@ def build(folder):
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    attention = ctypes.CDLL(str(build(tmp_path_factory.mktemp("on_host")))).attention_on_host
-    attention.restype = INT64
-    return attention
+    return ctypes.CDLL(str(build(tmp_path_factory.mktemp("on_host"))))
 
 
 def heads_of(x):
@@ -89,13 +107,9 @@ def heads_of(x):
     return Heads(x.data_ptr(), *x.stride()[:3])
 
 
-def rows_of(map):
-    return (map.num_buckets - (map.skip > 0)) // map.columns
-
-
 def buckets_of_places(map):
     """(64, N) of 0 and 1: the bucket of each place (g, c)."""
-    rows = rows_of(map)
+    rows = (map.num_buckets - (map.skip > 0)) // map.columns
     ones = torch.zeros(PLACES, PLACES, map.num_buckets, dtype=torch.float64)
     for g in range(PLACES):
         for c in range(PLACES):
@@ -132,7 +146,7 @@ class Problem:
     def law(self):
         """Names to what the kernels have to find, in float64 from the same inputs, and to how large its terms are."""
         q, k, v = (x.double().requires_grad_() for x in (self.q, self.k, self.v))
-        W = {letter: self.tables[letter].to(self.dtype).double() for letter in self.tables}
+        W = {letter: W.to(self.dtype).double().requires_grad_() for letter, W in self.tables.items()}
         luts = {letter: self.scale * x @ W[letter] for letter, x in (("q", k), ("k", q)) if letter in W}
         for lut in luts.values():
             lut.retain_grad()
@@ -142,15 +156,20 @@ class Problem:
         if sums:
             out = out + sums[0] @ W["v"]
         out.backward(self.grad.double())
-        p, lse, grad_p = self.weights(W)
+        p, lse, grad_p = self.weights({letter: table.detach() for letter, table in W.items()})
         found = dict(out=out.detach(), lse=lse, grad_q=q.grad, grad_k=k.grad, grad_v=v.grad)
         found |= {f"sums_{letter}": lut.grad for letter, lut in luts.items()}
         if sums:
             found["sums_v"] = sums[0].detach()
+        found |= {f"grad_W{letter}": table.grad for letter, table in W.items()}
         sizes = {name: x.abs().max() for name, x in found.items()}
-        for names, dim in ((("grad_q", "sums_k"), -1), (("grad_k", "sums_q"), -2)):  # sums that may cancel
-            terms = (p * grad_p).norm(dim=dim).max()
-            sizes |= {name: max(sizes[name], terms) for name in names if name in sizes}
+        for letters, dim in (("qk", -1), ("kq", -2)):  # of sums that may cancel
+            terms = (p * grad_p).norm(dim=dim)
+            for name in (f"grad_{letters[0]}", f"sums_{letters[1]}"):
+                if name in sizes:
+                    sizes[name] = max(sizes[name], terms.max())
+            if letters[1] in W:
+                sizes[f"grad_W{letters[1]}"] = max(sizes[f"grad_W{letters[1]}"], self.scale * terms.norm())
         return found, sizes
 
     def weights(self, W):
@@ -170,44 +189,47 @@ class Problem:
         ids = self.maps[letter].ids(torch.long)
         return table.gather(-1, ids.expand(self.B, self.H, *ids.shape))
 
-    def run(self, kernels, warps=2, order=SHUFFLED, is_known=True, with_sums=True):
+    def run(self, kernels, warps=2, order=SHUFFLED, is_known=True, parts=1, splits=2, trains=True):
         """The same names to what the kernels find. What lies between rows and heads of results stays as it is."""
         shape = (self.B, self.H, self.L)
         wide = torch.full((self.B, self.L, 4, self.H + 1, self.D + 8), torch.nan, dtype=self.dtype)
         results = wide.permute(2, 0, 3, 1, 4)[:, :, : self.H, :, : self.D]
         named = dict(zip(RESULTS, results, strict=True))
         found = {name: torch.full(shape, torch.nan) for name in ("lse", "delta")}
-        a = Attention(map=Geometry(self.height, self.width, self.skip), heads=self.H)
+        a = Attention(map=Geometry(self.height, self.width, self.skip), batch=self.B, heads=self.H)
         a.head_pieces, a.scale = self.D // 8, self.scale
         for name, x in (named | dict(q=self.q, k=self.k, v=self.v, grad_out=self.grad)).items():
             setattr(a, name, heads_of(x))
         a.lse, a.delta = found["lse"].data_ptr(), found["delta"].data_ptr()
         fars = {letter: torch.full((*shape, PLACES**2), torch.nan, dtype=self.dtype) for letter in self.maps}
-        for letter, map in self.maps.items():
-            W = self.tables[letter]
-            h, d, n = W.stride() if letter != "v" else (W.stride(0), W.stride(2), W.stride(1))
-            if letter == "q":
-                fars["q"][:] = self.far_table(self.k, W, map)
+        all = TableGradients(count=len(self.maps), heads=self.H, pieces=self.D // 8, length=self.L)
+        all.tokens, all.splits, all.skips = self.B * self.L, splits, self.skip > 0
+        for n, (letter, map) in enumerate(sorted(self.maps.items(), key=lambda item: "qkv".index(item[0]))):
+            W = self.tables[letter].expand(self.H, -1, -1)
             sums = found[f"sums_{letter}"] = torch.full_like(fars[letter], torch.nan)
-            encoding = Encoding(
-                map.offsets.data_ptr(), W.data_ptr(), W.dtype == torch.float32, 0 if len(W) == 1 else h, d, n,
-                rows_of(map), map.columns, map.num_buckets, fars[letter].data_ptr(),
-                sums.data_ptr() if with_sums else None,
-            )  # fmt: skip
-            setattr(a, f"on_{letter}", encoding)
-        options = Options(self.B, warps, order, is_known)
-        for number in (FORWARD, QUERIES, KEYS) if with_sums else (FORWARD,):
-            self.bytes = kernels(ctypes.c_char(DTYPES[self.dtype]), number, ctypes.byref(a), ctypes.byref(options))
+            grad = found[f"grad_W{letter}"] = torch.full_like(W, torch.nan, memory_format=torch.contiguous_format)
+            e = self.encoding(letter, map, W)
+            e.far, e.sums = fars[letter].data_ptr(), sums.data_ptr() if trains else None
+            setattr(a, f"on_{letter}", e)
+            x = dict(q=self.k, k=self.q, v=self.grad)[letter]
+            factor = 1.0 if letter == "v" else self.scale
+            all.of[n] = TableGradient(
+                heads_of(x), sums.data_ptr(), self.encoding(letter, map, grad), grad.data_ptr(), factor
+            )
+        kind, options = ctypes.c_char(DTYPES[self.dtype]), Options(warps, parts, order, is_known)
+        kernels.forward_on_host(kind, ctypes.byref(a), ctypes.byref(options))
+        if trains:
+            kernels.backward_on_host(kind, ctypes.byref(a), ctypes.byref(options), ctypes.byref(all))
         found |= {name: x.clone() for name, x in named.items()}
         results[:] = torch.nan
         assert wide.isnan().all()
         return found
 
-    def far_table(self, x, W, map):
-        """x W by place, turned: (c, g)."""
-        W = W.to(self.dtype).double()
-        places = (x.double() @ W) @ buckets_of_places(map).t()
-        return places.unflatten(-1, (PLACES, PLACES)).transpose(-2, -1).flatten(-2).to(self.dtype)
+    @staticmethod
+    def encoding(letter, map, W):
+        h, d, n = W.stride() if letter != "v" else (W.stride(0), W.stride(2), W.stride(1))
+        sizes = ((map.num_buckets - (map.skip > 0)) // map.columns, map.columns, map.num_buckets)
+        return Encoding(map.offsets.data_ptr(), W.data_ptr(), W.dtype == torch.float32, h, d, n, *sizes)
 
     def errors(self, found):
         """Of each result the largest error, in units of eps of the size of its terms."""
@@ -216,6 +238,8 @@ class Problem:
             x = found[name].double()
             if name[:4] == "sums":
                 x = x @ buckets_of_places(self.maps[name[-1]])
+            if name[:6] == "grad_W" and len(exact) == 1:
+                x = x.sum(0, keepdim=True)  # heads that share W: as torch does it behind expand
             errors[name] = ((x - exact).abs().max() / sizes[name] / torch.finfo(self.dtype).eps).item()
         return errors
 
@@ -269,20 +293,32 @@ def test_every_map_that_factors(kernels, on, ratio):
         Problem(grid, on, torch.float16, B=1, ratio=ratio).check(kernels)
 
 
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_a_block_takes_samples_in_turn(kernels, parts):
+    for on in (ALL, dict(k="product")):
+        Problem((3, 17, 1), on, torch.float16, B=3, D=32).check(kernels, parts=parts, splits=parts)
+
+
 @pytest.mark.parametrize("letters", ["k", "qkv"])
-def test_neither_order_nor_warps_change_a_bit(kernels, letters):
-    problem = Problem((18, 9, 5), dict.fromkeys(letters, "product"), torch.float16, B=1)
+def test_neither_order_nor_blocks_change_a_bit(kernels, letters):
+    problem = Problem((18, 9, 5), dict.fromkeys(letters, "product"), torch.float16, H=1)
     first = problem.run(kernels)
     for order in ORDERS:
         for warps in (1, 3, 8):
-            again = problem.run(kernels, warps=warps, order=order, is_known=warps > 1)
+            again = problem.run(kernels, warps=warps, order=order, is_known=warps > 1, parts=1 + warps % 2)
             assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 5, 40])
+def test_gradients_of_tables_in_any_number_of_parts(kernels, splits):
+    """Of 1 to 3 stages of 32 tokens, and of none."""
+    Problem((6, 5, 1), ALL, torch.bfloat16, B=3, D=80).check(kernels, splits=splits)
 
 
 def test_bucket_sums_of_weights_are_left_out_where_nobody_wants_them(kernels):
     problem = Problem((5, 7, 1), ALL, torch.float16)
-    with_sums, without = problem.run(kernels), problem.run(kernels, with_sums=False)
-    assert torch.equal(with_sums["out"], without["out"]) and without["sums_v"].isnan().all()
+    found, without = problem.run(kernels), problem.run(kernels, trains=False)
+    assert torch.equal(found["out"], without["out"]) and without["sums_v"].isnan().all()
 
 
 @pytest.mark.parametrize("largest", [6.0, 30.0])

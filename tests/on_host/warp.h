@@ -16,7 +16,7 @@ constexpr unsigned kMaxWarps = 32;
 struct Words {
   uint32_t a[4], b[2];
   float c[4];
-  const void* row;
+  uint16_t row[8];
 };
 
 struct Warp {
@@ -133,16 +133,17 @@ void multiply(Words* lanes) {
 
 template <int matrices, bool is_turned>
 void load(const char* instruction, uint32_t (&result)[matrices], const void* row) {
-  if (lane() < 8 * matrices) check_shared(instruction, row);
-  words().row = row;
+  if (lane() < 8 * matrices) {
+    check_shared(instruction, row);
+    std::memcpy(words().row, row, sizeof(words().row));  // at once: what other lanes wrote may not be there yet
+  }
   together(instruction, [](Words* lanes) {
     for (int m = 0; m < matrices; ++m) {
-      uint16_t matrix[8][8];
-      for (int i = 0; i < 8; ++i) std::memcpy(matrix[i], lanes[8 * m + i].row, sizeof(matrix[i]));
       for (int l = 0; l < 32; ++l) {
         const int i = l / 4, j = l % 4 * 2;
-        const uint32_t low = is_turned ? matrix[j][i] : matrix[i][j];
-        const uint32_t high = is_turned ? matrix[j + 1][i] : matrix[i][j + 1];
+        const Words* rows = &lanes[8 * m];
+        const uint32_t low = is_turned ? rows[j].row[i] : rows[i].row[j];
+        const uint32_t high = is_turned ? rows[j + 1].row[i] : rows[i].row[j + 1];
         lanes[l].a[m] = low | high << 16;
       }
     }
@@ -236,11 +237,6 @@ uint32_t pack(float low, float high) {
 template <class T>
 float2 unpack(uint32_t both) {
   return {on_host::widened<T>(both & 0xffff), on_host::widened<T>(both >> 16)};
-}
-
-template <class T>
-float to_float(T x) {
-  return on_host::widened<T>(x.bits);
 }
 
 }  // namespace rpe_ops
