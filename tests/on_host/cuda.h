@@ -1,7 +1,7 @@
 // The words of CUDA that the kernels of rpe_ops use, for a host without a GPU: the threads of a block are fibers that run
 // one at a time, each until it waits for others. What a block has in shared memory is garbage at first and lies between
-// guards. Threads run in rising, falling or shuffled order, so that a barrier which is missing shows as a wrong result in
-// one of them. Copies in the background arrive as late as they may (rising), at once (falling) or either way (shuffled).
+// guards. Threads run in rising or falling order, each warp as far as it can, or shuffled, so that a barrier which is
+// missing shows as a wrong result in one of them. Copies in the background arrive as late as they may (rising), at once (falling) or either way (shuffled).
 
 #pragma once
 
@@ -23,6 +23,7 @@
 #define __global__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __maxnreg__(...)
 #define __expf expf  // glibc declares the first name too
 
 struct uint3 {
@@ -46,7 +47,7 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
-inline uint3 threadIdx, blockIdx, gridDim;
+inline uint3 threadIdx, blockIdx, blockDim, gridDim;
 
 template <class T>
 T min(T a, T b) {
@@ -161,14 +162,24 @@ inline bool release(unsigned begin, unsigned end, State barrier) {
   return is_any;
 }
 
+// True where one of these threads went on, or may now.
+inline bool run_some(const unsigned* turns, unsigned count) {
+  bool is_any = false;
+  for (unsigned i = 0; i < count; ++i)
+    if (fibers[turns[i]].state == State::kReady) is_any = true, resume(turns[i]);
+  for (unsigned t = 0; t < threads_of_block; t += kLanes) is_any |= release(t, t + kLanes, State::kAtWarp);
+  return is_any;
+}
+
 inline void run_block(const std::vector<unsigned>& turns) {
   for (unsigned t = 0; t < threads_of_block; ++t) fibers[t].state = State::kReady;
+  // a warp goes on as far as it can before the next one, or all threads step by step
+  const unsigned step = order == 2 || threads_of_block % kLanes != 0 ? threads_of_block : kLanes;
   for (bool is_going = true; is_going;) {
     is_going = false;
-    for (unsigned t : turns)
-      if (fibers[t].state == State::kReady) is_going = true, resume(t);
+    for (unsigned first = 0; first < threads_of_block; first += step)
+      while (run_some(&turns[first], step)) is_going = true;
     is_going |= release(0, threads_of_block, State::kAtBlock);
-    for (unsigned t = 0; t < threads_of_block; t += kLanes) is_going |= release(t, t + kLanes, State::kAtWarp);
   }
   for (unsigned t = 0; t < threads_of_block; ++t)
     if (fibers[t].state != State::kDone) {
@@ -186,6 +197,7 @@ inline void launch(
   order = turn;
   random = 1;
   gridDim = {static_cast<unsigned>(blocks), 1, 1};
+  blockDim = {threads, 1, 1};
   body = &kernel;
   std::vector<unsigned> turns(threads);
   for (unsigned t = 0; t < threads; ++t) turns[t] = order == 1 ? threads - 1 - t : t;

@@ -16,7 +16,7 @@ constexpr unsigned kMaxWarps = 32;
 struct Words {
   uint32_t a[4], b[2];
   float c[4];
-  const void* row;
+  uint16_t row[8];
 };
 
 struct Warp {
@@ -48,11 +48,16 @@ void together(const char* instruction, const Work& work) {
 
 inline Words& words() { return warps[current / kLanes].lanes[lane()]; }
 
-// at[0 .. 16) is in the block's shared memory, and begins at a multiple of 16 bytes.
-inline void check_shared(const char* instruction, const void* at) {
+inline void check_multiple(const char* instruction, const void* at, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(at) % bytes == 0) return;
+  stop(instruction, bytes == 4 ? "not at a multiple of 4 bytes" : "not at a multiple of 16 bytes", at);
+}
+
+// at[0 .. bytes) is in the block's shared memory, and begins at a multiple of them.
+inline void check_shared(const char* instruction, const void* at, int64_t bytes = 16) {
   const int64_t offset = static_cast<const unsigned char*>(at) - shared;
-  if (offset < 0 || offset + 16 > shared_bytes) stop(instruction, "not in shared memory", at);
-  if (offset % 16 != 0) stop(instruction, "not at a multiple of 16 bytes", at);
+  if (offset < 0 || offset + bytes > shared_bytes) stop(instruction, "not in shared memory", at);
+  check_multiple(instruction, at, bytes);
 }
 
 inline float float_of(uint32_t bits) {
@@ -128,16 +133,17 @@ void multiply(Words* lanes) {
 
 template <int matrices, bool is_turned>
 void load(const char* instruction, uint32_t (&result)[matrices], const void* row) {
-  if (lane() < 8 * matrices) check_shared(instruction, row);
-  words().row = row;
+  if (lane() < 8 * matrices) {
+    check_shared(instruction, row);
+    std::memcpy(words().row, row, sizeof(words().row));  // at once: what other lanes wrote may not be there yet
+  }
   together(instruction, [](Words* lanes) {
     for (int m = 0; m < matrices; ++m) {
-      uint16_t matrix[8][8];
-      for (int i = 0; i < 8; ++i) std::memcpy(matrix[i], lanes[8 * m + i].row, sizeof(matrix[i]));
       for (int l = 0; l < 32; ++l) {
         const int i = l / 4, j = l % 4 * 2;
-        const uint32_t low = is_turned ? matrix[j][i] : matrix[i][j];
-        const uint32_t high = is_turned ? matrix[j + 1][i] : matrix[i][j + 1];
+        const Words* rows = &lanes[8 * m];
+        const uint32_t low = is_turned ? rows[j].row[i] : rows[i].row[j];
+        const uint32_t high = is_turned ? rows[j + 1].row[i] : rows[i].row[j + 1];
         lanes[l].a[m] = low | high << 16;
       }
     }
@@ -174,8 +180,14 @@ inline void load_turned(uint32_t (&r)[4], const void* row) { on_host::load<4, tr
 
 inline void copy16(void* shared, const void* global, bool there) {
   on_host::check_shared("copy16", shared);
-  if (reinterpret_cast<uintptr_t>(global) % 16 != 0) on_host::stop("copy16", "not at a multiple of 16 bytes", global);
+  on_host::check_multiple("copy16", global, 16);
   on_host::copy(shared, there ? global : nullptr, 16);
+}
+
+inline void copy4(void* shared, const void* global) {
+  on_host::check_shared("copy4", shared, 4);
+  on_host::check_multiple("copy4", global, 4);
+  on_host::copy(shared, global, 4);
 }
 
 inline void end_copies() { on_host::end_copies(); }
