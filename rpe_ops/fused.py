@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import rpe_attention_cpu, rpe_attention_cuda, rpe_attention_eager, rpe_attention_triton
+from . import _torch, rpe_attention_cpu, rpe_attention_cuda, rpe_attention_eager, rpe_attention_triton
 from .maps import NUMBERS, from_numbers, tensor_and_numbers
 
 # where several take a call, the first is chosen
@@ -133,13 +133,19 @@ class RPEAttention(torch.autograd.Function):
         ctx.mark_non_differentiable(lse, *(sums if ctx.call.weights_v else ()))
         kept = (out, *sums) if BACKENDS[ctx.call.backend].KEEPS_OUT else ()
         ctx.save_for_backward(lse, *tensors, *kept)
+        if not torch.compiler.is_compiling():  # zeros for lse and sums would be made at every step, and never read
+            ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor, _: Tensor, *grad_sums: Tensor) -> tuple[Tensor | None, ...]:
-        grad_sums = () if ctx.call.weights_v else grad_sums
-        # a compiled graph has no second derivative that RPEAttentionBackward would have to refuse
-        function = RPEAttentionBackward.forward if torch.compiler.is_compiling() else RPEAttentionBackward.apply
-        grads = function(ctx.call, grad_out, *ctx.saved_tensors, *grad_sums)
+    def backward(ctx: Any, grad_out: Tensor | None, _: Any, *grad_sums: Tensor | None) -> tuple[Tensor | None, ...]:
+        call, (lse, q, *rest) = ctx.call, ctx.saved_tensors
+        grad_out = torch.zeros_like(q) if grad_out is None else grad_out
+        its = () if call.weights_v else zip(grad_sums, call.numbers_v[3::NUMBERS], strict=True)
+        of_sums = [q.new_zeros(*q.shape[:3], n) if x is None else x for x, n in its]
+        # where no second derivative can follow, none has to be prepared; a compiled graph has none
+        plain = torch.compiler.is_compiling() or not (torch.is_grad_enabled() or _torch.transforms_active())
+        function = RPEAttentionBackward.forward if plain else RPEAttentionBackward.apply
+        grads = function(call, grad_out, lse, q, *rest, *of_sums)
         maps = (len(ctx.call.numbers_q) + len(ctx.call.numbers_k) + len(ctx.call.numbers_v)) // NUMBERS
         return None, *grads[:3], None, None, *grads[3:], *[None] * maps
 

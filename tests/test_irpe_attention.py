@@ -187,7 +187,7 @@ def test_signature_is_fixed():
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
-        (dict(backend="cuda"), ValueError, "unknown backend 'cuda'"),
+        (dict(backend="gpu"), ValueError, "unknown backend 'gpu'"),
         (dict(backend="sdpa"), ValueError, "values"),
         (dict(rpe_k="v"), ValueError, "rpe_k is an encoding for values"),
         (dict(rpe_v="k"), ValueError, "rpe_v is an encoding for keys"),

@@ -341,7 +341,7 @@ def test_why_not():
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
-        (dict(backend="cuda"), ValueError, "unknown backend 'cuda'"),
+        (dict(backend="gpu"), ValueError, "unknown backend 'gpu'"),
         (dict(k=torch.randn(2, 2, 9, 4)), ValueError, r"\(2, 2, 9, 4\)"),
         (dict(v=torch.randn(2, 2, 9, 8).double()), TypeError, "float64"),
         (dict(q=torch.randn(2, 9, 8)), ValueError, "expected"),

@@ -95,7 +95,7 @@ struct Layout {
 enum class Pass { kForward, kQueries, kKeys };
 
 // Chunks that a block has in shared memory at a time, as many are on their way: 4 where that leaves room for two blocks.
-constexpr int chunks_of_stage(Pass pass, int on) { return on == 2 && pass != Pass::kKeys ? 4 : 2; }
+constexpr int chunks_of_stage(Pass pass, int on) { return on == 2 && pass == Pass::kForward ? 4 : 2; }
 
 // Encodings whose tables are of the warp's rows (near), whose sums it adds up, and whose tables are of the slots (far).
 struct Uses {
