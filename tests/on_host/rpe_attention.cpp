@@ -23,7 +23,7 @@ void attend(const Attention& a, const Options& o) {
   const int warps = static_cast<int>(o.warps);
   const Uses uses = uses_of(pass, a.on_q.axes != nullptr, a.on_k.axes != nullptr, a.on_v.axes != nullptr);
   const int64_t blocks = (a.map.groups + warps - 1) / warps * a.heads * o.parts;
-  launch(blocks, 32 * warps, layout_of<D, pass>(a.map, uses, warps).bytes, o, [&] { attention_kernel<T, D, On, pass>(a); });
+  launch(blocks, 32 * warps, layout_of<D, On, pass>(a.map, uses, warps).bytes, o, [&] { attention_kernel<T, D, On, pass>(a); });
 }
 
 template <class T, int D, Pass pass>
