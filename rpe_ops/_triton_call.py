@@ -49,10 +49,10 @@ def call_of(q: Tensor, k: Tensor, mask: Tensor | None, seed: Tensor | None, scal
             seed = q.new_empty(1, dtype=torch.int64)
         rest += (seed, below, 1 / (1 - p) if p < 1 else 0.0)
     wide = next(x for x in WIDTHS if x >= D)
-    return Call(B, H, Lq, Lk, D, wide, q.dtype, q.device, extra, rest, scale, *_device(q))
+    return Call(B, H, Lq, Lk, D, wide, q.dtype, q.device, extra, rest, scale, *precision_of(q))
 
 
-def _device(q: Tensor) -> tuple[str, int]:
+def precision_of(q: Tensor) -> tuple[str, int]:
     """How products of float32 are computed, and the major compute capability."""
     if q.device.type == "cpu":
         return "interpreted", 8

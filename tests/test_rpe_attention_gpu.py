@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
-from attention_cases import assert_rule_9, make_mask, problem, run
+from attention_cases import assert_rule_9, make_mask, problem, run, strided
 from map_cases import check
 
 from irpe import build_rpe, get_bucket_ids_2d, get_bucket_map, get_rpe_config
 from irpe import rpe_attention as irpe_attention
 from rpe_ops import _triton_call_axes
+from rpe_ops._triton_call_tables import table_sums
 from rpe_ops.rpe_attention import choose, rpe_attention, why_not
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible")]
@@ -63,6 +64,29 @@ def test_exact_on_maps_of_images(method):
     for where in (place, place.ids()):
         arguments = problem((2, 2, 127, 127, 64), place.num_buckets, (1, 1, 1), brain, "timm", where)
         assert_rule_9(arguments, brain, "triton")
+
+
+@pytest.mark.parametrize("dtype", [single, half, brain])
+@pytest.mark.parametrize(
+    ("method", "terms", "head"), [("product", (1, 1, 1), 64), ("product", (0, 1, 0), 64), ("euc", (1, 1, 1), 32)]
+)
+def test_exact_with_W_on_maps_of_images(method, terms, head, dtype):
+    with torch.device("cpu"):
+        place = get_bucket_map(method, 14, 9, 1, 1.9, 3.8, 15.2)
+    place = place._replace(offsets=place.offsets.cuda())
+    arguments = problem((5, 3, 127, 127, head), place.num_buckets, terms, dtype, "timm", place, weights=True)
+    assert_rule_9(arguments, dtype, "triton")
+
+
+@pytest.mark.parametrize("dtype", [single, half, brain])
+@pytest.mark.parametrize(("buckets", "head"), [(64, 64), (50, 64), (256, 128), (7, 20)])
+def test_sums_over_tokens(dtype, buckets, head):
+    x, g = strided((37, 3, 197, head), dtype, "timm"), torch.randn(3, 37, 197, buckets, dtype=dtype).transpose(0, 1)
+    exact = 0.125 * torch.einsum("bhld,bhln->hdn", x.double(), g.double())
+    found = table_sums(x, g, 0.125)
+    assert found.shape == exact.shape and found.dtype == single
+    assert (found - exact).abs().max() < 1e-3  # products are exact in float32, their sums nearly
+    assert all(torch.equal(table_sums(x, g, 0.125), found) for _ in range(3))
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 0, 5, 64), (2, 2, 5, 0, 64), (0, 2, 5, 5, 64)])

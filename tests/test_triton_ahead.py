@@ -28,7 +28,8 @@ SHARED = {"cuda:80": 99 * 1024, "cuda:90": 227 * 1024, "cuda:100": 227 * 1024, "
 
 def facts(variant, size):
     """Every `size` facts about a variant at a time: what its constants are, and its dtype."""
-    known = dict(variant.constants) | dict(variant.options) | {"dtype": dict(variant.types).get("q")}
+    types = dict(variant.types)
+    known = dict(variant.constants) | dict(variant.options) | {"dtype": types.get("q", types.get("x"))}
     known = sorted((name, str(value)) for name, value in known.items() if value is not None)
     return {(variant.kernel, *some) for some in itertools.combinations(known, size)}
 
@@ -130,7 +131,9 @@ def test_compiles(target, version):
 
 
 def usual(target):
-    return [x for x in _triton_variants.usual(target) if dict(x.types)["q"] == "*bf16" and "PLACES=16" not in x.name]
+    return [
+        x for x in _triton_variants.usual(target) if "*bf16" in dict(x.types).values() and "PLACES=16" not in x.name
+    ]
 
 
 def test_compile_here_asks_for_what_a_launch_asks_for():
