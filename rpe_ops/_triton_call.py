@@ -95,6 +95,25 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
+_PLAIN = {int, float, type(None)}
+_compiled: dict[tuple, tuple[Any, tuple]] = {}
+
+
 def launch(module: Any, name: str, grid: tuple[int, ...], arguments: tuple, constants: dict[str, Any]) -> None:
-    """Every kernel goes through here."""
-    getattr(module, name)[grid](*arguments, **constants)
+    """Every kernel goes through here.
+
+    What Triton compiled is kept by all that it depends on, the types of arguments and the constants: Triton itself
+    takes longer to find that out in every launch than all the rest of a launch takes.
+    """
+    types = tuple(map(type, arguments))
+    dtypes = [x.dtype for x, its in zip(arguments, types, strict=True) if its not in _PLAIN]
+    key = (name, arguments[0].device, types, *dtypes, *constants.values())
+    found = _compiled.get(key)
+    if found is not None:
+        compiled, rest = found
+        compiled[grid if len(grid) == 3 else (*grid, 1, 1)[:3]](*arguments, *rest)
+        return
+    kernel = getattr(module, name)
+    compiled = kernel[grid](*arguments, **constants)
+    if hasattr(compiled, "launch_metadata"):  # the interpreter compiles nothing
+        _compiled[key] = compiled, tuple([constants[word] for word in kernel.arg_names[len(arguments) :]])
