@@ -91,8 +91,12 @@ def empty_heads(x: Tensor, tokens: int, head: int) -> Tensor:
     return x.new_empty(x.shape[0], tokens, x.shape[1], (head + 7) // 8 * 8).transpose(1, 2)
 
 
+_HERE = contextlib.nullcontext()
+
+
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    """Kernels go to the current device, which is nearly always that of x."""
+    return torch.cuda.device(x.device) if x.is_cuda and x.device.index != torch.cuda.current_device() else _HERE
 
 
 _PLAIN = {int, float, type(None)}

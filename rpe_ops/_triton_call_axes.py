@@ -76,15 +76,20 @@ def places_of(N: int, columns: int, skips: bool, places: int) -> int:
     return ((N - skips + columns - 1) // columns + skips) * places
 
 
-_turns: dict[tuple, tuple[Tensor, Tensor]] = {}
+class Turn(NamedTuple):
+    """What brings a table to PLACES form."""
+
+    bucket: Tensor  # (size,) of each place; places of no bucket have some
+    all: Tensor  # (N, size) of ones, the skip bucket in all its places
+    once: Tensor  # and in one of them
+
+
+_turns: dict[tuple, Turn] = {}
 _MOST_TURNS = 64
 
 
-def turn(axes: Axes, term: int, like: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Ones (N, size) that bring a table to PLACES form: the skip bucket to all its places, and to one of them.
-
-    None where a table is in that form already.
-    """
+def turn(axes: Axes, term: int, like: Tensor) -> Turn | None:
+    """None where a table is in PLACES form already."""
     N, columns = axes.of[term]
     size, places, skips = axes.size[term], axes.places, axes.skip > 0
     if size == N:
@@ -98,7 +103,7 @@ def turn(axes: Axes, term: int, like: Tensor) -> tuple[Tensor, Tensor] | None:
         on_map = (row < rows) & (column < columns) & (row * columns + column < N - skips)
         bucket = torch.where(on_map, row * columns + column, N - 1 if skips else N)
         ones = (bucket == torch.arange(N, device=like.device).unsqueeze(1)).to(like.dtype)
-        found = ones, ones.where(on_map | (place == size - 1), 0)
+        found = Turn(bucket.clamp(max=N - 1), ones, ones.where(on_map | (place == size - 1), 0))
         if like.is_cuda and torch.cuda.is_current_stream_capturing():  # holds nothing before the graph runs
             return found
         if len(_turns) >= _MOST_TURNS:
@@ -111,13 +116,13 @@ def in_places(W: Tensor, axes: Axes | None, term: int, like: Tensor) -> Tensor:
     """W (H, D, N), of any kernel, as they want it: for these (H, D, size)."""
     W = W if W.dtype == like.dtype else W.to(like.dtype)
     found = None if axes is None else turn(axes, term, like)
-    return W if found is None else W @ found[0]
+    return W if found is None else W.index_select(-1, found.bucket)
 
 
 def out_of_places(grad: Tensor, axes: Axes | None, term: int) -> Tensor:
     """The adjoint of `in_places`: (..., size) -> (..., N)."""
     found = None if axes is None else turn(axes, term, grad)
-    return grad if found is None else grad @ found[0].t()
+    return grad if found is None else grad @ found.all.t()
 
 
 _USUAL = (4, 32, 2, 4, 2)  # GROUPS, SLOTS, DEEP, num_warps, num_stages
@@ -134,6 +139,7 @@ _BEST: dict[int, dict[tuple[str, tuple[bool, ...]], tuple[int, ...]]] = {
 }
 
 
+@functools.cache
 def constants_of(
     name: str, on: tuple[bool, ...], extra: bool, wide: int, places: int, precision: str, major: int
 ) -> dict[str, Any]:
@@ -176,7 +182,7 @@ def once(sums: Sequence[Tensor], axes: Axes, term: int, like: Tensor) -> Tensor 
     if not axes.on[term] or not sums:
         return None
     found = turn(axes, term, like)
-    return (sums[0] if found is None else sums[0].to(like.dtype) @ found[1]).contiguous()
+    return (sums[0] if found is None else sums[0].to(like.dtype) @ found.once).contiguous()
 
 
 def multiply(name: str, call: Call, axes: Axes, arguments: tuple) -> None:

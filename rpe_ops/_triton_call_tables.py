@@ -1,6 +1,7 @@
 # ruff: noqa: N803
 """Calls of the kernel that multiplies over all tokens: `_triton_tables`."""
 
+import functools
 from typing import Any
 
 import torch
@@ -36,9 +37,11 @@ def table_sums(x: Tensor, g: Tensor, scale: float) -> Tensor:
     with on_device(x):
         arguments = (x, g, parts, *strides(x), *its, H, L, total, each, wide // 8, N, scale)
         _triton_call.launch(_triton_tables, "table_sums", (count, H, (N + 63) // 64), arguments, constants)
-    return (parts[0] if count == 1 else parts.sum(0))[:, :D]
+    sums = parts[0] if count == 1 else parts.sum(0)
+    return sums if wide == D else sums[:, :D]
 
 
+@functools.cache
 def constants_of(D: int, even: bool, precision: str) -> dict[str, Any]:
     wide = next(x for x in WIDTHS if x >= D)
     return dict(WIDE=wide, EVEN=even, PRECISION=precision, num_warps=8, num_stages=2 if wide < 128 else 1)

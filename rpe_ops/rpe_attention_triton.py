@@ -209,7 +209,7 @@ def _kept(sums: Tensor, axes: Axes | None) -> Tensor:
     found = None if axes is None else turn(axes, 2, sums)
     if axes is None:
         return sums.contiguous()
-    placed = sums if found is None else sums @ found[1]
+    placed = sums if found is None else sums @ found.once
     return placed.transpose(0, 1).contiguous().transpose(0, 1)
 
 

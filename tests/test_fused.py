@@ -39,13 +39,13 @@ def pairs(luts_q, luts_k, *maps):
 def out_of_places(tables, axes, term):
     """Side tables in the form of the formula, of each bucket that of one of its places."""
     placed = axes is not None and [lut.shape[3] for lut in tables] == [axes.size[term]]
-    return [lut @ turn(axes, term, lut)[1].t() for lut in tables] if placed else tables
+    return [lut @ turn(axes, term, lut).once.t() for lut in tables] if placed else tables
 
 
 def into_places(sums, axes, term, by_head):
     if axes is None or not by_head:
         return [x.contiguous() for x in sums]
-    return [(x @ turn(axes, term, x)[1]).transpose(0, 1).contiguous().transpose(0, 1) for x in sums]
+    return [(x @ turn(axes, term, x).once).transpose(0, 1).contiguous().transpose(0, 1) for x in sums]
 
 
 def forward(q, k, v, luts_q, luts_k, *rest, by_head=False):

@@ -135,8 +135,9 @@ def test_tables_in_places_need_no_products_of_the_launcher(monkeypatch):
     rest = *maps, *sizes, None, None, 0.25, 0.0
     before = _triton_launch.forward(q, q, q, [lut], [lut], *rest)
     axes = _triton_call_axes.axes_of(q, q, maps, sizes)
-    ones, one = _triton_call_axes.turn(axes, 0, lut)
-    assert axes.size == (64,) * 3 and ones.shape == (50, 64) and one.sum(1).tolist() == [1.0] * 50
+    bucket, ones, once = _triton_call_axes.turn(axes, 0, lut)
+    assert axes.size == (64,) * 3 and ones.shape == (50, 64) and once.sum(1).tolist() == [1.0] * 50
+    assert torch.equal(lut.index_select(-1, bucket), lut @ ones)
     monkeypatch.setattr(_triton_call_axes, "turn", None)
     out, _, (sums,) = _triton_launch.forward(q, q, q, [lut @ ones], [lut @ ones], *rest, by_head=True)
     torch.testing.assert_close(out, before[0])
