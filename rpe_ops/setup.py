@@ -6,6 +6,7 @@
 
 The CPU needs a C++17 compiler. CUDA is built where nvcc is found, whether or not a GPU is visible. Environment:
 
+    RPE_OPS_CPU           0: leave the CPU out, where its library is there already
     RPE_OPS_CUDA          1: build CUDA or fail; 0: leave it out
     TORCH_CUDA_ARCH_LIST  such as "8.0;9.0+PTX"; by default all of sm_80, sm_90 and sm_100 that nvcc knows, the last
                           with PTX, which newer GPUs compile when they first load it
@@ -74,16 +75,18 @@ def extensions() -> list[Any]:
     # g++ warns of the undefined operands inside its own AVX-512 headers
     cxx = ["/O2", "/std:c++17"] if os.name == "nt" else ["-O3", "-Wno-maybe-uninitialized"]
     cxx += os.environ.get("RPE_OPS_CXXFLAGS", "").split()
-    found = [
-        CppExtension(
-            "_rpe_ops_C",
-            ["csrc/rpe_ops.cpp", "csrc/cpu/rpe_index.cpp", "csrc/cpu/rpe_attention.cpp"],
-            define_macros=defines[:1],
-            extra_compile_args={"cxx": cxx},
-            extra_link_args=os.environ.get("RPE_OPS_LDFLAGS", "").split(),
-            py_limited_api=True,
+    found: list[Any] = []
+    if NO_CPU is None:
+        found.append(
+            CppExtension(
+                "_rpe_ops_C",
+                ["csrc/rpe_ops.cpp", "csrc/cpu/rpe_index.cpp", "csrc/cpu/rpe_attention.cpp"],
+                define_macros=defines[:1],
+                extra_compile_args={"cxx": cxx},
+                extra_link_args=os.environ.get("RPE_OPS_LDFLAGS", "").split(),
+                py_limited_api=True,
+            )
         )
-    ]
     if NO_CUDA is None:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures())
         found.append(
@@ -102,7 +105,8 @@ class BuildOps(BuildExtension):
     """Builds what can be built, and says at the end what was and what was not."""
 
     def run(self) -> None:
-        self.reasons = {} if NO_CUDA is None else {"_rpe_ops_cuda": NO_CUDA}
+        reasons = {"_rpe_ops_C": NO_CPU, "_rpe_ops_cuda": NO_CUDA}
+        self.reasons = {name: reason for name, reason in reasons.items() if reason is not None}
         super().run()
         for name in ("_rpe_ops_C", "_rpe_ops_cuda"):
             print(f"rpe_ops: {name} was not built: {self.reasons[name]}" if name in self.reasons else self.report(name))
@@ -138,6 +142,7 @@ class InstallOps(install):
         super().finalize_options()
 
 
+NO_CPU = "RPE_OPS_CPU=0 leaves it out" if os.environ.get("RPE_OPS_CPU") == "0" else None
 NO_CUDA = why_no_cuda()
 if NO_CUDA is not None and os.environ.get("RPE_OPS_CUDA") == "1":
     sys.exit(f"rpe_ops: RPE_OPS_CUDA=1 asks for CUDA, but {NO_CUDA}")

@@ -18,6 +18,7 @@ ALLOWED = {
     "rpe_ops._triton_lookup": {"triton", "rpe_ops"},
     "rpe_ops._triton_parts": {"triton"},
     "rpe_ops._triton_places": {"triton", "rpe_ops"},
+    "rpe_ops._triton_tables": {"triton", "rpe_ops"},
     "rpe_ops._triton_variants": {"triton", "rpe_ops"},
     "irpe.irpe": {"rpe_ops", "irpe.rpe_ops"},
     "irpe._version": set(),

@@ -136,6 +136,13 @@ def test_cuda_builds_without_a_gpu(tmp_path, run_python):
     run_python(code, path=[tmp_path])
 
 
+def test_the_cpu_is_left_out_where_its_library_is_there(tmp_path):
+    folder = copy_sources(tmp_path)
+    done = setup_py(folder, "build_ext", "--inplace", env={"RPE_OPS_CPU": "0", "RPE_OPS_CUDA": "0"})
+    assert done.returncode == 0, done.stderr
+    assert "_rpe_ops_C was not built: RPE_OPS_CPU=0 leaves it out" in done.stdout and not list(folder.glob("*.so"))
+
+
 def test_cuda_that_cannot_be_built_is_refused_when_asked_for(tmp_path):
     folder = copy_sources(tmp_path)
     env = {"RPE_OPS_CUDA": "1", "CUDA_HOME": str(tmp_path / "nowhere")}
