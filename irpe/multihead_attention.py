@@ -144,7 +144,8 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
     def _reset_parameters(self) -> None:
         super()._reset_parameters()
         for one in self.modules():  # none yet where the constructor of nn.MultiheadAttention calls this
-            if isinstance(one, iRPE):
+            # transformers calls this for what it has loaded, too, and marks the weights that there were
+            if isinstance(one, iRPE) and not getattr(one.table, "_is_hf_initialized", False):
                 one.reset_parameters()
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -35,6 +35,7 @@ ALLOWED = {
     "irpe.integrations.timm_refused": {"timm", "irpe.irpe"},
     "irpe.integrations.timm_swin": {"timm", "irpe.integrations.blocks"},
     "irpe.integrations.timm_vit": {"timm", "irpe.integrations.blocks", "irpe.integrations.on_map"},
+    "irpe.integrations.hf_missing": {"irpe.irpe"},
     "irpe.integrations.hf_vit": {"transformers", "irpe.irpe", "irpe.config_io", "irpe.integrations.hf_vit"},
     "irpe.equip": {"irpe.irpe", "irpe.config_io", "irpe.integrations"},
     "irpe.models": {"timm", "irpe.equip"},
