@@ -665,7 +665,9 @@ class iRPE_Cross(nn.Module):
             raise ValueError(f"method {method!r} has one table: use iRPE")
         self.rp_rows = iRPE(head_dim, num_heads, mode, METHOD.CROSS_ROWS, **kwargs)
         self.rp_cols = iRPE(head_dim, num_heads, mode, METHOD.CROSS_COLS, **kwargs)
-        self.method, self.mode, self.transposed = METHOD.CROSS, self.rp_rows.mode, self.rp_rows.transposed
+        rows = self.rp_rows
+        self.method, self.mode, self.transposed = METHOD.CROSS, rows.mode, rows.transposed
+        self.head_dim, self.num_heads, self.num_buckets = rows.head_dim, rows.num_heads, rows.num_buckets  # of each
 
     def tables(self, x: Tensor, *size: Any, **options: Any) -> list[tuple[Tensor, BucketMap | Tensor]]:
         """The pairs (table, map) of rows and of columns, see `iRPE.tables`."""
