@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config_io import rpe_config_from_string
+from .fx import one_node
 from .irpe import Places, RPEConfig, RPEModule, Size, _Encodings, _grid, build_rpe, iRPE, rpe_attention
 
 
@@ -65,6 +66,7 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
             raise ValueError(reason)
         add_encodings(self, config)
 
+    @one_node
     def forward(
         self,
         query: Tensor,

@@ -153,7 +153,7 @@ def test_shapes_and_names_of_the_parameters():
 def test_cross_tells_its_sizes_as_the_others_do(method, mode):
     """The release's DETR reads `num_buckets` of what `build_rpe` returns, whatever the method."""
     rpe = build_rpe(get_rpe_config(20, method, mode, shared_head=False, skip=1), 32, 8)[1]
-    assert rpe.num_buckets == list(rpe.parameters())[0].shape[-1] == {"cross": 81, "product": 81 * 81}[method] + 1
+    assert rpe.num_buckets == next(iter(rpe.parameters())).shape[-1] == {"cross": 81, "product": 81 * 81}[method] + 1
     assert (rpe.head_dim, rpe.num_heads, rpe.transposed) == (32, 8, True)
     assert rpe.mode == {"ctx": "contextual", "bias": "bias"}[mode]
 
