@@ -30,16 +30,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 RPE_OPS_MISSING = ""  # why the operators of `rpe_ops` are not used
-try:  # the directory copied beside this file, then the installed one
+try:  # the directory copied beside this file, then the one beside its folder, then the installed one
     from .rpe_ops import rpe_attention as _attention  # type: ignore[import-not-found]
     from .rpe_ops import rpe_index as _operators
 except Exception as beside:  # whatever it is, this file works alone
     try:
-        from rpe_ops import rpe_attention as _attention
-        from rpe_ops import rpe_index as _operators
-    except Exception as installed:
-        _attention = _operators = None
-        RPE_OPS_MISSING = f"beside irpe.py: {beside}; installed: {installed}"
+        from ..rpe_ops import rpe_attention as _attention  # type: ignore[import-not-found]
+        from ..rpe_ops import rpe_index as _operators
+    except Exception as above:
+        try:
+            from rpe_ops import rpe_attention as _attention
+            from rpe_ops import rpe_index as _operators
+        except Exception as installed:
+            _attention = _operators = None
+            RPE_OPS_MISSING = f"beside irpe.py: {beside}; beside its folder: {above}; installed: {installed}"
 
 
 class METHOD(enum.IntEnum):
