@@ -144,8 +144,7 @@ def get_single_rpe_config(
     """Configuration of one encoding; the arguments are explained at `get_rpe_config`."""
     if not isinstance(ratio, (int, float)) or not math.isfinite(ratio) or ratio <= 0:
         raise ValueError(f"ratio={ratio!r}; expected a finite number above 0, such as 1.9")
-    ratio = float(ratio)
-    return SingleRPEConfig(_as_method(method), mode, shared_head, skip, ratio, 2 * ratio, 8 * ratio)
+    return SingleRPEConfig(_as_method(method), mode, shared_head, skip, *(float(ratio) * n for n in (1, 2, 8)))
 
 
 def get_rpe_config(
@@ -643,6 +642,10 @@ class iRPE(nn.Module):
         if x.dtype != self.table.dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"the input is {x.dtype}, the table {self.table.dtype}: convert one, or use autocast")
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """torch.jit.script asks this of every module of a model before it reads one."""
+        raise TypeError("torch.jit.script cannot read iRPE: use torch.jit.trace, torch.export or torch.onnx.export")
+
     def extra_repr(self) -> str:
         where = "on queries or keys" if self.transposed else "on values"
         return (
@@ -667,9 +670,8 @@ class iRPE_Cross(nn.Module):
         super().__init__()
         if _as_method(method) != METHOD.CROSS:
             raise ValueError(f"method {method!r} has one table: use iRPE")
-        self.rp_rows = iRPE(head_dim, num_heads, mode, METHOD.CROSS_ROWS, **kwargs)
+        self.rp_rows = rows = iRPE(head_dim, num_heads, mode, METHOD.CROSS_ROWS, **kwargs)
         self.rp_cols = iRPE(head_dim, num_heads, mode, METHOD.CROSS_COLS, **kwargs)
-        rows = self.rp_rows
         self.method, self.mode, self.transposed = METHOD.CROSS, rows.mode, rows.transposed
         self.head_dim, self.num_heads, self.num_buckets = rows.head_dim, rows.num_heads, rows.num_buckets  # of each
 
