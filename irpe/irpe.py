@@ -44,6 +44,7 @@ except Exception as beside:  # whatever it is, this file works alone
         except Exception as installed:
             _attention = _operators = None
             RPE_OPS_MISSING = f"beside irpe.py: {beside}; beside its folder: {above}; installed: {installed}"
+RPEIndexFunction = getattr(_operators, "RPEIndexFunction", None)  # the release's file has the name, and None, too
 
 
 class METHOD(enum.IntEnum):
@@ -162,7 +163,6 @@ def get_rpe_config(
     50
     >>> # biases by row and by column, on queries and keys, each head its own, no class token
     >>> config = get_rpe_config(ratio=20, method="cross", mode="bias", shared_head=False, rpe_on="qk")
-    >>> # different encodings on keys and values
     >>> config = RPEConfig(rpe_k=get_single_rpe_config(method="product"), rpe_v=get_single_rpe_config(method="cross"))
 
     Args:
