@@ -2,7 +2,7 @@
 
     python setup.py build_ext --inplace          # beside the sources, for this directory alone
     python setup.py install --user               # for every project; inside a virtual environment, into that
-    pip install --no-build-isolation ./rpe_ops   # the same, so that pip can remove it again
+    pip install --no-build-isolation ./rpe_ops   # the same; `pip uninstall rpe_ops_libraries` removes either
 
 The CPU needs a C++17 compiler. CUDA is built where nvcc is found, whether or not a GPU is visible. Environment:
 
@@ -131,15 +131,27 @@ class BuildOps(BuildExtension):
 
 
 class InstallOps(install):
-    """`install`, where `--user` inside a virtual environment means the environment: it cannot see the user's own."""
+    """`install`, with the list of files by which `pip uninstall` removes the libraries.
+
+    `--user` inside a virtual environment means the environment: it cannot see the user's own.
+    """
 
     user: bool
+    root: str | None
 
     def finalize_options(self) -> None:
         if self.user and sys.prefix != sys.base_prefix:
             print(f"rpe_ops: --user inside a virtual environment: installing into {sys.prefix}")
             self.user = False
         super().finalize_options()
+
+    def run(self) -> None:
+        super().run()
+        if self.root:
+            return  # a wheel, which has a list of its own
+        info = self.get_finalized_command("install_egg_info").target
+        files = [os.path.relpath(file, info) for file in self.get_outputs()]
+        Path(info, "installed-files.txt").write_text("\n".join([*files, "installed-files.txt"]) + "\n")
 
 
 NO_CPU = "RPE_OPS_CPU=0 leaves it out" if os.environ.get("RPE_OPS_CPU") == "0" else None

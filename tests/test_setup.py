@@ -109,6 +109,11 @@ def test_install_user_inside_a_virtual_environment(tmp_path):
     code = "import rpe_ops; print(rpe_ops.backends()['cpu'])"
     out = subprocess.run([python, "-c", code], cwd=project, capture_output=True, text=True, check=True).stdout
     assert out.startswith("runs:") and str(environment) in out
+    # and pip takes it away again, so that nothing old is loaded later
+    pip = [python, "-m", "pip", "uninstall", "--yes", "rpe_ops_libraries"]
+    done = subprocess.run(pip, cwd=tmp_path, capture_output=True, text=True)
+    assert "Successfully uninstalled" in done.stdout, done.stdout + done.stderr
+    assert not [name for name in os.listdir(site) if "rpe_ops" in name]
 
 
 @pytest.mark.slow
