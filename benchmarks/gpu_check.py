@@ -34,7 +34,7 @@ if not dry and not torch.cuda.is_available():
     sys.exit(f"no CUDA device is visible to torch {torch.__version__} of {sys.executable}")
 facts = common.machine("cpu" if dry else "cuda")
 facts["capability"] = "dry" if dry else ".".join(map(str, torch.cuda.get_device_capability()))
-facts["CPU operators"] = _native.LOADED.get("cpu")
+facts |= {"CPU operators": _native.LOADED.get("cpu"), "CUDA operators": _native.LOADED.get("cuda")}
 print(json.dumps(facts))
 """
 
@@ -89,6 +89,14 @@ class Job:
         return {"status": status, "seconds": round(seconds, 1)} | ({"tail": tail} if tail else {})
 
 
+def is_current(library: str | None) -> bool:
+    """Whether a library that loads is newer than every source beside it."""
+    if library is None or not Path(library).exists():
+        return False
+    sources = [file for folder in ("csrc", "csrc/cuda") for file in (ROOT / "rpe_ops" / folder).glob("*.*")]
+    return Path(library).stat().st_mtime >= max(file.stat().st_mtime for file in sources)
+
+
 class Check:
     def __init__(self, options: argparse.Namespace) -> None:
         self.results: Path = options.results
@@ -129,7 +137,7 @@ class Check:
         return None
 
     def prepare(self) -> None:
-        """The library for CUDA, the one for the CPU where none loads, and the Triton kernels, all at once."""
+        """All at once: Triton kernels, the library for CUDA where it is not current, for the CPU where none loads."""
         found = self.results / "kernels.json"
         found.unlink(missing_ok=True)
         if self.dry:
@@ -137,7 +145,11 @@ class Check:
             return
         build = ["rpe_ops/setup.py", "build_ext", "--inplace", "--build-temp"]
         cuda = {"RPE_OPS_CPU": "0", "RPE_OPS_CUDA": "1", "TORCH_CUDA_ARCH_LIST": self.machine["capability"]}
-        jobs = [self.job("build", [*build, "build/gpu-check-cuda"], env=cuda)]
+        jobs = []
+        if is_current(self.machine["CUDA operators"]):
+            print(f"CUDA operators are newer than their sources: {self.machine['CUDA operators']}", flush=True)
+        else:
+            jobs.append(self.job("build", [*build, "build/gpu-check-cuda"], env=cuda))
         if self.machine["CPU operators"] is None:  # its attention alone takes a compiler most of a minute
             jobs.append(self.job("build cpu", [*build, "build/gpu-check-cpu"], "build", {"RPE_OPS_CUDA": "0"}))
         jobs.append(self.job("kernels", ["-c", KERNELS, str(found)], "build"))

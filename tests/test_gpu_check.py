@@ -61,14 +61,19 @@ def test_a_run_of_tests_that_ends_says_so(tmp_path):
     assert "1 passed, 2 deselected" in (tmp_path / "log").read_text()
 
 
-def test_the_library_for_the_cpu_is_built_where_none_loads(tmp_path, monkeypatch):
+def test_libraries_are_built_where_none_is_current(tmp_path, monkeypatch):
     asked = {}
     check = gpu_check.Check(SimpleNamespace(results=tmp_path, dry=False, limit=[]))
     monkeypatch.setattr(check, "job", lambda name, command, limit=None, env=None: asked.update({name: env}))
     monkeypatch.setattr(check, "finish", lambda *_: None)
-    check.machine = {"capability": "9.0", "CPU operators": "here"}
+    library = tmp_path / "library"
+    library.touch()
+    check.machine = {"capability": "9.0", "CPU operators": "here", "CUDA operators": str(library)}
     check.prepare()
-    assert list(asked) == ["build", "kernels"] and asked["build"]["RPE_OPS_CPU"] == "0"
+    assert list(asked) == ["kernels"]  # newer than all sources
+    os.utime(library, (0, 0))
+    check.prepare()
+    assert asked.keys() == {"build", "kernels"} and asked["build"]["RPE_OPS_CPU"] == "0"
     assert asked["build"]["TORCH_CUDA_ARCH_LIST"] == "9.0"
     check.machine["CPU operators"] = None
     check.prepare()
