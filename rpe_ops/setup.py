@@ -92,7 +92,7 @@ def extensions() -> list[Any]:
         found.append(
             CUDAExtension(
                 "_rpe_ops_cuda",
-                ["csrc/cuda/rpe_index.cu", "csrc/cuda/rpe_attention.cu"],
+                sorted(str(file) for file in Path("csrc/cuda").glob("*.cu")),
                 define_macros=defines,
                 extra_compile_args={"cxx": cxx, "nvcc": ["-O3"]},
                 py_limited_api=True,

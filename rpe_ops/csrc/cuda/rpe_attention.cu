@@ -1,4 +1,4 @@
-// rpe_attention on CUDA tensors of 16 bits, for maps that factor: checks and launches. Kernels: rpe_attention_kernels.h.
+// rpe_attention on CUDA tensors of 16 bits, for maps that factor: checks. Launches are in rpe_attention_launches.h.
 
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -7,25 +7,16 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <mutex>
 #include <tuple>
 #include <vector>
 
 #include "../check.h"
-#include "launch.h"
-#include "rpe_attention_tables.h"
+#include "rpe_attention_run.h"
 
 namespace rpe_ops {
 namespace {
-
-using Tensors = std::vector<Tensor>;
-using Numbers = std::vector<int64_t>;
-
-struct Device {
-  int shared_bytes, processors;  // that a block may have; multiprocessors
-};
 
 Device ask(int device) {
   Device found{};
@@ -34,7 +25,8 @@ Device ask(int device) {
   return found;
 }
 
-// What a device has is asked for once.
+}  // namespace
+
 Device of_device(int device) {
   constexpr int kMost = 64;
   static std::once_flag once[kMost];
@@ -44,25 +36,10 @@ Device of_device(int device) {
   return known[device];
 }
 
-template <auto kernel, class... Arguments>
-void launch(int64_t blocks, int threads, int shared_bytes, cudaStream_t stream, const Arguments&... arguments) {
-  if (blocks == 0) return;
-  check(blocks < int64_t{1} << 31, "rpe_attention: ", blocks, " blocks are more than a launch can have");
-  if (shared_bytes > 48 * 1024) {
-    // every device is asked once for as much as a block may have, and not at every launch: that takes longer than a launch
-    static std::atomic<uint64_t> asked{0};
-    int device = 0;
-    check_cuda(cudaGetDevice(&device));
-    const uint64_t bit = uint64_t{1} << device % 64;
-    if (device >= 64 || !(asked.load(std::memory_order_relaxed) & bit)) {
-      const int most = of_device(device).shared_bytes;
-      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
-      asked.fetch_or(bit, std::memory_order_relaxed);
-    }
-  }
-  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(arguments...);
-  check_cuda(cudaGetLastError());
-}
+namespace {
+
+using Tensors = std::vector<Tensor>;
+using Numbers = std::vector<int64_t>;
 
 // Whether rows begin at multiples of 16 bytes, and a head's numbers can be counted in 32 bits.
 bool is_aligned(const Tensor& x) {
@@ -113,7 +90,7 @@ struct Call {
   int64_t B, H, L, D;
   bool q, k, v, is_half;
   cudaStream_t stream;
-  int shared_limit, processors;
+  Device device;
 
   // on has bits 1, 2, 4 for encodings on q, k and v, and tables, maps and numbers are those, in this order
   Call(const Tensor& x, const Tensors& tables, const Tensors& maps, const Numbers& numbers, int64_t on, double scale) {
@@ -137,8 +114,7 @@ struct Call {
     if (k) encode(a.on_k, x, tables[n], maps[n], &numbers[5 * n], false), ++n;
     if (v) encode(a.on_v, x, tables[n], maps[n], &numbers[5 * n], true), ++n;
     stream = current_stream(x);
-    const Device device = of_device(x.get_device_index());
-    shared_limit = device.shared_bytes, processors = device.processors;
+    device = of_device(x.get_device_index());
   }
 
   void encode(Encoding& e, const Tensor& x, const Tensor& W, const Tensor& map, const int64_t* numbers, bool on_v) const {
@@ -179,65 +155,14 @@ struct Call {
     else with(Brain());
   }
 
-  // In how many parts the samples are taken side by side, where so many blocks are at work at a time. A block takes the
-  // samples of a part one after the other, and has to prepare only once; the numbers are chunks that take as long.
-  int64_t replicas_of(int64_t kinds, int64_t capacity) const {
-    constexpr int64_t kOnce = 10, kEach = 9;
-    int64_t best = 1, least = INT64_MAX;
-    for (int64_t parts = 1; parts <= B; ++parts) {
-      const int64_t waves = (kinds * parts + capacity - 1) / capacity, samples = (B + parts - 1) / parts;
-      const int64_t cost = waves * (kOnce + samples * (a.map.chunks + kEach));
-      if (cost < least) best = parts, least = cost;
-    }
-    return best;
-  }
+  Run run() const { return {a, H, L, B * L, q, k, v, stream, device}; }
 
-  template <class T, int D, int On, Pass pass>
-  void run() const {
-    const Uses uses = uses_of(pass, q, k, v);
-    constexpr auto kernel = attention_kernel<T, D, On, pass>;
-    static const int registers = [] {
-      cudaFuncAttributes found{};
-      check_cuda(cudaFuncGetAttributes(&found, kernel));
-      return (found.numRegs + 7) / 8 * 8;
-    }();
-    // the most groups at work in a multiprocessor, and few that are empty
-    int warps = 0, capacity = 0;
-    double best = 0;
-    for (int w = std::min(kMaxWarps, a.map.groups); w > 0; --w) {
-      const int bytes = layout_of<D, On, pass>(a.map, uses, w).bytes;
-      if (bytes > shared_limit || (w < 4 && best > 0)) continue;
-      const int resident = std::min(65536 / (registers * 32 * w), (shared_limit + 1024) / (bytes + 1024));
-      const double full = double(a.map.groups) / ((a.map.groups + w - 1) / w * w);
-      const double at_work = resident * w * full * (1 + full);
-      if (at_work > best) warps = w, best = at_work, capacity = resident * processors;
-    }
-    check(warps > 0, "no block of attention on a map of ", a.map.height, " x ", a.map.width, " has enough shared memory");
-    const int64_t kinds = H * ((a.map.groups + warps - 1) / warps);
-    launch<kernel>(
-        kinds * replicas_of(kinds, capacity), 32 * warps, layout_of<D, On, pass>(a.map, uses, warps).bytes, stream, a);
-  }
-
-  template <Pass pass>
-  void attend() const {
-    with_types([&](auto dtype, auto head) {
-      using T = decltype(dtype);
-      constexpr int kHead = decltype(head)::value;
-      if (k && !q && !v) return run<T, kHead, 2, pass>();
-      if constexpr (kHead == 64)
-        if (q && k && v) return run<T, kHead, 7, pass>();
-      run<T, kHead, 8, pass>();
-    });
+  void attend(Pass pass) const {
+    with_types([&](auto dtype, auto head) { rpe_ops::attend<decltype(dtype), decltype(head)::value>(run(), pass); });
   }
 
   void find_far_q() const {
-    with_types([&](auto dtype, auto head) {
-      constexpr int kHead = decltype(head)::value;
-      const int64_t blocks = std::min<int64_t>((B * L + kSideTokens - 1) / kSideTokens, (4 * processors + H - 1) / H);
-      launch<side_tables_kernel<decltype(dtype), kHead>>(
-          blocks * H, 32 * kMaxWarps, kSideBytes<kHead>, stream, a.k, a.on_q, a.heads, a.head_pieces, int(L), B * L,
-          a.map.skip > 0);
-    });
+    with_types([&](auto dtype, auto head) { side_tables<decltype(dtype), decltype(head)::value>(run()); });
   }
 };
 
@@ -259,7 +184,7 @@ std::tuple<Tensor, Tensor, Tensor> rpe_attention_cuda(
     a.on_q.far = far.data_ptr();
     call.find_far_q();
   }
-  call.attend<Pass::kForward>();
+  call.attend(Pass::kForward);
   return {out, lse, sums};
 }
 
@@ -301,8 +226,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> rpe_attention_cuda_backward(
   if (call.k) a.on_k.far = memory(), a.on_k.sums = memory();
   if (call.v) a.on_v.far = memory(), a.on_v.sums = sums.data_ptr();
   if (call.q) call.find_far_q();
-  call.attend<Pass::kQueries>();
-  call.attend<Pass::kKeys>();
+  call.attend(Pass::kQueries);
+  call.attend(Pass::kKeys);
 
   TableGradients all{};
   const auto add = [&](const Heads& x, Encoding e, bool on_v) {
@@ -317,17 +242,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> rpe_attention_cuda_backward(
   all.skips = a.map.skip > 0;
   // a few blocks for each multiprocessor, and at least four stages of tokens for each block
   const int64_t most = (all.tokens + 4 * kStage - 1) / (4 * kStage);
-  all.splits = int(std::max<int64_t>(1, std::min<int64_t>(most, 4 * call.processors / (all.count * all.heads))));
+  all.splits = int(std::max<int64_t>(1, std::min<int64_t>(most, 4 * call.device.processors / (all.count * all.heads))));
   call.with_types([&](auto dtype, auto head) {
     using T = decltype(dtype);
     constexpr int kHead = decltype(head)::value;
     const int64_t blocks = int64_t{all.count} * all.heads * all.splits;
     const Tensor parts = empty(q, {blocks, kHead, kAllPlaces}, aoti_torch_dtype_float32());
     all.parts = static_cast<float*>(parts.data_ptr());
-    launch<table_gradients_kernel<T, kHead>>(blocks, 2 * kHead, kGradientBytes<kHead>, call.stream, all);
-    launch<fold_gradients_kernel<T, kHead>>(
-        int64_t{all.count} * all.heads * (kHead * kAllPlaces / kFoldThreads), kFoldThreads, kFoldThreads * 4, call.stream,
-        all);
+    table_gradients<T, kHead>(all, call.stream);
   });
   return {grad_q, grad_k, grad_v, grads};
 }
