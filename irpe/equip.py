@@ -70,6 +70,9 @@ def equip(
     for adapter, part, attentions in jobs:
         if attentions:
             adapter.equip(part, config, attentions, grid)
+    from .integrations.hf_missing import zero_missing_tables
+
+    zero_missing_tables(model)
     return model
 
 

@@ -30,16 +30,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 RPE_OPS_MISSING = ""  # why the operators of `rpe_ops` are not used
-try:  # the directory copied beside this file, then the installed one
+try:  # the directory copied beside this file, then the one beside its folder, then the installed one
     from .rpe_ops import rpe_attention as _attention  # type: ignore[import-not-found]
     from .rpe_ops import rpe_index as _operators
 except Exception as beside:  # whatever it is, this file works alone
     try:
-        from rpe_ops import rpe_attention as _attention
-        from rpe_ops import rpe_index as _operators
-    except Exception as installed:
-        _attention = _operators = None
-        RPE_OPS_MISSING = f"beside irpe.py: {beside}; installed: {installed}"
+        from ..rpe_ops import rpe_attention as _attention  # type: ignore[import-not-found]
+        from ..rpe_ops import rpe_index as _operators
+    except Exception as above:
+        try:
+            from rpe_ops import rpe_attention as _attention
+            from rpe_ops import rpe_index as _operators
+        except Exception as installed:
+            _attention = _operators = None
+            RPE_OPS_MISSING = f"beside irpe.py: {beside}; beside its folder: {above}; installed: {installed}"
+RPEIndexFunction = getattr(_operators, "RPEIndexFunction", None)  # the release's file has the name, and None, too
 
 
 class METHOD(enum.IntEnum):
@@ -140,8 +145,7 @@ def get_single_rpe_config(
     """Configuration of one encoding; the arguments are explained at `get_rpe_config`."""
     if not isinstance(ratio, (int, float)) or not math.isfinite(ratio) or ratio <= 0:
         raise ValueError(f"ratio={ratio!r}; expected a finite number above 0, such as 1.9")
-    ratio = float(ratio)
-    return SingleRPEConfig(_as_method(method), mode, shared_head, skip, ratio, 2 * ratio, 8 * ratio)
+    return SingleRPEConfig(_as_method(method), mode, shared_head, skip, *(float(ratio) * n for n in (1, 2, 8)))
 
 
 def get_rpe_config(
@@ -159,7 +163,6 @@ def get_rpe_config(
     50
     >>> # biases by row and by column, on queries and keys, each head its own, no class token
     >>> config = get_rpe_config(ratio=20, method="cross", mode="bias", shared_head=False, rpe_on="qk")
-    >>> # different encodings on keys and values
     >>> config = RPEConfig(rpe_k=get_single_rpe_config(method="product"), rpe_v=get_single_rpe_config(method="cross"))
 
     Args:
@@ -214,12 +217,10 @@ def piecewise_index(
 
 
 def get_num_buckets(method: str | METHOD, alpha: float, beta: float, gamma: float) -> int:
-    """(2b + 1)^2 for product and 2b + 1 otherwise, with b = int(beta); for cross in each of the two tables.
+    """(2b + 1)^2 for product and 2b + 1 otherwise, b = int(beta); for cross in each table; the skip bucket not counted.
 
     >>> get_num_buckets("product", 1.9, 3.8, 15.2)
     49
-
-    The skip bucket is not counted.
     """
     _check_piecewise(alpha, beta, gamma)
     side = 2 * int(beta) + 1
@@ -291,17 +292,13 @@ class BucketMap(NamedTuple):
 
     def grid(self) -> Tensor:
         """The bucket of each offset, (2h-1, 2w-1)."""
-        grid = self.offsets
-        for n, part in enumerate(self.axes()):
-            grid = part if n == 0 else grid.unsqueeze(-1) + part
-        return grid
+        axes = self.axes()
+        return functools.reduce(lambda grid, part: grid.unsqueeze(-1) + part, axes) if axes else self.offsets
 
     def ids(self, dtype: torch.dtype | None = None) -> Tensor:
         """(L, L), L = skip + h*w, of the smallest dtype unless told: for the formula, pictures and people."""
-        if dtype is None:
-            dtype = (
-                torch.uint8 if self.num_buckets <= 2**8 else torch.int16 if self.num_buckets <= 2**15 else torch.int32
-            )
+        n = self.num_buckets
+        dtype = dtype or (torch.uint8 if n <= 2**8 else torch.int16 if n <= 2**15 else torch.int32)
         every = tuple(range(len(self.size)))
         windows = self.grid().to(dtype).flip(every)
         for axis in every:  # (h, w, h, w): keys as the query at (h-1-row, w-1-column) sees them
@@ -397,8 +394,7 @@ def get_bucket_ids(
 def _build(kind: str, mapping: str, height: int, width: int, device: torch.device) -> Tensor:
     """`BucketMap.offsets`, or ids (L, L), of a mapping "method skip alpha beta gamma"; symbolic sizes stay symbols."""
     method, skip, alpha, beta, gamma = mapping.split()
-    numbers = float(alpha), float(beta), float(gamma)
-    bucket_map = get_bucket_map(method, height, width, int(skip), *numbers)
+    bucket_map = get_bucket_map(method, height, width, int(skip), float(alpha), float(beta), float(gamma))
     if kind != "symbols":
         return (bucket_map.offsets if kind == "offsets" else bucket_map.ids(torch.long)).to(device)
     offsets, cells = bucket_map.grid().to(device, torch.long), torch.arange(height * width, device=device)
@@ -482,8 +478,7 @@ def _grid(tokens: int, skip: int, height: Size, width: Size) -> tuple[int, int]:
             )
         return side, side
     height, width = _as_int(height, "height", 1), _as_int(width, "width", 1)
-    if skip + height * width != tokens:
-        total = skip + height * width
+    if (total := skip + height * width) != tokens:
         raise ValueError(f"skip={skip} + height={height} * width={width} = {total} tokens, but the input has {tokens}")
     return height, width
 
@@ -527,8 +522,7 @@ class iRPE(nn.Module):
         transposed: True for an encoding on keys or queries, False for the one on values.
         num_buckets: N; derived, and checked when given.
         initializer: called with the zero table, changes it in place; tables stay zero without one.
-        rpe_config: `SingleRPEConfig`; the default of `get_single_rpe_config` when absent.
-        device, dtype: of the table.
+        rpe_config: `SingleRPEConfig`; the default of `get_single_rpe_config` when absent. device, dtype: of the table.
     The parameter is `lookup_table_bias` (H', N), or `lookup_table_weight` (H', D, N), on values (H', N, D).
     """
 
@@ -558,10 +552,10 @@ class iRPE(nn.Module):
         if num_buckets not in (None, config.num_buckets):
             raise ValueError(f"num_buckets={num_buckets}, but the configuration has {config.num_buckets}: leave it out")
         self.head_dim, self.num_heads = _as_int(head_dim, "head_dim", 1), _as_int(num_heads, "num_heads", 1)
-        self.rpe_config = config
         fields = (_METHOD_NAMES[config.method], config.skip, config.alpha, config.beta, config.gamma)
         self._mapping = " ".join(map(str, fields))  # text: torch.compile would turn floats into inputs of the graph
-        self.method, self.mode, self.num_buckets = config.method, config.mode, config.num_buckets
+        self.rpe_config, self.num_buckets = config, config.num_buckets
+        self.method, self.mode = config.method, config.mode
         self._columns = _columns(config.method, config.beta)
         self.transposed, self.initializer = transposed, initializer
         inner = (self.head_dim, self.num_buckets) if transposed else (self.num_buckets, self.head_dim)
@@ -648,6 +642,10 @@ class iRPE(nn.Module):
         if x.dtype != self.table.dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"the input is {x.dtype}, the table {self.table.dtype}: convert one, or use autocast")
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """torch.jit.script asks this of every module of a model before it reads one."""
+        raise TypeError("torch.jit.script cannot read iRPE: use torch.jit.trace, torch.export or torch.onnx.export")
+
     def extra_repr(self) -> str:
         where = "on queries or keys" if self.transposed else "on values"
         return (
@@ -672,9 +670,10 @@ class iRPE_Cross(nn.Module):
         super().__init__()
         if _as_method(method) != METHOD.CROSS:
             raise ValueError(f"method {method!r} has one table: use iRPE")
-        self.rp_rows = iRPE(head_dim, num_heads, mode, METHOD.CROSS_ROWS, **kwargs)
+        self.rp_rows = rows = iRPE(head_dim, num_heads, mode, METHOD.CROSS_ROWS, **kwargs)
         self.rp_cols = iRPE(head_dim, num_heads, mode, METHOD.CROSS_COLS, **kwargs)
-        self.method, self.mode, self.transposed = METHOD.CROSS, self.rp_rows.mode, self.rp_rows.transposed
+        self.method, self.mode, self.transposed = METHOD.CROSS, rows.mode, rows.transposed
+        self.head_dim, self.num_heads, self.num_buckets = rows.head_dim, rows.num_heads, rows.num_buckets  # of each
 
     def tables(self, x: Tensor, *size: Any, **options: Any) -> list[tuple[Tensor, BucketMap | Tensor]]:
         """The pairs (table, map) of rows and of columns, see `iRPE.tables`."""
@@ -793,6 +792,9 @@ def rpe_attention(
     return rpe.formula(q * scale, k, v, bias, empty, dropout_p)[0]
 
 
+_CHANGES = "forward", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"  # of a module
+
+
 class _Encodings(NamedTuple):
     """The encodings of one attention, and where its tokens are: attention written out."""
 
@@ -830,7 +832,7 @@ class _Encodings(NamedTuple):
             return 'takes one map for all samples; use "eager" for positions (B, L, 2)'
         for one in some:
             for part in (one, one.rp_rows, one.rp_cols) if isinstance(one, iRPE_Cross) else (one,):
-                if part._forward_hooks or part._forward_pre_hooks or type(part) not in (iRPE, iRPE_Cross):
+                if type(part) not in (iRPE, iRPE_Cross) or any(vars(part).get(name) for name in _CHANGES):
                     return 'reads the tables, without the hooks or the forward of an encoding; use "eager"'
         return ""
 

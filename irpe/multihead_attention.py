@@ -1,5 +1,6 @@
 """RPEMultiheadAttention: torch's nn.MultiheadAttention with image relative position encoding."""
 
+import copy
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config_io import rpe_config_from_string
+from .fx import one_node
 from .irpe import Places, RPEConfig, RPEModule, Size, _Encodings, _grid, build_rpe, iRPE, rpe_attention
 
 
@@ -65,6 +67,7 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
             raise ValueError(reason)
         add_encodings(self, config)
 
+    @one_node
     def forward(
         self,
         query: Tensor,
@@ -141,10 +144,19 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
             "pre-hook that keeps it away was removed: call torch.backends.mha.set_fastpath_enabled(False)"
         )
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script reads in its place: without tables that is `nn.MultiheadAttention`."""
+        if not (self.rpe_q is None and self.rpe_k is None and self.rpe_v is None):
+            return self  # its tables have a word to say
+        plain = copy.copy(self)
+        plain.__class__ = nn.MultiheadAttention  # type: ignore[assignment]
+        return plain
+
     def _reset_parameters(self) -> None:
         super()._reset_parameters()
         for one in self.modules():  # none yet where the constructor of nn.MultiheadAttention calls this
-            if isinstance(one, iRPE):
+            # transformers calls this for what it has loaded, too, and marks the weights that there were
+            if isinstance(one, iRPE) and not getattr(one.table, "_is_hf_initialized", False):
                 one.reset_parameters()
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -167,14 +179,15 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
             )
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-        weights: Any
-        if self.in_proj_weight is not None:
-            if query is key and key is value:
-                return list(F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1))
-            weights = self.in_proj_weight.chunk(3)
-        else:
-            weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
-        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        packed = self.in_proj_weight is not None
+        weights: Any = self.in_proj_weight if packed else (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        bias: Any = self.in_proj_bias
+        if bias is not None:  # torch takes one of any dtype, where its input is not contiguous
+            bias = bias.to((weights if packed else weights[0]).dtype)
+        if packed and query is key and key is value:
+            return list(F.linear(query, weights, bias).chunk(3, -1))
+        weights = weights.chunk(3) if packed else weights
+        biases = (None,) * 3 if bias is None else bias.chunk(3)
         return [F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
 
     def _by_head(self, x: Tensor) -> Tensor:

@@ -37,7 +37,8 @@ class Variant(NamedTuple):
 
     @property
     def name(self) -> str:
-        data = dict(self.types).get("q", "").strip("*")
+        types = dict(self.types)
+        data = types.get("q", types.get("x", "")).strip("*")
         given = [f"{name}={value}" for name, value in (*self.constants, *self.options) if value is not None]
         known = dict(self.constants)
         if known.get("ON_V") and known.get("values1", 0) is None:
@@ -130,9 +131,10 @@ def _compiled(variant: Variant, target: str, only_front_end: bool) -> Report:
 
 
 def _kernel(name: str) -> Any:
-    from . import _triton_axes, _triton_lookup
+    from . import _triton_axes, _triton_lookup, _triton_tables
 
-    return getattr(_triton_axes if name.startswith("axes") else _triton_lookup, name)
+    modules = {"axes": _triton_axes, "table": _triton_tables}
+    return getattr(modules.get(name.split("_")[0], _triton_lookup), name)
 
 
 def _warm(kernel: Any, variant: Variant) -> Any:

@@ -27,8 +27,8 @@ from ._triton_places import (
 @kernel
 def axes_forward(
     q, k, v, out, lse, q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l,
-    q1, q1_ids, q1_b, q1_h, q1_r, q1_n8, k1, k1_ids, k1_b, k1_h, k1_r, k1_n8,
-    v1_ids, sums1, v1_n8,
+    q1, q1_ids, q1_b, q1_h, q1_r, q1_n8, q1_up, k1, k1_ids, k1_b, k1_h, k1_r, k1_n8, k1_up,
+    v1_ids, v1_n8, v1_up, sums1, s_b, s_h,
     mask, m_b, m_h, m_i, m_j, masked, seed, below, factor, H, L, height, width, skip, scale, D8,
     ON_Q: tl.constexpr, ON_K: tl.constexpr, ON_V: tl.constexpr, EXTRA: tl.constexpr, WIDE: tl.constexpr,
     GROUPS: tl.constexpr, SLOTS: tl.constexpr, DEEP: tl.constexpr, PLACES: tl.constexpr, PRECISION: tl.constexpr,
@@ -46,7 +46,7 @@ def axes_forward(
     weight = tl.zeros((R,), tl.float32)
     acc = tl.zeros((R, WIDE), tl.float32)
     if ON_V:
-        at_sums = sums_of(sums1, head, L, v1_n8)
+        at_sums = sums_of(sums1, b * s_b + h * s_h, L, v1_n8)
         total = tl.zeros((R, PLACES), tl.float32)
         tops = tl.full((R, PLACES), float("-inf"), tl.float32)  # of each row bucket: what its sums are relative to
         g = tl.arange(0, PLACES)
@@ -65,13 +65,13 @@ def axes_forward(
             s = dot(rows_q, tl.trans(rows_k), None, PRECISION) * scale
             if ON_K:
                 s += near_table(
-                    head_of(k1, b, h, k1_b, k1_h), k1_r, k1_n8, k1_ids, i, i_there, i_skip, row, down, deep,
+                    head_of(k1, b, h, k1_b, k1_h), k1_r, k1_n8, k1_up, k1_ids, i, i_there, i_skip, row, down, deep,
                     last, height, P_k, PRECISION, GROUPS, DEEP, PLACES,
                 )  # fmt: skip
             if ON_Q:
                 s += far_table(
-                    head_of(q1, b, h, q1_b, q1_h), q1_r, q1_n8, q1_ids, j, j_there, class_q, line, i_skip, row, down,
-                    deep, last, height, PRECISION, GROUPS, DEEP, PLACES,
+                    head_of(q1, b, h, q1_b, q1_h), q1_r, q1_n8, q1_up, q1_ids, j, j_there, class_q, line, i_skip,
+                    row, down, deep, last, height, PRECISION, GROUPS, DEEP, PLACES,
                 )  # fmt: skip
             if EXTRA:
                 if masked > 0:
@@ -91,12 +91,12 @@ def axes_forward(
             if ON_V:
                 X = lines_of(p, P_v, down >= last, PRECISION, GROUPS, DEEP, PLACES)
                 total, tops = add_fading_lines(
-                    X, total * fade[:, None], tops, finite, at_sums, v1_n8, v1_ids, i, i_there, i_skip, row, down,
-                    deep, height, DEEP, PLACES,
+                    X, total * fade[:, None], tops, finite, at_sums, v1_n8, v1_up, v1_ids, i, i_there, i_skip, row,
+                    down, deep, height, DEEP, PLACES,
                 )  # fmt: skip
             top = new
         if ON_V:
-            here = row_bucket(v1_ids, row - height + 1, i_skip, v1_n8, height, PLACES)
+            here = row_bucket(v1_ids, row - height + 1, i_skip, v1_n8, v1_up, height, PLACES)
             finite = tl.where(top == float("-inf"), 0.0, top)
             total, tops = add_fading(at_sums, total, tops, finite, i_there, here, i, v1_n8, PLACES)
     whole = tl.where(weight == 0, 1.0, weight)
@@ -120,8 +120,8 @@ def axes_forward(
 def axes_backward_queries(
     q, k, v, grad_out, out, lse, delta, grad_q,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, g_b, g_h, g_l, o_b, o_h, o_l,
-    q1, q1_ids, q1_b, q1_h, q1_r, q1_n8, k1, k1_ids, k1_b, k1_h, k1_r, k1_n8,
-    v1, v1_ids, v1_b, v1_h, v1_r, v1_n8, values1, sums1,
+    q1, q1_ids, q1_b, q1_h, q1_r, q1_n8, q1_up, k1, k1_ids, k1_b, k1_h, k1_r, k1_n8, k1_up,
+    v1, v1_ids, v1_b, v1_h, v1_r, v1_n8, v1_up, values1, sums1, s_b, s_h,
     mask, m_b, m_h, m_i, m_j, masked, seed, below, factor, H, L, height, width, skip, scale, D8,
     ON_Q: tl.constexpr, ON_K: tl.constexpr, ON_V: tl.constexpr, EXTRA: tl.constexpr, WIDE: tl.constexpr,
     GROUPS: tl.constexpr, SLOTS: tl.constexpr, DEEP: tl.constexpr, PLACES: tl.constexpr, PRECISION: tl.constexpr,
@@ -150,7 +150,7 @@ def axes_backward_queries(
     wide, deep, parts, free, last, more = tiling(height, width, skip, DEEP, SLOTS)
     acc = tl.zeros((R, WIDE), tl.float32)
     if ON_K:
-        at_sums = sums_of(sums1, head, L, k1_n8)
+        at_sums = sums_of(sums1, b * s_b + h * s_h, L, k1_n8)
         total = tl.zeros((R, PLACES), tl.float32)
         clear_sums(at_sums, i, i_there, k1_n8)
     for part in range(0, parts):
@@ -167,13 +167,13 @@ def axes_backward_queries(
             s = dot(rows_q, tl.trans(rows_k), None, PRECISION) * scale
             if ON_K:
                 s += near_table(
-                    head_of(k1, b, h, k1_b, k1_h), k1_r, k1_n8, k1_ids, i, i_there, i_skip, row, down, deep,
+                    head_of(k1, b, h, k1_b, k1_h), k1_r, k1_n8, k1_up, k1_ids, i, i_there, i_skip, row, down, deep,
                     last, height, P_k, PRECISION, GROUPS, DEEP, PLACES,
                 )  # fmt: skip
             if ON_Q:
                 s += far_table(
-                    head_of(q1, b, h, q1_b, q1_h), q1_r, q1_n8, q1_ids, j, j_there, class_q, line, i_skip, row, down,
-                    deep, last, height, PRECISION, GROUPS, DEEP, PLACES,
+                    head_of(q1, b, h, q1_b, q1_h), q1_r, q1_n8, q1_up, q1_ids, j, j_there, class_q, line, i_skip,
+                    row, down, deep, last, height, PRECISION, GROUPS, DEEP, PLACES,
                 )  # fmt: skip
             if EXTRA:
                 if masked > 0:
@@ -184,7 +184,7 @@ def axes_backward_queries(
             grad = dot(rows_grad, tl.trans(rows_v), None, PRECISION)
             if ON_V:
                 grad += near_table(
-                    head_of(v1, b, h, v1_b, v1_h), v1_r, v1_n8, v1_ids, i, i_there, i_skip, row, down, deep,
+                    head_of(v1, b, h, v1_b, v1_h), v1_r, v1_n8, v1_up, v1_ids, i, i_there, i_skip, row, down, deep,
                     last, height, P_v, PRECISION, GROUPS, DEEP, PLACES,
                 )  # fmt: skip
             if EXTRA:
@@ -195,11 +195,11 @@ def axes_backward_queries(
             if ON_K:
                 X = lines_of(grad, P_k, down >= last, PRECISION, GROUPS, DEEP, PLACES)
                 total = add_lines(
-                    X, total, at_sums, k1_n8, k1_ids, i, i_there, i_skip, row, down, deep, height,
+                    X, total, at_sums, k1_n8, k1_up, k1_ids, i, i_there, i_skip, row, down, deep, height,
                     DEEP, PLACES,
                 )  # fmt: skip
         if ON_K:
-            here = row_bucket(k1_ids, row - height + 1, i_skip, k1_n8, height, PLACES)
+            here = row_bucket(k1_ids, row - height + 1, i_skip, k1_n8, k1_up, height, PLACES)
             total = add_total(at_sums, total, i_there, here, i, k1_n8, PLACES)
     stride = H * D8  # grad_q is (B, L, H, D)
     put_rows(head_of(grad_q, b, h, L * stride, D8), acc * scale, stride, i, i_there, D8, WIDE)
@@ -209,8 +209,8 @@ def axes_backward_queries(
 def axes_backward_keys(
     q, k, v, grad_out, lse, delta, grad_k, grad_v,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, g_b, g_h, g_l,
-    q1, q1_ids, q1_b, q1_h, q1_r, q1_n8, k1, k1_ids, k1_b, k1_h, k1_r, k1_n8,
-    v1, v1_ids, v1_b, v1_h, v1_r, v1_n8, sums1,
+    q1, q1_ids, q1_b, q1_h, q1_r, q1_n8, q1_up, k1, k1_ids, k1_b, k1_h, k1_r, k1_n8, k1_up,
+    v1, v1_ids, v1_b, v1_h, v1_r, v1_n8, v1_up, sums1, s_b, s_h,
     mask, m_b, m_h, m_i, m_j, masked, seed, below, factor, H, L, height, width, skip, scale, D8,
     ON_Q: tl.constexpr, ON_K: tl.constexpr, ON_V: tl.constexpr, EXTRA: tl.constexpr, WIDE: tl.constexpr,
     GROUPS: tl.constexpr, SLOTS: tl.constexpr, DEEP: tl.constexpr, PLACES: tl.constexpr, PRECISION: tl.constexpr,
@@ -227,7 +227,7 @@ def axes_backward_keys(
     wide, deep, parts, free, last, more = tiling(height, width, skip, DEEP, SLOTS)
     acc_k, acc_v = tl.zeros((R, WIDE), tl.float32), tl.zeros((R, WIDE), tl.float32)
     if ON_Q:
-        at_sums = sums_of(sums1, head, L, q1_n8)
+        at_sums = sums_of(sums1, b * s_b + h * s_h, L, q1_n8)
         total = tl.zeros((R, PLACES), tl.float32)
         clear_sums(at_sums, j, j_there, q1_n8)
     for part in range(0, parts):
@@ -244,13 +244,13 @@ def axes_backward_keys(
             s = dot(rows_k, tl.trans(rows_q), None, PRECISION) * scale
             if ON_Q:
                 s += near_table(
-                    head_of(q1, b, h, q1_b, q1_h), q1_r, q1_n8, q1_ids, j, j_there, j_skip, row, down, deep,
+                    head_of(q1, b, h, q1_b, q1_h), q1_r, q1_n8, q1_up, q1_ids, j, j_there, j_skip, row, down, deep,
                     last, height, P_q, PRECISION, GROUPS, DEEP, PLACES,
                 )  # fmt: skip
             if ON_K:
                 s += far_table(
-                    head_of(k1, b, h, k1_b, k1_h), k1_r, k1_n8, k1_ids, i, i_there, class_k, line, j_skip, row, down,
-                    deep, last, height, PRECISION, GROUPS, DEEP, PLACES,
+                    head_of(k1, b, h, k1_b, k1_h), k1_r, k1_n8, k1_up, k1_ids, i, i_there, class_k, line, j_skip,
+                    row, down, deep, last, height, PRECISION, GROUPS, DEEP, PLACES,
                 )  # fmt: skip
             there = j_there[:, None] & i_there[None, :]
             if EXTRA:
@@ -263,8 +263,8 @@ def axes_backward_keys(
             grad = dot(rows_v, tl.trans(rows_grad), None, PRECISION)
             if ON_V:
                 grad += far_table(
-                    head_of(v1, b, h, v1_b, v1_h), v1_r, v1_n8, v1_ids, i, i_there, class_v, line, j_skip, row, down,
-                    deep, last, height, PRECISION, GROUPS, DEEP, PLACES,
+                    head_of(v1, b, h, v1_b, v1_h), v1_r, v1_n8, v1_up, v1_ids, i, i_there, class_v, line, j_skip,
+                    row, down, deep, last, height, PRECISION, GROUPS, DEEP, PLACES,
                 )  # fmt: skip
             dropped = p
             if EXTRA:
@@ -277,11 +277,11 @@ def axes_backward_keys(
             if ON_Q:
                 X = lines_of(grad, P_q, down >= last, PRECISION, GROUPS, DEEP, PLACES)
                 total = add_lines(
-                    X, total, at_sums, q1_n8, q1_ids, j, j_there, j_skip, row, down, deep, height,
+                    X, total, at_sums, q1_n8, q1_up, q1_ids, j, j_there, j_skip, row, down, deep, height,
                     DEEP, PLACES,
                 )  # fmt: skip
         if ON_Q:
-            here = row_bucket(q1_ids, row - height + 1, j_skip, q1_n8, height, PLACES)
+            here = row_bucket(q1_ids, row - height + 1, j_skip, q1_n8, q1_up, height, PLACES)
             total = add_total(at_sums, total, j_there, here, j, q1_n8, PLACES)
     stride = H * D8  # both are (B, L, H, D)
     put_rows(head_of(grad_k, b, h, L * stride, D8), acc_k * scale, stride, j, j_there, D8, WIDE)

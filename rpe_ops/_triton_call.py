@@ -49,10 +49,10 @@ def call_of(q: Tensor, k: Tensor, mask: Tensor | None, seed: Tensor | None, scal
             seed = q.new_empty(1, dtype=torch.int64)
         rest += (seed, below, 1 / (1 - p) if p < 1 else 0.0)
     wide = next(x for x in WIDTHS if x >= D)
-    return Call(B, H, Lq, Lk, D, wide, q.dtype, q.device, extra, rest, scale, *_device(q))
+    return Call(B, H, Lq, Lk, D, wide, q.dtype, q.device, extra, rest, scale, *precision_of(q))
 
 
-def _device(q: Tensor) -> tuple[str, int]:
+def precision_of(q: Tensor) -> tuple[str, int]:
     """How products of float32 are computed, and the major compute capability."""
     if q.device.type == "cpu":
         return "interpreted", 8
@@ -91,10 +91,33 @@ def empty_heads(x: Tensor, tokens: int, head: int) -> Tensor:
     return x.new_empty(x.shape[0], tokens, x.shape[1], (head + 7) // 8 * 8).transpose(1, 2)
 
 
+_HERE = contextlib.nullcontext()
+
+
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    """Kernels go to the current device, which is nearly always that of x."""
+    return torch.cuda.device(x.device) if x.is_cuda and x.device.index != torch.cuda.current_device() else _HERE
+
+
+_PLAIN = {int, float, type(None)}
+_compiled: dict[tuple, tuple[Any, tuple]] = {}
 
 
 def launch(module: Any, name: str, grid: tuple[int, ...], arguments: tuple, constants: dict[str, Any]) -> None:
-    """Every kernel goes through here."""
-    getattr(module, name)[grid](*arguments, **constants)
+    """Every kernel goes through here.
+
+    What Triton compiled is kept by all that it depends on, the types of arguments and the constants: Triton itself
+    takes longer to find that out in every launch than all the rest of a launch takes.
+    """
+    types = tuple(map(type, arguments))
+    dtypes = [x.dtype for x, its in zip(arguments, types, strict=True) if its not in _PLAIN]
+    key = (name, arguments[0].device, types, *dtypes, *constants.values())
+    found = _compiled.get(key)
+    if found is not None:
+        compiled, rest = found
+        compiled[grid if len(grid) == 3 else (*grid, 1, 1)[:3]](*arguments, *rest)
+        return
+    kernel = getattr(module, name)
+    compiled = kernel[grid](*arguments, **constants)
+    if hasattr(compiled, "launch_metadata"):  # the interpreter compiles nothing
+        _compiled[key] = compiled, tuple([constants[word] for word in kernel.arg_names[len(arguments) :]])

@@ -1,5 +1,6 @@
 """Calls of the kernels that look buckets up, for maps of any kind: `_triton_lookup`."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -144,6 +145,7 @@ def look_up(
         )
 
 
+@functools.cache
 def constants_of(
     name: str, on: tuple[bool, ...], extra: bool, wide: int, most: int, precision: str, major: int
 ) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 """What the Triton kernels for maps that factor do: look-ups and bucket sums as small matrix products.
 
 The bucket of an offset is rows[dr] + columns[dc]. Tables are in PLACES form: N is a multiple of PLACES, which is 8 or
-16, rows has multiples of PLACES, columns has 0, 1, ..., below PLACES - 1 where there are tokens of skip; all places of
-the last row of PLACES, and the last place of each, are those of skip tokens. PLACES numbers are read at a time.
+16; columns has 0, 1, ..., below PLACES - 1 where there are tokens of skip, and rows, whose numbers are multiples of the
+number of columns, has multiples of PLACES once they are multiplied by `up` / 2^16; all places of the last row of
+PLACES, and the last place of each, are those of skip tokens. PLACES numbers are read at a time.
 
 A program has GROUPS groups of 16 tokens, each in one image column; a tile is DEEP image rows at most.
 
@@ -88,21 +89,21 @@ def places_of(axes, mine, line, column, on_map, h, w, DEEP: tl.constexpr, PLACES
 
 
 @triton.jit
-def row_bucket(axes, difference, skipped, N8, h, PLACES: tl.constexpr):
-    """rows[difference], where PLACES buckets begin, or the last row's."""
-    at = tl.load(axes + tl.minimum(tl.maximum(difference + h - 1, 0), 2 * h - 2))
+def row_bucket(axes, difference, skipped, N8, up, h, PLACES: tl.constexpr):
+    """rows[difference] up / 2^16, where PLACES buckets begin, or the last row's."""
+    at = tl.load(axes + tl.minimum(tl.maximum(difference + h - 1, 0), 2 * h - 2)) * up >> 16
     return tl.where(skipped, N8 * 8 - PLACES, tl.maximum(tl.minimum(at, N8 * 8 - PLACES), 0)) // 8 * 8
 
 
 @triton.jit
 def near_table(
-    lut, stride, N8, axes, token, there, is_skip, row, down, deep, last, h, P, PRECISION: tl.constexpr,
+    lut, stride, N8, up, axes, token, there, is_skip, row, down, deep, last, h, P, PRECISION: tl.constexpr,
     GROUPS: tl.constexpr, DEEP: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
     """(R, SLOTS) of table[i, bucket(i, slot)]."""
     lines = down * deep + tl.arange(0, DEEP)
     skipped = (is_skip | (down >= last))[:, None]
-    at = row_bucket(axes, row[:, None] - lines[None, :], skipped, N8, h, PLACES)  # (R, DEEP)
+    at = row_bucket(axes, row[:, None] - lines[None, :], skipped, N8, up, h, PLACES)  # (R, DEEP)
     n = (token * (stride * 8))[:, None] + at
     A = tl.load(lut + (n[:, :, None] + tl.arange(0, PLACES)[None, None, :]), mask=there[:, None, None], other=0.0)
     A = tl.reshape(A, (GROUPS, 16, DEEP * PLACES))
@@ -111,13 +112,13 @@ def near_table(
 
 @triton.jit
 def far_table(
-    lut, stride, N8, axes, token, there, of_column, line, is_skip, row, down, deep, last, h,
+    lut, stride, N8, up, axes, token, there, of_column, line, is_skip, row, down, deep, last, h,
     PRECISION: tl.constexpr, GROUPS: tl.constexpr, DEEP: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
     """(R, SLOTS) of table[slot, bucket(slot, i)]; of_column is the class of each group and slot."""
     g = tl.arange(0, PLACES)
     lines = down * deep + tl.arange(0, DEEP)
-    of_row = row_bucket(axes, lines[None, :] - row[:, None], is_skip[:, None], N8, h, PLACES)  # (R, DEEP)
+    of_row = row_bucket(axes, lines[None, :] - row[:, None], is_skip[:, None], N8, up, h, PLACES)  # (R, DEEP)
     ones = tl.where(of_row[:, :, None] == (g * PLACES)[None, None, :], 1.0, 0.0).to(lut.dtype.element_ty)
     ones = tl.reshape(ones, (GROUPS, 16, DEEP * PLACES))
     n = (token * (stride * 8))[None, :] + tl.where(down < last, of_column, PLACES - 1)  # (GROUPS, SLOTS)
@@ -172,15 +173,15 @@ def add_total(sums, total, put, here, token, N8, PLACES: tl.constexpr):
 
 @triton.jit
 def add_lines(
-    X, total, sums, N8, axes, token, there, is_skip, row, down, deep, h, DEEP: tl.constexpr, PLACES: tl.constexpr
+    X, total, sums, N8, up, axes, token, there, is_skip, row, down, deep, h, DEEP: tl.constexpr, PLACES: tl.constexpr
 ):
     """Lines of a tile to the running total, which goes to memory wherever the next image row has another bucket."""
     for at in tl.static_range(DEEP):
         r = down * deep + at
         if at < deep:
             total += line_of(X, at, DEEP)
-            here = row_bucket(axes, row - r, is_skip, N8, h, PLACES)
-            after = row_bucket(axes, row - r - 1, is_skip, N8, h, PLACES)
+            here = row_bucket(axes, row - r, is_skip, N8, up, h, PLACES)
+            after = row_bucket(axes, row - r - 1, is_skip, N8, up, h, PLACES)
             total = add_total(sums, total, there & (here != after) & (r < h - 1), here, token, N8, PLACES)
     return total
 
@@ -198,7 +199,7 @@ def add_fading(sums, total, tops, top, put, here, token, N8, PLACES: tl.constexp
 
 @triton.jit
 def add_fading_lines(
-    X, total, tops, top, sums, N8, axes, token, there, is_skip, row, down, deep, h,
+    X, total, tops, top, sums, N8, up, axes, token, there, is_skip, row, down, deep, h,
     DEEP: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
     """`add_lines` of such weights."""
@@ -206,8 +207,8 @@ def add_fading_lines(
         r = down * deep + at
         if at < deep:
             total += line_of(X, at, DEEP)
-            here = row_bucket(axes, row - r, is_skip, N8, h, PLACES)
-            after = row_bucket(axes, row - r - 1, is_skip, N8, h, PLACES)
+            here = row_bucket(axes, row - r, is_skip, N8, up, h, PLACES)
+            after = row_bucket(axes, row - r - 1, is_skip, N8, up, h, PLACES)
             put = there & (here != after) & (r < h - 1)
             total, tops = add_fading(sums, total, tops, top, put, here, token, N8, PLACES)
     return total, tops

@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from . import _triton_axes, _triton_call_axes, _triton_call_lookup, _triton_lookup
+from . import _triton_axes, _triton_call_axes, _triton_call_lookup, _triton_call_tables, _triton_lookup, _triton_tables
 from ._triton_ahead import Variant
 from ._triton_call import WIDTHS
 from ._triton_call_lookup import MOST, PLAN, SUMMED
@@ -19,6 +19,8 @@ def variants(target: str) -> Iterator[Variant]:
     rough = ("tf32x3", "tf32") if target.startswith("cuda") else ("ieee",)
     numbers = [("fp16", "ieee"), ("bf16", "ieee"), *(("fp32", precision) for precision in rough)]
     yield variant(_triton_lookup.plan, "fp32", PLAN)
+    for (dtype, precision), wide, even in itertools.product(numbers, WIDTHS, (True, False)):
+        yield variant(_triton_tables.table_sums, dtype, _triton_call_tables.constants_of(wide, even, precision))
     for name, on, extra in itertools.product(SUMMED, _FLAGS, (False, True)):
         most_of = (64, MOST) if on[SUMMED[name]] else (1,)
         for (dtype, precision), wide, most in itertools.product(numbers, WIDTHS, most_of):
@@ -26,7 +28,7 @@ def variants(target: str) -> Iterator[Variant]:
             yield from _with_and_without_values(getattr(_triton_lookup, name), dtype, constants)
     for name, on, extra in itertools.product(_AXES, _FLAGS[1:], (False, True)):
         for (dtype, precision), wide, places in itertools.product(numbers, WIDTHS, (8, 16)):
-            constants = _triton_call_axes.constants_of(on, extra, wide, places, precision, major)
+            constants = _triton_call_axes.constants_of(name, on, extra, wide, places, precision, major)
             yield from _with_and_without_values(getattr(_triton_axes, name), dtype, constants)
 
 
@@ -44,15 +46,19 @@ def usual(target: str) -> Iterator[Variant]:
     """Those of 16 bits without mask and dropout, on keys or on queries, keys and values."""
     for one in variants(target):
         known = dict(one.constants)
+        if one.kernel == "table_sums":
+            if known["WIDE"] == 64 and dict(one.types)["x"] != "*fp32":
+                yield one
+            continue
         some = (known.get("ON_Q"), known.get("ON_K"), known.get("ON_V")) in ((False, True, False), (True, True, True))
         if some and not known["EXTRA"] and known["WIDE"] == 64 and dict(one.types)["q"] != "*fp32":
             yield one
 
 
-_POINTERS = {"lse": "*fp32", "delta": "*fp32", "mask": "*fp32", "seed": "*i64"}
+_POINTERS = {"parts": "*fp32", "lse": "*fp32", "delta": "*fp32", "mask": "*fp32", "seed": "*i64"}
 _TURNED = {"q": "ON_Q", "k": "ON_K", "v": "ON_V"}
 _SUMS = dict(forward="ON_V", backward_queries="ON_K", backward_keys="ON_Q")
-_DATA = "q k v out grad_out grad_q grad_k grad_v q1 q2 k1 k2 v1 v2 values1 values2 sums1 sums2".split()
+_DATA = "x g q k v out grad_out grad_q grad_k grad_v q1 q2 k1 k2 v1 v2 values1 values2 sums1 sums2".split()
 
 
 def variant(kernel: Any, dtype: str, constants: dict[str, Any], values: bool = True) -> Variant:

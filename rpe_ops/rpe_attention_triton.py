@@ -1,7 +1,8 @@
 """The backend "triton" of `rpe_attention`: tiles on a GPU that never hold an (Lq, Lk) tensor, forward and backward.
 
 The kernels read side tables: `W` is multiplied here, once more in the backward, so that no side table is kept from one
-to the other. Products take all heads at once, in the layout that projections have, so nothing is copied for them.
+to the other. Products take all heads at once, in the layout that projections have, so nothing is copied for them. W
+comes first to the form in which kernels read tables (`_triton_call_axes.in_places`): it is small, side tables are not.
 """
 
 import importlib.util
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from . import _torch, _triton_call, _triton_launch, rpe_attention_eager
+from ._triton_call_axes import Axes, in_places, out_of_places, turn
+from ._triton_call_tables import table_sums
 from .maps import NUMBERS, from_numbers
 
 KEEPS_OUT = True
@@ -102,21 +105,24 @@ def _forward(
     or_eager: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     maps: tuple[Any, ...] = (maps_q, maps_k, maps_v, numbers_q, numbers_k, numbers_v)
+    axes = _triton_launch.axes_of(q, k, maps[:3], maps[3:])
     try:
         luts = (
-            [_side_table(k, table, scale) for table in tables_q],
-            [_side_table(q, table, scale) for table in tables_k],
+            [_side_table(k, _placed(table, axes, 0, k), scale) for table in tables_q],
+            [_side_table(q, _placed(table, axes, 1, q), scale) for table in tables_k],
         )
         arguments: tuple[Any, ...] = (q, k, v, *luts, *maps, attn_mask, seed, scale, dropout_p)
-        out, lse, sums = _triton_launch.forward(*arguments)
+        out, lse, sums = _triton_launch.forward(*arguments, by_head=bool(tables_v))
+        for bucket_sums, W in zip(sums, tables_v, strict=False):
+            its = in_places(W.transpose(1, 2), axes, 2, q).transpose(1, 2)
+            _by_head(out).baddbmm_(_by_head(bucket_sums), its)
     except Exception as error:
         _give_up(q, error, or_eager)
         pairs = _pairs(q, k, v, tables_q, tables_k, tables_v, *maps)
         rest = dict(scale=scale, attn_mask=attn_mask, dropout_p=dropout_p, seed=seed)
         out, lse, sums = rpe_attention_eager.attention_and_lse(*pairs, **rest)
-        return _heads_inside(q, out), lse, [x.contiguous() for x in sums]
-    for bucket_sums, W in zip(sums, tables_v, strict=False):
-        _by_head(out).baddbmm_(_by_head(bucket_sums), W.to(q.dtype))
+        sums = [_kept(x, axes) if tables_v else x.contiguous() for x in sums]
+        return _heads_inside(q, out), lse, sums
     return out, lse, sums
 
 
@@ -145,35 +151,41 @@ def _backward(
     or_eager: bool,
 ) -> list[Tensor]:
     maps: tuple[Any, ...] = (maps_q, maps_k, maps_v, numbers_q, numbers_k, numbers_v)
+    axes = _triton_launch.axes_of(q, k, maps[:3], maps[3:])
+    by_head = any(table.dim() == 3 for table in (*tables_q, *tables_k))
     try:
-        luts = (
-            [_side_table(k, table, scale) for table in tables_q],
-            [_side_table(q, table, scale) for table in tables_k],
-        )
+        placed_q = [_placed(table, axes, 0, k) for table in tables_q]
+        placed_k = [_placed(table, axes, 1, q) for table in tables_k]
+        luts = [_side_table(k, W, scale) for W in placed_q], [_side_table(q, W, scale) for W in placed_k]
         if tables_v:  # out has S W, so <grad_out, out> has what the sums would add to delta
-            of_sums, of_delta = [_side_table(grad_out, W.transpose(1, 2), 1.0) for W in tables_v], []
+            of_sums = [_side_table(grad_out, in_places(W.transpose(1, 2), axes, 2, q), 1.0) for W in tables_v]
+            of_delta: list[Tensor] = []
         else:
             of_sums, of_delta = grad_sums, sums
         before = (grad_out, of_sums, q, k, v, out, of_delta, lse)
         arguments: tuple[Any, ...] = (*before, *luts, *maps, attn_mask, seed, scale, dropout_p)
-        grad_q, grad_k, grad_v, of_q, of_k = _triton_launch.backward(*arguments)
+        grad_q, grad_k, grad_v, of_q, of_k = _triton_launch.backward(*arguments, by_head=by_head)
+        grads = [grad_q, grad_k, grad_v]
+        for term, x, of_x, tables, placed, of_tables in (
+            (0, k, grad_k, tables_q, placed_q, of_q),
+            (1, q, grad_q, tables_k, placed_k, of_k),
+        ):
+            for table, W, of_table in zip(tables, placed, of_tables, strict=True):
+                if table.dim() == 3:
+                    _by_head(of_x).baddbmm_(_by_head(of_table), W.transpose(1, 2), alpha=scale)
+                    of_table = table_sums(x, of_table, scale)
+                if by_head:
+                    of_table = out_of_places(of_table, axes, term)
+                grads.append(of_table.contiguous().to(table.dtype))
+        for bucket_sums, W in zip(sums, tables_v, strict=False):
+            of_W = out_of_places(table_sums(grad_out, bucket_sums, 1.0), axes, 2)
+            grads.append(of_W.transpose(1, 2).contiguous().to(W.dtype))
     except Exception as error:
         _give_up(q, error, or_eager)
         pairs = _pairs(q, k, v, tables_q, tables_k, tables_v, *maps)
         rest = dict(scale=scale, attn_mask=attn_mask, dropout_p=dropout_p, seed=seed)
         grads = rpe_attention_eager.gradients(grad_out, grad_sums, pairs, **rest)
         return [_heads_inside(q, x) for x in grads[:3]] + [x.contiguous() for x in grads[3:]]
-    grads = [grad_q, grad_k, grad_v]
-    for x, of_x, tables, of_tables in ((k, grad_k, tables_q, of_q), (q, grad_q, tables_k, of_k)):
-        for table, of_table in zip(tables, of_tables, strict=True):
-            if table.dim() == 3:
-                by_head = _by_head(of_table)  # (H, B L, N)
-                _by_head(of_x).baddbmm_(by_head, table.to(q.dtype).transpose(1, 2), alpha=scale)
-                grads.append(torch.bmm(_by_head(x).transpose(1, 2), by_head).mul_(scale).to(table.dtype))
-            else:
-                grads.append(of_table.contiguous().to(table.dtype))
-    for bucket_sums, W in zip(sums, tables_v, strict=False):
-        grads.append(torch.bmm(_by_head(bucket_sums).transpose(1, 2), _by_head(grad_out)).to(W.dtype))
     return grads
 
 
@@ -185,6 +197,20 @@ def _by_head(x: Tensor) -> Tensor:
 def _heads_inside(q: Tensor, x: Tensor) -> Tensor:
     """x in memory as the kernels leave it."""
     return _empty_heads(q, x.shape[2]).copy_(x)
+
+
+def _placed(table: Tensor, axes: Axes | None, term: int, x: Tensor) -> Tensor:
+    """W as kernels want it; or the side table that is there already."""
+    return in_places(table, axes, term, x) if table.dim() == 3 else table
+
+
+def _kept(sums: Tensor, axes: Axes | None) -> Tensor:
+    """Bucket sums beside W, of the formula, as kernels would have left them."""
+    found = None if axes is None else turn(axes, 2, sums)
+    if axes is None:
+        return sums.contiguous()
+    placed = sums if found is None else sums @ found.once
+    return placed.transpose(0, 1).contiguous().transpose(0, 1)
 
 
 def _side_table(x: Tensor, table: Tensor, scale: float) -> Tensor:
@@ -232,7 +258,11 @@ def _empty_heads(q: Tensor, tokens: int) -> Tensor:
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     B, H, Lq, _ = q.shape
-    sums = [q.new_empty(B, H, Lq, num_buckets) for num_buckets in rest[8][3::NUMBERS]]
+    axes = _triton_launch.axes_of(q, k, rest[3:6], rest[6:9]) if rest[2] else None
+    if axes is None:
+        sums = [q.new_empty(B, H, Lq, num_buckets) for num_buckets in rest[8][3::NUMBERS]]
+    else:
+        sums = [q.new_empty(H, B, Lq, axes.size[2]).transpose(0, 1)]
     return _empty_heads(q, Lq), q.new_empty(q.shape[:3], dtype=torch.float32), sums
 
 

@@ -2,10 +2,11 @@
 
     python setup.py build_ext --inplace          # beside the sources, for this directory alone
     python setup.py install --user               # for every project; inside a virtual environment, into that
-    pip install --no-build-isolation ./rpe_ops   # the same, so that pip can remove it again
+    pip install --no-build-isolation ./rpe_ops   # the same; `pip uninstall rpe_ops_libraries` removes either
 
 The CPU needs a C++17 compiler. CUDA is built where nvcc is found, whether or not a GPU is visible. Environment:
 
+    RPE_OPS_CPU           0: leave the CPU out, where its library is there already
     RPE_OPS_CUDA          1: build CUDA or fail; 0: leave it out
     TORCH_CUDA_ARCH_LIST  such as "8.0;9.0+PTX"; by default all of sm_80, sm_90 and sm_100 that nvcc knows, the last
                           with PTX, which newer GPUs compile when they first load it
@@ -74,16 +75,18 @@ def extensions() -> list[Any]:
     # g++ warns of the undefined operands inside its own AVX-512 headers
     cxx = ["/O2", "/std:c++17"] if os.name == "nt" else ["-O3", "-Wno-maybe-uninitialized"]
     cxx += os.environ.get("RPE_OPS_CXXFLAGS", "").split()
-    found = [
-        CppExtension(
-            "_rpe_ops_C",
-            ["csrc/rpe_ops.cpp", "csrc/cpu/rpe_index.cpp", "csrc/cpu/rpe_attention.cpp"],
-            define_macros=defines[:1],
-            extra_compile_args={"cxx": cxx},
-            extra_link_args=os.environ.get("RPE_OPS_LDFLAGS", "").split(),
-            py_limited_api=True,
+    found: list[Any] = []
+    if NO_CPU is None:
+        found.append(
+            CppExtension(
+                "_rpe_ops_C",
+                ["csrc/rpe_ops.cpp", "csrc/cpu/rpe_index.cpp", "csrc/cpu/rpe_attention.cpp"],
+                define_macros=defines[:1],
+                extra_compile_args={"cxx": cxx},
+                extra_link_args=os.environ.get("RPE_OPS_LDFLAGS", "").split(),
+                py_limited_api=True,
+            )
         )
-    ]
     if NO_CUDA is None:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures())
         found.append(
@@ -102,7 +105,8 @@ class BuildOps(BuildExtension):
     """Builds what can be built, and says at the end what was and what was not."""
 
     def run(self) -> None:
-        self.reasons = {} if NO_CUDA is None else {"_rpe_ops_cuda": NO_CUDA}
+        reasons = {"_rpe_ops_C": NO_CPU, "_rpe_ops_cuda": NO_CUDA}
+        self.reasons = {name: reason for name, reason in reasons.items() if reason is not None}
         super().run()
         for name in ("_rpe_ops_C", "_rpe_ops_cuda"):
             print(f"rpe_ops: {name} was not built: {self.reasons[name]}" if name in self.reasons else self.report(name))
@@ -127,9 +131,13 @@ class BuildOps(BuildExtension):
 
 
 class InstallOps(install):
-    """`install`, where `--user` inside a virtual environment means the environment: it cannot see the user's own."""
+    """`install`, with the list of files by which `pip uninstall` removes the libraries.
+
+    `--user` inside a virtual environment means the environment: it cannot see the user's own.
+    """
 
     user: bool
+    root: str | None
 
     def finalize_options(self) -> None:
         if self.user and sys.prefix != sys.base_prefix:
@@ -137,7 +145,16 @@ class InstallOps(install):
             self.user = False
         super().finalize_options()
 
+    def run(self) -> None:
+        super().run()
+        if self.root:
+            return  # a wheel, which has a list of its own
+        info = self.get_finalized_command("install_egg_info").target
+        files = [os.path.relpath(file, info) for file in self.get_outputs()]
+        Path(info, "installed-files.txt").write_text("\n".join([*files, "installed-files.txt"]) + "\n")
 
+
+NO_CPU = "RPE_OPS_CPU=0 leaves it out" if os.environ.get("RPE_OPS_CPU") == "0" else None
 NO_CUDA = why_no_cuda()
 if NO_CUDA is not None and os.environ.get("RPE_OPS_CUDA") == "1":
     sys.exit(f"rpe_ops: RPE_OPS_CUDA=1 asks for CUDA, but {NO_CUDA}")

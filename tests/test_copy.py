@@ -52,6 +52,33 @@ def test_copied_parts_run_the_five_steps(tmp_path, run_python, where, what):
         assert "OPS beside irpe.py:" in out and "forbidden by the test" in out
 
 
+@pytest.mark.parametrize("built", [False, True], ids=["two folders", "with an installed one"])
+def test_the_directory_beside_the_folder_of_the_file(tmp_path, run_python, built):
+    """RPE/iRPE/irpe.py beside RPE/rpe_ops, as CVLface and others have it."""
+    folder = tmp_path / "models" / "RPE" / "iRPE"
+    folder.mkdir(parents=True)
+    for one in (folder, folder.parent, folder.parent.parent):
+        (one / "__init__.py").touch()
+    shutil.copy(ROOT / "irpe" / "irpe.py", folder)
+    copy_directory(folder.parent)
+    code = "import models.RPE.iRPE.irpe as m; print(m._attention.__name__, m._operators.__name__, m.RPE_OPS_MISSING)"
+    out = run_python(code, path=[tmp_path, *([ROOT] if built else [])]).stdout
+    assert out.split() == ["models.RPE.rpe_ops.rpe_attention", "models.RPE.rpe_ops.rpe_index"]
+    out = run_python(FIVE_STEPS.format(package="models.RPE.iRPE."), path=[tmp_path], forbid=THIRD_PARTY).stdout
+    assert "OPS found" in out
+
+
+def test_every_place_is_named_where_there_are_no_operators(tmp_path, run_python):
+    folder = tmp_path / "models" / "iRPE"
+    folder.mkdir(parents=True)
+    shutil.copy(ROOT / "irpe" / "irpe.py", folder)
+    code = "import models.iRPE.irpe as m; print(m.RPE_OPS_MISSING)"
+    out = run_python(code, path=[tmp_path], forbid=["rpe_ops"]).stdout
+    assert "beside irpe.py: No module named 'models.iRPE.rpe_ops'" in out
+    assert "beside its folder: No module named 'models.rpe_ops'" in out
+    assert "installed: No module named 'rpe_ops'" in out
+
+
 def test_the_copied_directory_is_preferred_to_an_installed_one(tmp_path, run_python):
     models = tmp_path / "models"
     models.mkdir()

@@ -31,16 +31,45 @@ def test_numbers_of_an_old_copy_and_of_the_new_one(tmp_path, monkeypatch, capsys
     assert capsys.readouterr().out.splitlines()[-1].endswith("1.0e+00")
 
 
+def test_numbers_of_an_old_copy_that_cannot_run_all(tmp_path, monkeypatch, capsys):
+    """quant on keys and queries crashes in built copies of the release: the rest is compared all the same."""
+    import irpe
+
+    (script,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "migrate.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    forward = irpe.iRPE.forward
+
+    def old(self, x, *args, **kwargs):
+        if self.method == irpe.METHOD.QUANT and self.transposed:
+            raise RuntimeError("index out of range")
+        return forward(self, x, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(irpe.iRPE, "forward", old)
+        exec(compile(script, "migrate.md", "exec"), {})
+    assert capsys.readouterr().out.splitlines() == [f"quant {on} does not run: index out of range" for on in "kq"]
+    exec(compile(script, "migrate.md", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.endswith("is new")] == ["quant k    is new", "quant q    is new"]
+    assert sum(line.endswith("largest difference 0.0e+00") for line in lines) == 10
+
+
 def test_what_migrate_says_of_configurations_and_modules():
     import dataclasses
+    import json
 
-    from irpe import METHOD, build_rpe, get_rpe_config
+    from irpe import METHOD, RPEConfig, build_rpe, get_rpe_config
+    from irpe.irpe import RPE_OPS_MISSING, RPEIndexFunction, SingleRPEConfig
 
     config = get_rpe_config(skip=1)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.rpe_k.mode = "bias"
     changed = dataclasses.replace(config, rpe_k=dataclasses.replace(config.rpe_k, mode="bias"))
     assert changed == get_rpe_config(mode="bias", skip=1)
+    fields = json.loads(json.dumps(dataclasses.asdict(config)))
+    assert RPEConfig(**{name: one and SingleRPEConfig(**one) for name, one in fields.items()}) == config
+    assert vars(config)["rpe_k"] is config.rpe_k
+    assert (RPEIndexFunction is None) == bool(RPE_OPS_MISSING)
     text = (ROOT / "docs" / "migrate.md").read_text()
     assert repr(build_rpe(config, 64, 6)[1]) in text
     for name in METHOD.__members__:

@@ -14,9 +14,10 @@ from torch.library import opcheck
 import irpe.irpe as source
 from irpe import build_rpe, get_bucket_map, get_rpe_config, get_single_rpe_config, rpe_attention
 from irpe.irpe import RPEConfig
-from rpe_ops import _torch, fused, rpe_attention_eager
+from rpe_ops import _torch, _triton_launch, fused, rpe_attention_eager
 from rpe_ops import rpe_attention as operators
 from rpe_ops import rpe_attention_triton as backend
+from rpe_ops._triton_call_axes import turn
 from rpe_ops.maps import from_numbers
 
 HEADS, DIM, SIZE = 2, 8, dict(height=3, width=4)
@@ -35,25 +36,48 @@ def pairs(luts_q, luts_k, *maps):
     )
 
 
-def forward(q, k, v, luts_q, luts_k, *rest):
-    settings = dict(zip(("attn_mask", "seed", "scale", "dropout_p"), rest[6:], strict=True))
-    out, lse, sums = rpe_attention_eager.attention_and_lse(q, k, v, *pairs(luts_q, luts_k, *rest[:6]), **settings)
-    return backend._heads_inside(q, out), lse, [x.contiguous() for x in sums]
+def out_of_places(tables, axes, term):
+    """Side tables in the form of the formula, of each bucket that of one of its places."""
+    placed = axes is not None and [lut.shape[3] for lut in tables] == [axes.size[term]]
+    return [lut @ turn(axes, term, lut).once.t() for lut in tables] if placed else tables
 
 
-def backward(grad_out, grad_sums, q, k, v, out, sums, lse, luts_q, luts_k, *rest):
+def into_places(sums, axes, term, by_head):
+    if axes is None or not by_head:
+        return [x.contiguous() for x in sums]
+    return [(x @ turn(axes, term, x).once).transpose(0, 1).contiguous().transpose(0, 1) for x in sums]
+
+
+def forward(q, k, v, luts_q, luts_k, *rest, by_head=False):
     settings = dict(zip(("attn_mask", "seed", "scale", "dropout_p"), rest[6:], strict=True))
-    inputs = (q, k, v, *pairs(luts_q, luts_k, *rest[:6]))
-    grads = rpe_attention_eager.gradients(grad_out, grad_sums, inputs, **settings)
+    axes = _triton_launch.axes_of(q, k, rest[:3], rest[3:6])
+    luts = out_of_places(luts_q, axes, 0), out_of_places(luts_k, axes, 1)
+    out, lse, sums = rpe_attention_eager.attention_and_lse(q, k, v, *pairs(*luts, *rest[:6]), **settings)
+    return backend._heads_inside(q, out), lse, into_places(sums, axes, 2, by_head)
+
+
+def backward(grad_out, grad_sums, q, k, v, out, sums, lse, luts_q, luts_k, *rest, by_head=False):
+    settings = dict(zip(("attn_mask", "seed", "scale", "dropout_p"), rest[6:], strict=True))
+    axes = _triton_launch.axes_of(q, k, rest[:3], rest[3:6])
+    luts = out_of_places(luts_q, axes, 0), out_of_places(luts_k, axes, 1)
+    inputs = (q, k, v, *pairs(*luts, *rest[:6]))
+    grads = rpe_attention_eager.gradients(grad_out, out_of_places(grad_sums, axes, 2), inputs, **settings)
     between = 3 + len(luts_q)
-    return *(backend._heads_inside(q, x) for x in grads[:3]), grads[3:between], grads[between:]
+    of_q, of_k = grads[3:between], grads[between:]
+    of_luts = into_places(of_q, axes, 0, by_head), into_places(of_k, axes, 1, by_head)
+    return *(backend._heads_inside(q, x) for x in grads[:3]), *of_luts
+
+
+def table_sums(x, g, scale):
+    return scale * torch.einsum("bhld,bhln->hdn", x.float(), g.float())
 
 
 @pytest.fixture
 def kernels(monkeypatch):
     """The backend "triton" on this CPU: all of it but its kernels."""
-    launch = types.SimpleNamespace(forward=forward, backward=backward)
+    launch = types.SimpleNamespace(forward=forward, backward=backward, axes_of=_triton_launch.axes_of)
     monkeypatch.setattr(backend, "_triton_launch", launch)
+    monkeypatch.setattr(backend, "table_sums", table_sums)
     monkeypatch.setattr(backend, "_INTERPRETED", True)
     monkeypatch.setattr(backend, "_HAS_TRITON", True)
     monkeypatch.setattr(backend, "BROKEN", {})
@@ -165,7 +189,7 @@ def saved_bytes(call):
     return sum(kept.values())
 
 
-@pytest.mark.parametrize(("on", "bound"), [("k", 1.01), ("q", 1.01), ("qkv", 1.22)])
+@pytest.mark.parametrize(("on", "bound"), [("k", 1.01), ("q", 1.01), ("qkv", 1.26)])
 def test_what_is_kept_for_the_backward_is_what_plain_attention_keeps(kernels, on, bound):
     """q, k, v are views of one projection: nothing is copied. No side table is kept; of values the bucket sums are."""
     rpe = build_rpe(get_rpe_config(skip=1, rpe_on=on), 64, 6)
@@ -177,7 +201,9 @@ def test_what_is_kept_for_the_backward_is_what_plain_attention_keeps(kernels, on
 
     plain = 4 * (x.numel() + 4 * 6 * 127 * 64 + 4 * 6 * 127)  # q, k and v; out; lse
     tables = sum(table.nbytes for one in rpe if one is not None for table in one.parameters())
-    assert saved_bytes(call) - tables <= bound * plain
+    assert (
+        saved_bytes(call) - tables <= bound * plain
+    )  # sums have the 64 places in which kernels leave them, for 50 buckets
 
 
 class Attention(nn.Module):
@@ -228,7 +254,7 @@ class BrokenError(Exception):
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_kernel_that_fails_is_told_once_and_the_formula_goes_on(kernels, monkeypatch, where, compiled):
-    def fail(*_):
+    def fail(*_, **__):
         raise BrokenError("cannot  compile\nthis")
 
     monkeypatch.setattr(kernels, where, fail)
@@ -261,7 +287,7 @@ def test_a_kernel_that_fails_is_told_once_and_the_formula_goes_on(kernels, monke
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_a_backend_that_was_asked_for_raises(kernels, monkeypatch, where):
-    def fail(*_):
+    def fail(*_, **__):
         raise BrokenError
 
     monkeypatch.setattr(kernels, where, fail)
@@ -273,7 +299,7 @@ def test_a_backend_that_was_asked_for_raises(kernels, monkeypatch, where):
 
 
 def test_no_memory_is_no_fault_of_a_kernel(kernels, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise torch.OutOfMemoryError("of the GPU")
 
     monkeypatch.setattr(kernels, "forward", fail)
@@ -343,9 +369,9 @@ def test_host_work_of_a_call_is_bounded(kernels, monkeypatch, on, forward_bound,
     x = torch.randn(3, 2, HEADS, TOKENS, DIM).unbind(0)
     q, k, v = (one.clone().requires_grad_() for one in x)
     out, lse, _ = forward(q.detach(), k.detach(), v.detach(), [], [], [], [], [], [], [], [], None, None, 0.3, 0.0)
-    table = torch.zeros(2, HEADS, TOKENS, 50)
-    monkeypatch.setattr(kernels, "forward", lambda *args: (out, lse, [table] * len(args[7])))
-    monkeypatch.setattr(kernels, "backward", lambda *a: (out, out, out, [table] * len(a[8]), [table] * len(a[9])))
+    table = torch.zeros(HEADS, 2, TOKENS, 64).transpose(0, 1)  # as kernels leave it
+    monkeypatch.setattr(kernels, "forward", lambda *args, **_: (out, lse, [table] * len(args[7])))
+    monkeypatch.setattr(kernels, "backward", lambda *a, **_: (out, out, out, [table] * len(a[8]), [table] * len(a[9])))
     monkeypatch.setattr(operators, "choose", lambda *_: "triton")
 
     def call():

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,54 @@ def run(results, *options, timeout=280):
 
 def test_all_parts_take_less_than_five_minutes():
     assert gpu_check.LIMITS.keys() == {"build", *gpu_check.PARTS}
-    assert sum(gpu_check.LIMITS.values()) < 300
+    assert sum(gpu_check.LIMITS.values()) <= 280
+
+
+def tell(path, *options):
+    """A process of pytest with the plugin, over tests that pass, fail and take their time."""
+    file = path / "test_some.py"
+    file.write_text(
+        "import pathlib, time\n"
+        "def test_passes(): pass\n"
+        "def test_fails():\n    x = 3\n    assert x == 4, 'three is not four'\n"
+        "def test_takes_long():\n"
+        f"    pathlib.Path({str(path / 'begun')!r}).touch()\n"
+        "    time.sleep(60)\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short"]
+    command += ["-p", "benchmarks.tell_tests", "--no-summary", f"--rootdir={path}", str(file), *options]
+    return gpu_check.Job("tests", command, path / "log", 60)
+
+
+def test_failures_are_in_the_log_as_they_come(tmp_path):
+    job = tell(tmp_path)
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.1)
+    job.limit = 0
+    assert job.finish()["status"] == "stopped after 0 s"
+    log = (tmp_path / "log").read_text()
+    assert "FAILED test_some.py::test_fails in call: AssertionError: three is not four assert 3 == 4" in log
+    assert "assert x == 4, 'three is not four'" in log  # the whole message
+    assert " s test_some.py::test_passes" in log and "STOPPED test_some.py::test_takes_long after" in log
+
+
+def test_a_run_of_tests_that_ends_says_so(tmp_path):
+    assert tell(tmp_path, "-k", "passes").finish()["status"] == "passed"
+    assert "1 passed, 2 deselected" in (tmp_path / "log").read_text()
+
+
+def test_the_library_for_the_cpu_is_built_where_none_loads(tmp_path, monkeypatch):
+    asked = {}
+    check = gpu_check.Check(SimpleNamespace(results=tmp_path, dry=False, limit=[]))
+    monkeypatch.setattr(check, "job", lambda name, command, limit=None, env=None: asked.update({name: env}))
+    monkeypatch.setattr(check, "finish", lambda *_: None)
+    check.machine = {"capability": "9.0", "CPU operators": "here"}
+    check.prepare()
+    assert list(asked) == ["build", "kernels"] and asked["build"]["RPE_OPS_CPU"] == "0"
+    assert asked["build"]["TORCH_CUDA_ARCH_LIST"] == "9.0"
+    check.machine["CPU operators"] = None
+    check.prepare()
+    assert asked["build cpu"] == {"RPE_OPS_CUDA": "0"}
 
 
 @pytest.mark.slow
@@ -33,7 +81,7 @@ def test_every_part_on_a_cpu(tmp_path):
     done, found = run(tmp_path, "--dry", *(f"--limit={name}=120" for name in gpu_check.LIMITS))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all parts passed" in done.stdout
-    assert {"device", "torch", "date", "python"} <= found["machine"].keys()
+    assert {"device", "torch", "date", "python", "CPU operators"} <= found["machine"].keys()
     assert [name for name in found["parts"] if "model " not in name] == ["build", "tests", "ops", "attention", "model"]
     ops, attention, model = (found["parts"][name]["rows"] for name in ("ops", "attention", "model"))
     assert ops[0]["forward, of copy bandwidth"] > 0

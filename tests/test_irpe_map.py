@@ -186,6 +186,28 @@ def test_hooks_and_classes_of_their_own_take_the_formula():
     assert not torch.allclose(doubled, plain)
 
 
+@pytest.mark.parametrize("where", ["rpe_k", "rpe_k.rp_cols"])
+@pytest.mark.parametrize(
+    "put",
+    [
+        lambda one, call: one.register_forward_hook(lambda module, args, out: call()),
+        lambda one, call: one.register_forward_pre_hook(lambda module, args: call()),
+        lambda one, call: one.register_full_backward_hook(lambda module, grad_in, grad_out: call()),
+        lambda one, call: one.register_full_backward_pre_hook(lambda module, grad_out: call()),
+        lambda one, call: setattr(one, "forward", lambda *args, **kw: call() or type(one).forward(one, *args, **kw)),
+    ],
+    ids=["forward", "before forward", "backward", "before backward", "replaced forward"],
+)
+def test_hooks_of_every_kind_are_run(where, put):
+    q, k, v = torch.randn(3, 1, 2, 13, 8, requires_grad=True)
+    holder = torch.nn.Module()
+    holder.rpe_k = build_rpe(get_rpe_config(20, "cross", skip=1), 8, 2)[1]
+    calls = []
+    put(holder.get_submodule(where), lambda: calls.append(where))
+    rpe_attention(q, k, v, rpe_k=holder.rpe_k, height=3, width=4).sum().backward()
+    assert calls == [where]
+
+
 def test_pruned_tables_follow_a_state_dict():
     from torch.nn.utils import prune
 

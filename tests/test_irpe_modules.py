@@ -148,6 +148,16 @@ def test_shapes_and_names_of_the_parameters():
     ]
 
 
+@pytest.mark.parametrize("method", ["product", "cross"])
+@pytest.mark.parametrize("mode", ["ctx", "bias"])
+def test_cross_tells_its_sizes_as_the_others_do(method, mode):
+    """The release's DETR reads `num_buckets` of what `build_rpe` returns, whatever the method."""
+    rpe = build_rpe(get_rpe_config(20, method, mode, shared_head=False, skip=1), 32, 8)[1]
+    assert rpe.num_buckets == next(iter(rpe.parameters())).shape[-1] == {"cross": 81, "product": 81 * 81}[method] + 1
+    assert (rpe.head_dim, rpe.num_heads, rpe.transposed) == (32, 8, True)
+    assert rpe.mode == {"ctx": "contextual", "bias": "bias"}[mode]
+
+
 def test_state_dicts_hold_tables_and_nothing_else():
     for module in build_rpe(get_rpe_config(method="cross", rpe_on="qkv"), DIM, HEADS):
         module(torch.randn(1, HEADS, 12, DIM if module.transposed else 12), height=HEIGHT, width=WIDTH)

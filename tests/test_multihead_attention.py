@@ -631,3 +631,34 @@ def test_refusals():
     for wrong in ((x, x, x[:, :4]), (x, x[0], x[0]), (x[..., :20], x, x), (x, x[:1], x[:1]), (x[None],) * 3):
         with pytest.raises(ValueError, match=r"query, key, value have shapes.*expected \(B, L, E\) or \(L, E\)"):
             attention(*wrong)
+
+
+def test_scripting_is_torchs_where_there_are_no_tables():
+    attention, x = make(None), tokens()
+    scripted = torch.jit.script(nn.ModuleDict({"of": attention}))["of"]
+    for got, expected in zip(scripted(x, x, x), attention(x, x, x), strict=True):
+        torch.testing.assert_close(got, expected)
+    assert type(attention) is RPEMultiheadAttention
+
+
+def test_scripting_tables_is_refused_with_the_ways_out():
+    config = RPEConfig(rpe_q=get_single_rpe_config(20, "cross"))
+    for one in (make(), make(config), nn.Sequential(make()), make().rpe_v, make(config).rpe_q):
+        with pytest.raises(TypeError, match=r"use torch.jit.trace, torch.export or torch.onnx.export"):
+            torch.jit.script(one)
+
+
+@pytest.mark.parametrize("own", ["qkv", "one weight", "three weights"])
+def test_a_bias_of_another_dtype(own):
+    """torch adds one to what is not contiguous, whatever its dtype."""
+    sizes = dict(kdim=5, vdim=7) if own == "three weights" else {}
+    attention = make(**sizes)
+    x, *others = tokens(), tokens(2, TOKENS, 5, seed=1), tokens(2, TOKENS, 7, seed=2)
+    inputs = {"qkv": (x, x, x), "one weight": (x, x + 1, x - 1), "three weights": (x, *others)}[own]
+    attention.in_proj_bias = nn.Parameter(attention.in_proj_bias.detach().half().double())
+    expected = attention(*inputs, hw=(HEIGHT, WIDTH))[0]
+    attention.in_proj_bias = nn.Parameter(attention.in_proj_bias.detach().half())
+    out = attention(*inputs, hw=(HEIGHT, WIDTH))[0]
+    assert torch.equal(out, expected)
+    out.sum().backward()
+    assert attention.in_proj_bias.grad.dtype == torch.float16 and attention.in_proj_bias.grad.any()

@@ -10,14 +10,16 @@ import sys
 
 import pytest
 import torch
-from attention_cases import assert_rule_9, make_mask, problem, run
+from attention_cases import assert_rule_9, make_mask, problem, run, strided
 from conftest import ROOT
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton_listed import only_listed_kernels  # noqa: F401 (a fixture)
 
 import rpe_ops.rpe_attention_triton as backend
 from irpe import build_rpe, get_bucket_ids_2d, get_bucket_map, get_rpe_config
 from irpe import rpe_attention as irpe_attention
+from rpe_ops import _triton_call, _triton_call_tables
 from rpe_ops.rpe_attention import choose, rpe_attention, why_not
 
 triton = pytest.importorskip("triton")
@@ -83,6 +85,41 @@ def test_exact_on_maps_of_images(method):
     place = get_bucket_map(method, 5, 14, 1, 1.9, 3.8, 15.2)
     arguments = problem((1, 1, 71, 71, 16), place.num_buckets, (1, 1, 1), single, "timm", place)
     assert_rule_9(arguments, single, "triton")
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("method", "grid", "terms", "dtype"),
+    [
+        ("product", (5, 7, 1), (1, 1, 1), single),
+        ("product", (4, 6, 0), (1, 0, 1), half),
+        ("product", (6, 5, 3), (0, 1, 0), brain),
+        ("cross_rows", (5, 7, 2), (1, 1, 1), single),
+        ("cross_cols", (3, 6, 0), (1, 1, 0), half),
+        ("euc", (4, 5, 1), (1, 1, 1), single),
+    ],
+)
+def test_exact_with_W_on_maps_of_images(method, grid, terms, dtype):
+    place = get_bucket_map(method, *grid, 1.9, 3.8, 15.2)
+    tokens = grid[0] * grid[1] + grid[2]
+    shape = (2, 2, tokens, tokens, 20)
+    assert_rule_9(problem(shape, place.num_buckets, terms, dtype, "timm", place, weights=True), dtype, "triton")
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("buckets", "layout", "head"), [(64, "timm", 16), (50, "detr", 16), (256, "gaps", 20), (7, "timm", 3)]
+)
+def test_sums_over_tokens(monkeypatch, buckets, layout, head):
+    x = strided((3, 2, 131, head), single, layout)
+    g = torch.randn(2, 3, 131, buckets).transpose(0, 1)
+    exact = 0.3 * torch.einsum("bhld,bhln->hdn", x.double(), g.double())
+    for programs in (1, 4, 264):
+        monkeypatch.setattr(_triton_call_tables, "PROGRAMS", programs)
+        found = _triton_call_tables.table_sums(x, g, 0.3)
+        assert found.shape == (2, head, buckets) and found.dtype == single
+        torch.testing.assert_close(found.double(), exact, atol=1e-4, rtol=1e-5)
+    assert not _triton_call_tables.table_sums(x[:0], g[:0], 0.3).any()
 
 
 @interpreted
@@ -236,6 +273,50 @@ def test_irpe_takes_it(method, mode):
     results = [irpe_attention(q, k, v, *rpe, height=3, width=4, backend=name) for name in ("triton", "eager")]
     torch.testing.assert_close(*results)
     torch.testing.assert_close(*(torch.autograd.grad(out.sin().sum(), [q, k, v, *tables]) for out in results))
+
+
+class LargeResults(TorchDispatchMode):
+    """The operators whose results are as large as a side table, but for views of what is there."""
+
+    def __init__(self, smallest):
+        super().__init__()
+        self.smallest, self.names = smallest, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        given = [x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)]
+        if isinstance(out, torch.Tensor) and out.numel() >= self.smallest:
+            name = function.overloadpacket.__name__
+            if out.untyped_storage().data_ptr() not in given or name.endswith("_"):
+                self.names.append(name)
+        return out
+
+
+@outside
+@pytest.mark.parametrize(("on", "products"), [("k", (1, 2)), ("qkv", (3, 5))])
+def test_side_tables_come_out_of_one_product_each_and_nothing_is_copied(monkeypatch, on, products):
+    monkeypatch.setattr(backend, "_INTERPRETED", True)
+    monkeypatch.setattr(backend._torch, "is_plain", lambda _: True)  # the modes below are no reason for an operator
+    monkeypatch.setattr(_triton_call, "launch", lambda *_: None)
+    height, width, heads, B, D = 14, 9, 3, 2, 64
+    qkv = torch.randn(B, 127, 3, heads, D, dtype=brain).permute(2, 0, 3, 1, 4)
+    leaves = [x.detach().requires_grad_() for x in qkv.unbind(0)]
+    rpe = build_rpe(get_rpe_config(1.9, "product", skip=1, rpe_on=on), D, heads, dtype=brain)
+    tables = [table for one in rpe if one is not None for table in one.parameters()]
+    grad = torch.randn(B, 127, heads, D, dtype=brain).transpose(1, 2)
+
+    def forward():
+        return irpe_attention(*leaves, *rpe, height=height, width=width, backend="triton")
+
+    out = forward()
+    allowed = {"new_empty", "empty_like", "empty", "zeros", "detach"}  # memory, and autograd's for what has no gradient
+    for step, count in zip(
+        (forward, lambda: torch.autograd.grad(out, [*leaves, *tables], grad)), products, strict=True
+    ):
+        with LargeResults(B * heads * 127 * 50) as found:
+            step()
+        assert [x for x in found.names if x not in allowed] == [x for x in found.names if "baddbmm" in x]
+        assert len([x for x in found.names if "baddbmm" in x]) == count
 
 
 @outside

@@ -128,19 +128,34 @@ def test_a_map_with_wrong_numbers_is_read_and_written_within_bounds(kind):
 
 @interpreted
 def test_tables_in_places_need_no_products_of_the_launcher(monkeypatch):
-    height, width, skip, places = 5, 7, 1, 8
-    tensor, (_, _, _, N, columns), _ = a_map("product", (height, width, skip), None, 1.9)
-    call = _triton_call.call_of(torch.empty(1, 1, 36, 16), torch.empty(1, 1, 36, 16), None, None, 1.0, 0.0)
-    placed, (new, turn, _) = _triton_call_axes._in_places(tensor, height, skip, N, columns, places, call)
-    q, lut = torch.randn(1, 1, 36, 16), torch.randn(1, 1, 36, N)
-    rest = None, None, 0.25, 0.0
-    before = _triton_launch.forward(
-        q, q, q, [lut], [lut], [tensor], [tensor], [tensor], *[[height, width, skip, N, columns]] * 3, *rest
-    )
-    monkeypatch.setattr(_triton_call_axes, "_turn", None)
-    numbers = [height, width, skip, new, places]
-    out, _, sums = _triton_launch.forward(
-        q, q, q, [lut @ turn], [lut @ turn], [placed], [placed], [placed], *[numbers] * 3, *rest
-    )
+    height, width, skip = 5, 7, 1
+    tensor, numbers, _ = a_map("product", (height, width, skip), None, 1.9)
+    q, lut = torch.randn(2, 1, 36, 16), torch.randn(2, 1, 36, numbers[3])
+    maps, sizes = [[tensor]] * 3, [numbers] * 3
+    rest = *maps, *sizes, None, None, 0.25, 0.0
+    before = _triton_launch.forward(q, q, q, [lut], [lut], *rest)
+    axes = _triton_call_axes.axes_of(q, q, maps, sizes)
+    bucket, ones, once = _triton_call_axes.turn(axes, 0, lut)
+    assert axes.size == (64,) * 3 and ones.shape == (50, 64) and once.sum(1).tolist() == [1.0] * 50
+    assert torch.equal(lut.index_select(-1, bucket), lut @ ones)
+    monkeypatch.setattr(_triton_call_axes, "turn", None)
+    out, _, (sums,) = _triton_launch.forward(q, q, q, [lut @ ones], [lut @ ones], *rest, by_head=True)
     torch.testing.assert_close(out, before[0])
-    torch.testing.assert_close(sums[0] @ turn.t(), before[2][0])
+    torch.testing.assert_close(sums @ ones.t(), before[2][0])
+    assert sums.transpose(0, 1).is_contiguous()
+
+
+@interpreted
+def test_constants_of_an_h100(monkeypatch):
+    monkeypatch.setattr(_triton_call, "precision_of", lambda _: ("interpreted", 9))
+    monkeypatch.setattr("triton_listed.TARGET", ["cuda:90"])
+    assert check((9, 7, 1), ([], P, []), brain, D=64)[0] == "axes_forward"
+    assert check((3, 4, 1), (P, P, P), half, D=64, H=1)[0] == "axes_forward"
+
+
+def test_a_row_bucket_is_multiplied_exactly():
+    for places in (8, 16):
+        for columns in range(1, places + 1):
+            factor = -(-places * 2**16 // columns)
+            assert all(columns * g * factor >> 16 == places * g for g in range(17))
+            assert 16 * columns * factor < 2**31

@@ -109,6 +109,11 @@ def test_install_user_inside_a_virtual_environment(tmp_path):
     code = "import rpe_ops; print(rpe_ops.backends()['cpu'])"
     out = subprocess.run([python, "-c", code], cwd=project, capture_output=True, text=True, check=True).stdout
     assert out.startswith("runs:") and str(environment) in out
+    # and pip takes it away again, so that nothing old is loaded later
+    pip = [python, "-m", "pip", "uninstall", "--yes", "rpe_ops_libraries"]
+    done = subprocess.run(pip, cwd=tmp_path, capture_output=True, text=True)
+    assert "Successfully uninstalled" in done.stdout, done.stdout + done.stderr
+    assert not [name for name in os.listdir(site) if "rpe_ops" in name]
 
 
 @pytest.mark.slow
@@ -134,6 +139,13 @@ def test_cuda_builds_without_a_gpu(tmp_path, run_python):
     assert "_rpe_ops_cuda was built (sm 8.0;9.0" in done.stdout and "+PTX" in done.stdout
     code = "from rpe_ops import _native; assert set(_native.LOADED) == {'cpu', 'cuda'}, _native.MISSING"
     run_python(code, path=[tmp_path])
+
+
+def test_the_cpu_is_left_out_where_its_library_is_there(tmp_path):
+    folder = copy_sources(tmp_path)
+    done = setup_py(folder, "build_ext", "--inplace", env={"RPE_OPS_CPU": "0", "RPE_OPS_CUDA": "0"})
+    assert done.returncode == 0, done.stderr
+    assert "_rpe_ops_C was not built: RPE_OPS_CPU=0 leaves it out" in done.stdout and not list(folder.glob("*.so"))
 
 
 def test_cuda_that_cannot_be_built_is_refused_when_asked_for(tmp_path):

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 from conftest import ROOT
@@ -28,7 +29,8 @@ SHARED = {"cuda:80": 99 * 1024, "cuda:90": 227 * 1024, "cuda:100": 227 * 1024, "
 
 def facts(variant, size):
     """Every `size` facts about a variant at a time: what its constants are, and its dtype."""
-    known = dict(variant.constants) | dict(variant.options) | {"dtype": dict(variant.types).get("q")}
+    types = dict(variant.types)
+    known = dict(variant.constants) | dict(variant.options) | {"dtype": types.get("q", types.get("x"))}
     known = sorted((name, str(value)) for name, value in known.items() if value is not None)
     return {(variant.kernel, *some) for some in itertools.combinations(known, size)}
 
@@ -130,7 +132,9 @@ def test_compiles(target, version):
 
 
 def usual(target):
-    return [x for x in _triton_variants.usual(target) if dict(x.types)["q"] == "*bf16" and "PLACES=16" not in x.name]
+    return [
+        x for x in _triton_variants.usual(target) if "*bf16" in dict(x.types).values() and "PLACES=16" not in x.name
+    ]
 
 
 def test_compile_here_asks_for_what_a_launch_asks_for():
@@ -145,12 +149,73 @@ def test_compile_here_asks_for_what_a_launch_asks_for():
         bind = create_function_from_signature(kernel.signature, kernel.params, backend)
         stand_ins = map(MockTensor.wrap_dtype, _triton_ahead.arguments_of(variant))
         _, found, _ = bind(*stand_ins, **dict(variant.options))
+        assert list(kernel.arg_names) == [name for name, _ in variant.types]
         assert [type_ for type_, _ in found] == [type_ for _, type_ in variant.types]
         # of real arguments: not by whether a number is 1 or an address a multiple of 16
         real = {"fp32": 1.0, "i32": 1} | {f"*{x}": torch.zeros(9, dtype=y)[1:] for x, y in _triton_ahead.DTYPES.items()}
         constants = dict(variant.constants)
         real = [constants[name] if name in constants else real[type_] for name, type_ in variant.types]
-        assert bind(*real, **dict(variant.options))[1] == found
+        bound, types, _ = bind(*real, **dict(variant.options))
+        assert types == found
+        # later launches hand on what the binder would: arguments, then constants in the kernel's order
+        words = [name for name, type_ in variant.types if name in constants and constants[name] is not None]
+        first = len(variant.types) - len(words)
+        assert [name for name, _ in variant.types][first:] == words
+        rest = {name: constants[name] for name in words}
+        again, _, _ = bind(*real[:first], **rest, **dict(variant.options))
+        values = [*real[:first], *rest.values()]
+        assert all(one is other for one, other in zip(again.values(), values, strict=True))
+        assert all(one is other for one, other in zip(bound.values(), values, strict=True))
+
+
+class Counting:
+    """A kernel that counts how often Triton is asked for it, and what it compiles to."""
+
+    arg_names = ("q", "mask", "n", "WIDE", "PLACES")
+
+    def __init__(self):
+        self.asked, self.launched = [], []
+
+    def __getitem__(self, grid):
+        def first(*arguments, **constants):
+            self.asked.append(constants)
+            return Compiled(self.launched)
+
+        return first
+
+
+class Compiled:
+    launch_metadata = None
+
+    def __init__(self, launched):
+        self.launched = launched
+
+    def __getitem__(self, grid):
+        return lambda *arguments: self.launched.append((grid, arguments))
+
+
+def test_a_kernel_is_asked_for_once_for_all_that_it_depends_on(monkeypatch):
+    import torch
+
+    from rpe_ops import _triton_call
+
+    monkeypatch.setattr(_triton_call, "_compiled", {})
+    module, half = types.SimpleNamespace(kernel=Counting()), torch.zeros(3, dtype=torch.half)
+    constants = dict(PLACES=8, WIDE=64, num_warps=4)
+    for grid, n in (((5,), 1), ((7,), 2), ((7, 3), 1)):
+        _triton_call.launch(module, "kernel", grid, (half, None, n), constants)
+    assert len(module.kernel.asked) == 1
+    assert module.kernel.launched == [((7, 1, 1), (half, None, 2, 64, 8)), ((7, 3, 1), (half, None, 1, 64, 8))]
+    for x, mask, n, more in (
+        (half.float(), None, 1, {}),
+        (half, half, 1, {}),
+        (half, None, 1.0, {}),
+        (half, None, 1, dict(num_warps=8)),
+        (half.to("meta"), None, 1, {}),
+    ):
+        before = len(module.kernel.asked)
+        _triton_call.launch(module, "kernel", (5,), (x, mask, n), constants | more)
+        assert len(module.kernel.asked) == before + 1
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 from timm.models.beit import Attention, Beit, Block
 from torch import Tensor
 
+from ..fx import one_node
 from .blocks import BlockFamily, qkv_without_bias_on_keys
 from .on_map import AttentionOnMap, BlockOnMap, ModelOnMap
 
@@ -25,6 +26,7 @@ class RPEBeitAttention(AttentionOnMap, Attention):
 
     block_on_map = BeitBlockOnMap
 
+    @one_node
     def forward(self: Any, x: Tensor, shared_rel_pos_bias: Any = None) -> Tensor:
         """Attention over x (B, L, C), with the encodings of the map that `shared_rel_pos_bias` names."""
         height, width, bias = self.map_of(shared_rel_pos_bias)

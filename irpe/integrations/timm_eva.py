@@ -12,6 +12,7 @@ from timm.layers import AttentionRope, apply_rot_embed_cat
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from torch import Tensor
 
+from ..fx import one_node
 from .blocks import BlockFamily, qkv_without_bias_on_keys
 from .on_map import AttentionOnMap, BlockOnMap, ModelOnMap
 
@@ -30,6 +31,7 @@ class _RopeAttention(AttentionOnMap):
 
     block_on_map = EvaBlockOnMap
 
+    @one_node
     def forward(
         self: Any, x: Tensor, rope: Tensor | None = None, attn_mask: Any = None, is_causal: bool = False
     ) -> Tensor:

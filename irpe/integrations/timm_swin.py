@@ -9,12 +9,14 @@ what is added to the scores.
 from timm.models.swin_transformer import SwinTransformerBlock, SwinTransformerStage, WindowAttention
 from torch import Tensor
 
+from ..fx import one_node
 from .blocks import BlockFamily, EncodedAttention
 
 
 class RPEWindowAttention(EncodedAttention, WindowAttention):
     """`WindowAttention` with iRPE: the class of an equipped attention, whose weights stay where they were."""
 
+    @one_node
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attention over the windows x (B * windows, L, C), mask (windows, L, L) added to the scores of each image."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))

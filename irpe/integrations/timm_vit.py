@@ -7,6 +7,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor
 
+from ..fx import one_node
 from .blocks import BlockFamily
 from .on_map import AttentionOnMap, BlockOnMap, ModelOnMap
 from .on_map import blocks_on_map as blocks_on_map  # where it was before other families had it
@@ -24,6 +25,7 @@ class RPEAttention(AttentionOnMap, Attention):
 
     block_on_map = ViTBlockOnMap
 
+    @one_node
     def forward(self, x: Tensor, attn_mask: Any = None, is_causal: bool = False) -> Tensor:
         """Attention over x (B, L, C), with the encodings of the map that `attn_mask` names."""
         height, width, mask = self.map_of(attn_mask)

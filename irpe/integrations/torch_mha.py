@@ -2,9 +2,6 @@
 
 An equipped attention is called as before and knows its map without any state: it has the constant `rpe_grid` (equip's
 `grid`), or takes its tokens for a square. torchvision's `VisionTransformer` has square images only, and checks them.
-
-torch.fx stays out of `nn.MultiheadAttention` by itself and of these when it is told to:
-`create_feature_extractor(model, nodes, tracer_kwargs={"leaf_modules": [EquippedMultiheadAttention]})`.
 """
 
 import dataclasses

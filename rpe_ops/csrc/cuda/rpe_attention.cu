@@ -6,7 +6,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
+#include <mutex>
 #include <tuple>
 #include <vector>
 
@@ -20,12 +23,43 @@ namespace {
 using Tensors = std::vector<Tensor>;
 using Numbers = std::vector<int64_t>;
 
+struct Device {
+  int shared_bytes, processors;  // that a block may have; multiprocessors
+};
+
+Device ask(int device) {
+  Device found{};
+  check_cuda(cudaDeviceGetAttribute(&found.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  check_cuda(cudaDeviceGetAttribute(&found.processors, cudaDevAttrMultiProcessorCount, device));
+  return found;
+}
+
+// What a device has is asked for once.
+Device of_device(int device) {
+  constexpr int kMost = 64;
+  static std::once_flag once[kMost];
+  static Device known[kMost];
+  if (device >= kMost) return ask(device);
+  std::call_once(once[device], [&] { known[device] = ask(device); });
+  return known[device];
+}
+
 template <auto kernel, class... Arguments>
 void launch(int64_t blocks, int threads, int shared_bytes, cudaStream_t stream, const Arguments&... arguments) {
   if (blocks == 0) return;
   check(blocks < int64_t{1} << 31, "rpe_attention: ", blocks, " blocks are more than a launch can have");
-  if (shared_bytes > 48 * 1024)
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  if (shared_bytes > 48 * 1024) {
+    // every device is asked once for as much as a block may have, and not at every launch: that takes longer than a launch
+    static std::atomic<uint64_t> asked{0};
+    int device = 0;
+    check_cuda(cudaGetDevice(&device));
+    const uint64_t bit = uint64_t{1} << device % 64;
+    if (device >= 64 || !(asked.load(std::memory_order_relaxed) & bit)) {
+      const int most = of_device(device).shared_bytes;
+      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+      asked.fetch_or(bit, std::memory_order_relaxed);
+    }
+  }
   kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(arguments...);
   check_cuda(cudaGetLastError());
 }
@@ -48,10 +82,29 @@ Heads heads_of(const Tensor& x, const char* name, const Tensor& like) {
   return {x.data_ptr(), x.stride(0), x.stride(1), int(x.stride(2))};
 }
 
+// Memory on the device of x, of sizes and strides: without the way through torch's dispatcher, which takes longer.
+Tensor empty_strided(const Tensor& x, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int32_t dtype) {
+  AtenTensorHandle made = nullptr;
+  const AOTITorchError error = aoti_torch_empty_strided(
+      int64_t(sizes.size()), sizes.data(), strides.data(), dtype, aoti_torch_device_type_cuda(), x.get_device_index(), &made);
+  check(error == AOTI_TORCH_SUCCESS, "CUDA has no memory left for a result of rpe_attention");
+  return Tensor(made);
+}
+
+int32_t dtype_of(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Half ? aoti_torch_dtype_float16() : aoti_torch_dtype_bfloat16();
+}
+
+Tensor empty(const Tensor& x, const std::vector<int64_t>& sizes, int32_t dtype) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
+  return empty_strided(x, sizes, strides, dtype);
+}
+
 // (B, H, L, D) that lies in memory as (B, L, H, D): what follows an attention merges the heads without a copy.
 Tensor empty_heads(const Tensor& q) {
-  return torch::stable::transpose(
-      torch::stable::new_empty(q, {q.size(0), q.size(2), q.size(1), q.size(3)}), 1, 2);
+  const int64_t H = q.size(1), L = q.size(2), D = q.size(3);
+  return empty_strided(q, {q.size(0), H, L, D}, {L * H * D, D, H * D, 1}, dtype_of(q));
 }
 
 // One call: the tensors' sizes, the encodings, and which kernels there are for them.
@@ -84,8 +137,8 @@ struct Call {
     if (k) encode(a.on_k, x, tables[n], maps[n], &numbers[5 * n], false), ++n;
     if (v) encode(a.on_v, x, tables[n], maps[n], &numbers[5 * n], true), ++n;
     stream = current_stream(x);
-    shared_limit = attribute(x, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-    processors = attribute(x, cudaDevAttrMultiProcessorCount);
+    const Device device = of_device(x.get_device_index());
+    shared_limit = device.shared_bytes, processors = device.processors;
   }
 
   void encode(Encoding& e, const Tensor& x, const Tensor& W, const Tensor& map, const int64_t* numbers, bool on_v) const {
@@ -111,13 +164,7 @@ struct Call {
     e.h = W.stride(0), e.d = W.stride(on_v ? 2 : 1), e.n = W.stride(on_v ? 1 : 2);
   }
 
-  static int attribute(const Tensor& x, cudaDeviceAttr which) {
-    int value = 0;
-    check_cuda(cudaDeviceGetAttribute(&value, which, x.get_device_index()));
-    return value;
-  }
-
-  Tensor tables_of(const Tensor& x) const { return torch::stable::new_empty(x, {B, H, L, kAllPlaces}); }
+  Tensor tables_of(const Tensor& x) const { return empty(x, {B, H, L, kAllPlaces}, dtype_of(x)); }
 
   // f of a dtype and a head size that kernels are made for
   template <class F>
@@ -154,15 +201,16 @@ struct Call {
       check_cuda(cudaFuncGetAttributes(&found, kernel));
       return (found.numRegs + 7) / 8 * 8;
     }();
-    // the most groups at work in a multiprocessor, those that are empty not counted
+    // the most groups at work in a multiprocessor, and few that are empty
     int warps = 0, capacity = 0;
     double best = 0;
     for (int w = std::min(kMaxWarps, a.map.groups); w > 0; --w) {
       const int bytes = layout_of<D, On, pass>(a.map, uses, w).bytes;
       if (bytes > shared_limit || (w < 4 && best > 0)) continue;
       const int resident = std::min(65536 / (registers * 32 * w), (shared_limit + 1024) / (bytes + 1024));
-      const double at_work = double(resident) * w * a.map.groups / ((a.map.groups + w - 1) / w * w);
-      if (at_work > best * 1.05) warps = w, best = at_work, capacity = resident * processors;
+      const double full = double(a.map.groups) / ((a.map.groups + w - 1) / w * w);
+      const double at_work = resident * w * full * (1 + full);
+      if (at_work > best) warps = w, best = at_work, capacity = resident * processors;
     }
     check(warps > 0, "no block of attention on a map of ", a.map.height, " x ", a.map.width, " has enough shared memory");
     const int64_t kinds = H * ((a.map.groups + warps - 1) / warps);
@@ -199,8 +247,8 @@ std::tuple<Tensor, Tensor, Tensor> rpe_attention_cuda(
   q = aligned(q), k = aligned(k), v = aligned(v);
   Call call(q, tables, maps, numbers, on, scale);
   Attention& a = call.a;
-  Tensor out = empty_heads(q), lse = torch::stable::new_empty(q, {call.B, call.H, call.L}, ScalarType::Float);
-  Tensor sums = call.v && keeps ? call.tables_of(q) : torch::stable::new_empty(q, {0});
+  Tensor out = empty_heads(q), lse = empty(q, {call.B, call.H, call.L}, aoti_torch_dtype_float32());
+  Tensor sums = call.v && keeps ? call.tables_of(q) : empty(q, {0}, dtype_of(q));
   if (call.B * call.H == 0) return {out, lse, sums};
   a.q = heads_of(q, "q", q), a.k = heads_of(k, "k", q), a.v = heads_of(v, "v", q), a.out = heads_of(out, "out", q);
   a.lse = static_cast<float*>(lse.data_ptr());
@@ -226,7 +274,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> rpe_attention_cuda_backward(
   Tensors grads;
   for (const Tensor& table : tables) {
     const Numbers sizes{table.size(0), table.size(1), table.size(2)};
-    grads.push_back(call.B == 0 ? torch::stable::new_zeros(table, sizes) : torch::stable::new_empty(table, sizes));
+    const bool is_float = table.scalar_type() == ScalarType::Float;
+    grads.push_back(
+        call.B == 0 ? torch::stable::new_zeros(table, sizes)
+                    : empty(q, sizes, is_float ? aoti_torch_dtype_float32() : dtype_of(q)));
   }
   if (call.B * call.H == 0) return {grad_q, grad_k, grad_v, grads};
   check(lse.dim() == 3 && lse.numel() == call.B * call.H * call.L && lse.is_contiguous() &&
@@ -235,7 +286,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> rpe_attention_cuda_backward(
   check(!call.v || (sums.numel() == call.B * call.H * call.L * kAllPlaces && sums.is_contiguous() &&
                     sums.scalar_type() == q.scalar_type() && sums.device() == q.device()),
         "sums are not what rpe_attention returned");
-  Tensor delta = torch::stable::new_empty(lse, {call.B, call.H, call.L});
+  const Tensor delta = empty(q, {call.B, call.H, call.L}, aoti_torch_dtype_float32());
   a.q = heads_of(q, "q", q), a.k = heads_of(k, "k", q), a.v = heads_of(v, "v", q);
   a.out = heads_of(out, "out", q), a.grad_out = heads_of(grad_out, "grad_out", q);
   a.grad_q = heads_of(grad_q, "grad_q", q), a.grad_k = heads_of(grad_k, "grad_k", q);
@@ -271,7 +322,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> rpe_attention_cuda_backward(
     using T = decltype(dtype);
     constexpr int kHead = decltype(head)::value;
     const int64_t blocks = int64_t{all.count} * all.heads * all.splits;
-    const Tensor parts = torch::stable::new_empty(lse, {blocks, kHead, kAllPlaces});
+    const Tensor parts = empty(q, {blocks, kHead, kAllPlaces}, aoti_torch_dtype_float32());
     all.parts = static_cast<float*>(parts.data_ptr());
     launch<table_gradients_kernel<T, kHead>>(blocks, 2 * kHead, kGradientBytes<kHead>, call.stream, all);
     launch<fold_gradients_kernel<T, kHead>>(
