@@ -766,9 +766,7 @@ def rpe_attention(
         raise TypeError(f"attn_mask is {attn_mask.dtype}; expected bool (True takes part) or floating point (added)")
     in_tensors = ("cpu", "cuda", "triton", "reference")
     if backend not in (None, *in_tensors, "eager", "sdpa"):
-        raise ValueError(
-            f'unknown backend {backend!r}; expected None, "eager", "sdpa" or one of {", ".join(in_tensors)}'
-        )
+        raise ValueError(f'unknown backend {backend!r}; expected None, "eager", "sdpa" or one of {in_tensors}')
     if backend == "sdpa" and rpe_v is not None:
         raise ValueError('backend="sdpa" returns no attention weights, which an encoding on values needs; use "eager"')
     why_not = rpe.why_not_in_operators()

@@ -86,7 +86,7 @@ def test_every_part_on_a_cpu(tmp_path):
     ops, attention, model = (found["parts"][name]["rows"] for name in ("ops", "attention", "model"))
     assert ops[0]["forward, of copy bandwidth"] > 0
     assert [row["pass"] for row in attention] == ["host", "forward", "forward+backward"]
-    names = ["flash", "cuDNN", "k", "qkv", "eager k", "eager qkv"]
+    names = ["flash", "cuDNN", "k", "qkv", "triton k", "triton qkv", "eager k", "eager qkv"]
     assert all(list(row["graph us"]) == names and not row["failures"] for row in attention[1:])
     assert [(row["model"], row["mode"]) for row in model] == [
         (name, mode) for mode in ("eager", "compiled") for name in ("plain", "k", "qkv")

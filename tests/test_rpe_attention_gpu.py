@@ -31,6 +31,8 @@ def small(dtype=brain, shape=(2, 3, 197, 197, 64), method="product", terms=(1, 1
 def test_it_is_chosen():
     q = torch.empty(1, 1, 4, 64)
     assert why_not("triton", q) is None and choose(q, q) == "triton"
+    assert why_not("cuda", q.half()) is None and choose(q.half(), q.half()) == "cuda"
+    assert "float32" in why_not("cuda", q) and choose(q.half(), q.half(), torch.ones(4, 4)) == "triton"
     assert choose(q.double(), q.double()) == "eager" and "float64" in why_not("triton", q.double())
     assert "q is on cpu" in why_not("triton", q.cpu())
 
@@ -267,3 +269,108 @@ def _names(node):
         names.add(node.name())
         waiting += [following for following, _ in node.next_functions if following is not None]
     return names
+
+
+def fitting(dtype, grid, shape, terms, method="product", shared=False, layout="timm"):
+    """A call that backend "cuda" takes: (arguments of `rpe_attention`, its tokens)."""
+    height, width, skip = grid
+    B, H, D = shape
+    with torch.device("cpu"):
+        place = get_bucket_map(method, height, width, skip, 1.9, 3.8, 15.2)
+    place = place._replace(offsets=place.offsets.cuda())
+    tokens = skip + height * width
+    q, k, v, *on = problem((B, H, tokens, tokens, D), place.num_buckets, terms, dtype, layout, place, weights=True)
+    if shared:
+        on[1] = [(table[:1].expand(H, -1, -1), where) for table, where in on[1]]
+    return q, k, v, *on
+
+
+@pytest.mark.parametrize("dtype", [half, brain])
+@pytest.mark.parametrize(
+    ("grid", "shape", "terms", "options"),
+    [
+        ((14, 13, 1), (3, 4, 64), (0, 1, 0), {}),
+        ((14, 13, 1), (50, 6, 64), (1, 1, 1), dict(shared=True)),  # several samples for a block
+        ((5, 7, 0), (2, 3, 32), (1, 0, 1), dict(layout="detr")),
+        ((24, 17, 5), (2, 2, 64), (1, 1, 0), dict(layout="contiguous")),
+        ((9, 40, 0), (1, 2, 128), (1, 1, 1), {}),
+        ((16, 16, 1), (2, 2, 80), (0, 0, 1), dict(layout="gaps")),
+        ((3, 33, 40), (2, 2, 96), (1, 1, 1), {}),
+        ((32, 32, 0), (1, 3, 64), (0, 1, 0), dict(method="cross_rows")),
+        ((20, 70, 1), (1, 2, 40), (1, 1, 1), dict(method="cross_cols")),
+    ],
+    ids=str,
+)
+def test_cuda_is_exact(dtype, grid, shape, terms, options):
+    assert_rule_9(fitting(dtype, grid, shape, terms, **options), dtype, "cuda")
+
+
+@pytest.mark.parametrize("terms", [(0, 1, 0), (1, 1, 1)])
+def test_cuda_is_bitwise_equal_from_run_to_run_and_of_uninitialised_memory(terms):
+    torch.use_deterministic_algorithms(True)  # fills what is allocated with NaN
+    try:
+        arguments = fitting(brain, (14, 13, 1), (40, 6, 64), terms)
+        results = []
+        for _ in range(5):
+            outputs, gradients = run(rpe_attention, arguments, [torch.ones(40, 6, 183, 64)], brain, backend="cuda")
+            results.append([*outputs, *gradients])
+        assert all(x.isfinite().all() for x in results[0])
+        for result in results[1:]:
+            assert all(torch.equal(one, other) for one, other in zip(result, results[0], strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_what_cuda_leaves_to_triton():
+    arguments = fitting(brain, (14, 13, 1), (2, 3, 64), (0, 1, 0))
+    options = dict(dropout_p=0.3, seed=torch.tensor([5]))
+    with pytest.raises(ValueError, match='backend="cuda" has no dropout'):
+        rpe_attention(*arguments, backend="cuda", **options)
+    ours, theirs = (rpe_attention(*arguments, backend=name, **options)[0] for name in (None, "triton"))
+    assert torch.equal(ours, theirs)
+
+
+def test_cuda_in_a_graph_and_compiled():
+    q, k, v, on_q, on_k, on_v = fitting(brain, (14, 13, 1), (8, 3, 64), (1, 1, 1))
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+
+    def step(q, k, v):
+        out = rpe_attention(q, k, v, on_q, on_k, on_v, backend="cuda")[0]
+        return out, *torch.autograd.grad(out.float().square().sum(), leaves)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step(*leaves)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(*leaves)
+    with torch.no_grad():
+        leaves[0].copy_(torch.randn_like(q))
+    graph.replay()
+    fresh = step(*leaves)
+    assert all(torch.equal(one, other) for one, other in zip(captured, fresh, strict=True))
+
+    def loss(q, k, v):
+        return rpe_attention(q, k, v, on_q, on_k, on_v)[0].float().square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True)
+    actual, expected = (torch.autograd.grad(f(*leaves), leaves) for f in (compiled, loss))
+    torch.testing.assert_close(actual, expected, atol=1e-2, rtol=1e-2)
+
+
+def test_cuda_keeps_and_takes_little_memory():
+    q, k, v, on_q, on_k, on_v = fitting(brain, (64, 64, 0), (1, 6, 64), (1, 1, 1))
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+
+    def step():
+        torch.autograd.grad(rpe_attention(*leaves, on_q, on_k, on_v, backend="cuda")[0].sum(), leaves)
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    one = q.numel() * 2  # bytes of q
+    assert torch.cuda.max_memory_allocated() - before < 14 * one
