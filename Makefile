@@ -38,6 +38,9 @@ asan: .venv/installed  ## the operators' tests against a build that stops at any
 	cd build/asan && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  RPE_OPS_CXXFLAGS="-O1 -g -fsanitize=address" $(CURDIR)/$(BIN)/python -m pytest -q -s -p no:cacheprovider -k "law or strides" \
 	  $(CURDIR)/tests/test_rpe_index_cuda.py
+	cd build/asan && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  RPE_OPS_CXXFLAGS="-O1 -g -fsanitize=address" $(CURDIR)/$(BIN)/python -m pytest -q -s -p no:cacheprovider -k "5-7 or 1-20 or matrices" \
+	  $(CURDIR)/tests/test_rpe_attention_cuda.py $(CURDIR)/tests/test_warp_on_host.py
 
 bench: .venv/ops  ## operators beside torch's own, as ratios; JSON in benchmarks/results/
 	$(BIN)/python benchmarks/bench_rpe_index.py --out benchmarks/results

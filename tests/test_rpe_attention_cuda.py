@@ -86,20 +86,28 @@ class Options(ctypes.Structure):
     _fields_ = fields(INT64, "warps parts order is_known")
 
 
-def build(folder):
+def build(library):
     flags = os.environ.get("RPE_OPS_CXXFLAGS", "-O2").split()
     if "-fsanitize=address" in flags:  # fibers have stacks of their own
         flags += ["--param", "asan-stack=0"]
-    library = folder / "on_host.so"
     command = [COMPILER, "-std=c++17", *flags, "-Wall", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
     source = ROOT / "tests" / "on_host" / "rpe_attention.cpp"
     subprocess.run([*command, f"-I{ROOT / 'tests'}", source, "-o", library], check=True)
-    return library
 
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    return ctypes.CDLL(str(build(tmp_path_factory.mktemp("on_host"))))
+    import fcntl  # not everywhere
+
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of all workers: one compiles, which takes half a minute, the others wait
+    library = folder / "rpe_attention_on_host.so"
+    with open(folder / "rpe_attention_on_host.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            build(library)
+    return ctypes.CDLL(str(library))
 
 
 def heads_of(x):

@@ -151,30 +151,37 @@ def test_powers_of_2_have_no_subnormal_numbers(warp):
     assert warp.power(ctypes.c_float(0.3)) == pytest.approx(2**0.3, rel=1e-6)
 
 
-OFFSETS = "at((torch.arange(32) * 16).index_fill(0, torch.tensor(9), {}))"
+@pytest.mark.parametrize("order", ORDERS)
+def test_copies_of_4_bytes(warp, order):
+    memory, result = torch.randint(255, (12,), dtype=torch.uint8), torch.zeros(4, dtype=torch.uint8)
+    warp.copied4(at(memory[4:]), ctypes.c_int64(44), at(result), order)
+    assert torch.equal(result, memory[4:8])
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (f"loaded(4, 0, at(memory), 512, {OFFSETS.format(8)}, at(memory), 0)", "of 4: not at a multiple of 16"),
-        (f"loaded(4, 1, at(memory), 512, {OFFSETS.format(512)}, at(memory), 0)", "turned: not in shared memory"),
-        (f"loaded(2, 0, at(memory), 512, {OFFSETS.format(-16)}, at(memory), 0)", "of 2: not in shared memory"),
-        ("copied(at(memory[4:]), 0, 1, at(memory), 0)", "copy16: not at a multiple of 16"),
-        ("copied(at(memory), 8, 1, at(memory), 0)", "copy16: not at a multiple of 16"),
-        ("copied(at(memory), 48, 1, at(memory), 0)", "copy16: not in shared memory"),
-        ("talked(32, at(memory), 32, ctypes.c_float(0), at(memory), at(memory), 0)", "exchanged: a lane beyond 31"),
+        ("loaded(4, 0, memory, c_int64(512), offsets(8), memory, 0)", "of 4: not at a multiple of 16"),
+        ("loaded(4, 1, memory, c_int64(512), offsets(512), memory, 0)", "turned: not in shared memory"),
+        ("loaded(2, 0, memory, c_int64(512), offsets(-16), memory, 0)", "of 2: not in shared memory"),
+        ("copied(c_void_p(memory.value + 4), c_int64(0), 1, memory, 0)", "copy16: not at a multiple of 16"),
+        ("copied(memory, c_int64(8), 1, memory, 0)", "copy16: not at a multiple of 16"),
+        ("copied(memory, c_int64(48), 1, memory, 0)", "copy16: not in shared memory"),
+        ("copied4(memory, c_int64(2), memory, 0)", "copy4: not at a multiple of 4"),
+        ("copied4(memory, c_int64(48), memory, 0)", "copy4: not in shared memory"),
+        ("talked(c_int64(32), memory, 32, c_float(0), memory, memory, 0)", "exchanged: a lane beyond 31"),
         ("apart()", "other lanes are in another function"),
         ("gone()", "waits for ever"),
     ],
 )
 def test_what_stops_a_program(library, call, message):
     code = f"""
-import ctypes, torch
-from test_warp_on_host import at
-memory = torch.zeros(2048, dtype=torch.uint8)
-ctypes.CDLL({str(library)!r}).{call}
+from ctypes import *
+block = create_string_buffer(8192)
+memory = c_void_p((addressof(block) + 63) // 64 * 64)
+def offsets(ninth):
+    return (c_int64 * 32)(*[ninth if lane == 9 else 16 * lane for lane in range(32)])
+CDLL({str(library)!r}).{call}
 """
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)])}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=env)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode != 0 and message in done.stderr, done.stderr

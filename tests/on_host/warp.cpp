@@ -99,6 +99,16 @@ extern "C" void copied(const unsigned char* from, int64_t shift, int there, unsi
   });
 }
 
+// 4 bytes to `shift` of shared memory, and from there to `to`.
+extern "C" void copied4(const void* from, int64_t shift, void* to, int order) {
+  run(1, 48, order, [=] {
+    copy4(shared_memory() + shift, from);
+    end_copies();
+    wait_copies<0>();
+    std::memcpy(to, shared_memory() + shift, 4);
+  });
+}
+
 // exchanged(x, mask) and any_lane(x > bound) of every lane of some warps, 1000 times one after the other.
 extern "C" void talked(int64_t threads, const float* x, int mask, float bound, float* other, int* any, int order) {
   run(threads, 0, order, [=] {
