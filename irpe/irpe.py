@@ -790,9 +790,6 @@ def rpe_attention(
     return rpe.formula(q * scale, k, v, bias, empty, dropout_p)[0]
 
 
-_CHANGES = "forward", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"  # of a module
-
-
 class _Encodings(NamedTuple):
     """The encodings of one attention, and where its tokens are: attention written out."""
 
@@ -830,7 +827,8 @@ class _Encodings(NamedTuple):
             return 'takes one map for all samples; use "eager" for positions (B, L, 2)'
         for one in some:
             for part in (one, one.rp_rows, one.rp_cols) if isinstance(one, iRPE_Cross) else (one,):
-                if type(part) not in (iRPE, iRPE_Cross) or any(vars(part).get(name) for name in _CHANGES):
+                hooks = part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks
+                if any(hooks) or "forward" in part.__dict__ or type(part) not in (iRPE, iRPE_Cross):
                     return 'reads the tables, without the hooks or the forward of an encoding; use "eager"'
         return ""
 

@@ -18,9 +18,12 @@ from irpe.irpe import get_bucket_map
 from rpe_ops.rpe_attention import rpe_attention
 
 COMPILER = shutil.which("c++") or shutil.which("g++")
-pytestmark = pytest.mark.skipif(
-    COMPILER is None or not sys.platform.startswith("linux"), reason="no C++ compiler, or no fibers that are known"
-)
+pytestmark = [
+    pytest.mark.slow,  # most of it a compiler's time
+    pytest.mark.skipif(
+        COMPILER is None or not sys.platform.startswith("linux"), reason="no C++ compiler, or no fibers that are known"
+    ),
+]
 DTYPES = {torch.float16: b"h", torch.bfloat16: b"b"}
 ORDERS = RISING, FALLING, SHUFFLED = range(3)
 RESULTS = ("out", "grad_q", "grad_k", "grad_v")

@@ -526,11 +526,10 @@ struct Warp {
     Slots slots = slots_of(x, y, first);
     fetch(0, 0, slots);
     __syncthreads();
-    const bool has_rows = group < map.groups;
     int n = 0;
     for (b = first; b < a.batch; b += step) {
       head = int64_t{b} * a.heads + h;
-      if (has_rows) begin();
+      begin();
       for (int chunk = 0; chunk < map.chunks; chunk += kChunks, ++n) {
         wait_copies<0>();
         __syncthreads();
@@ -540,9 +539,9 @@ struct Warp {
           slots = slots_of(x, y, b + step);
           fetch(n + 1, 0, slots);
         }
-        if (has_rows) with(n, chunk, min(kChunks, map.chunks - chunk));
+        with(n, chunk, min(kChunks, map.chunks - chunk));
       }
-      if (has_rows) end();
+      end();
     }
   }
 

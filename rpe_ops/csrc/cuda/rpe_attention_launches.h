@@ -54,7 +54,7 @@ void launch_attention(const Run& run) {
     check_cuda(cudaFuncGetAttributes(&found, kernel));
     return (found.numRegs + 7) / 8 * 8;
   }();
-  // the most groups at work in a multiprocessor, and few that are empty
+  // the most groups at work in a multiprocessor; of what is about the same, more warps, which read memory less often
   int warps = 0, capacity = 0;
   double best = 0;
   for (int w = std::min(kMaxWarps, a.map.groups); w > 0; --w) {
@@ -62,9 +62,8 @@ void launch_attention(const Run& run) {
     if (bytes > run.device.shared_bytes || (w < 4 && best > 0)) continue;
     const int resident =
         std::min(65536 / (registers * 32 * w), (run.device.shared_bytes + 1024) / (bytes + 1024));
-    const double full = double(a.map.groups) / ((a.map.groups + w - 1) / w * w);
-    const double at_work = resident * w * full * (1 + full);
-    if (at_work > best) warps = w, best = at_work, capacity = resident * run.device.processors;
+    const double at_work = double(resident) * w * a.map.groups / ((a.map.groups + w - 1) / w * w);
+    if (at_work > best * 1.05) warps = w, best = at_work, capacity = resident * run.device.processors;
   }
   check(warps > 0, "no block of attention on a map of ", a.map.height, " x ", a.map.width, " has enough shared memory");
   const int64_t kinds = run.heads * ((a.map.groups + warps - 1) / warps);
