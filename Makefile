@@ -65,10 +65,12 @@ wheel: .venv/installed  ## the pure-Python wheel, in dist/
 clean:
 	rm -rf .venv build dist rpe_ops/build rpe_ops/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-# without a compiler, or when it fails, everything runs on plain torch
+# the operators for this machine: CUDA for the GPUs that are there, since all of them take minutes; `make ops` builds all.
+# Without a compiler, or when it fails, everything runs on plain torch
+GPUS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -E '^[0-9]+\.[0-9]+$$' | sort -u | paste -sd ';' -)
 .venv/ops: .venv/installed $(KERNELS)
 	@if command -v c++ >/dev/null || command -v g++ >/dev/null; then \
-	  $(BIN)/python rpe_ops/setup.py build_ext --inplace > .venv/ops.log 2>&1 && grep "^rpe_ops:" .venv/ops.log \
+	  $(if $(GPUS),TORCH_CUDA_ARCH_LIST='$(GPUS)',RPE_OPS_CUDA=0) $(BIN)/python rpe_ops/setup.py build_ext --inplace > .venv/ops.log 2>&1 && grep "^rpe_ops:" .venv/ops.log \
 	    || { tail -5 .venv/ops.log; echo "the operators were not built (.venv/ops.log has it all): plain torch runs instead"; }; \
 	else echo "no C++ compiler was found: plain torch runs instead of the compiled operators"; fi
 	@touch $@
