@@ -16,7 +16,8 @@ from .maps import NUMBERS
 KEEPS_OUT = True
 _DTYPES = (torch.float16, torch.bfloat16)
 _WIDEST, _PLACES = 128, 8
-_MOST_HEIGHT, _MOST_WIDTH = 512, 128  # of a map, so that a block's shared memory holds what it needs of one
+# of a map, and of its pieces of 16 tokens in an image row: a block's shared memory holds what it needs of each
+_MOST_HEIGHT, _MOST_WIDTH, _MOST_PIECES = 512, 128, 1024
 
 
 def why_not(q: Tensor, attn_mask: Tensor | None = None) -> str | None:
@@ -67,8 +68,9 @@ def why_not_call(call: Any, inputs: Any) -> str | None:
         skips = int(skip > 0)
         if max(columns, (num_buckets - skips + columns - 1) // columns) + skips > _PLACES:
             return f"takes {_PLACES} rows and columns of buckets, those of skip tokens counted"
-        if height > _MOST_HEIGHT or width > _MOST_WIDTH:
-            return f"takes maps up to {_MOST_HEIGHT} x {_MOST_WIDTH}"
+        pieces = height * ((width + 15) // 16) + (skip + 15) // 16
+        if height > _MOST_HEIGHT or width > _MOST_WIDTH or pieces > _MOST_PIECES:
+            return f"takes maps up to 128 x 128, and here is {height} x {width} behind {skip} tokens"
     return None
 
 

@@ -77,6 +77,26 @@ def test_as_many_rows_of_buckets_as_there_are_places(chosen, ratio, skip, fits):
         operators.rpe_attention(*given, backend="cuda")
 
 
+@pytest.mark.parametrize(
+    ("size", "skip", "fits"),
+    [
+        ((128, 128), 0, True),
+        ((512, 32), 0, True),
+        ((513, 2), 0, False),
+        ((2, 129), 0, False),
+        ((128, 128), 1, False),
+        ((3, 4), 20000, False),
+    ],
+)
+def test_maps_that_shared_memory_holds(size, skip, fits):
+    numbers = (*size, skip, 50, 7)
+    call = fused.Call("cuda", 1.0, 0.0, (), numbers, (), False, False, True)
+    q, table = torch.empty(1, 1, 1, 64, dtype=torch.half), torch.empty(1, 64, 50)
+    inputs = fused.Inputs(q, q, q, None, None, [], [table], [], [], [q], [])
+    reason = rpe_attention_cuda.why_not_call(call, inputs)
+    assert reason is None if fits else "takes maps up to 128 x 128" in reason
+
+
 @pytest.mark.parametrize("tables", [(0, 1, 0), (1, 0, 0), (0, 0, 1), (1, 1, 1)])
 def test_calls_that_it_takes(chosen, tables):
     with pytest.raises(ZeroDivisionError, match="cuda"):
