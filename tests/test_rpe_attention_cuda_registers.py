@@ -1,4 +1,4 @@
-"""Registers of the CUDA attention kernels. A loop that spills some takes 8 to 25% longer: measured, with 104 bytes of stack."""
+"""Registers of the CUDA attention kernels: with 104 bytes of stack, which is what spilled, one took 25% longer."""
 
 import os
 import re
