@@ -135,8 +135,7 @@ def test_pip_install_holds_the_library_alone(tmp_path, run_python):
 def test_cuda_builds_without_a_gpu(tmp_path, run_python):
     folder = copy_sources(tmp_path)
     # for one kind of GPU, beside the library for the CPU that is there: for all of them a compiler takes minutes
-    for library in (ROOT / "rpe_ops").glob("_rpe_ops_C*.so"):
-        shutil.copy(library, folder)
+    copy_library(folder)
     env = {"RPE_OPS_CPU": "0", "RPE_OPS_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0"}
     done = setup_py(folder, "build_ext", "--inplace", env=env)
     assert done.returncode == 0, done.stdout + done.stderr
