@@ -37,8 +37,6 @@ SUMMED = {"lookup_forward": 2, "lookup_backward_queries": 1, "lookup_backward_ke
 
 def terms_of(maps: Sequence[Tensor], sizes: Sequence[int]) -> list[Term]:
     step = len(sizes) // max(len(maps), 1)
-    if len(maps) > 2:
-        raise ValueError(f'backend="triton" takes at most 2 tables on each of q, k and v, and here are {len(maps)}')
     return [_term(x, *sizes[step * n : step * n + 4]) for n, x in enumerate(maps)]
 
 

@@ -2,7 +2,8 @@
 
 A backend is a module with
 
-    why_not(q, attn_mask)         why it cannot take such a call, as the end of a sentence, or None
+    why_not(q, attn_mask)         why it cannot take such a q and mask, as the end of a sentence, or None
+    why_not_call(call, q, tables) the same of all the rest; the next backend that can then takes the call
     about()                       what it is, as a sentence
     is_slow(q, k)                 whether the formula is the faster one for such a call
     forward(call, inputs)         (out, lse, sums): lse (B, H, Lq), bucket sums (B, H, Lq, N) for each map on values.
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _torch, rpe_attention_cpu, rpe_attention_cuda, rpe_attention_eager, rpe_attention_triton
-from .maps import NUMBERS, from_numbers, tensor_and_numbers
+from .maps import NUMBERS, tensor_and_numbers
 
 # where several take a call, the first is chosen
 BACKENDS: dict[str, Any] = {"cpu": rpe_attention_cpu, "cuda": rpe_attention_cuda, "triton": rpe_attention_triton}
@@ -94,14 +95,14 @@ def attention(
     of_q, of_k, of_v = numbers
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *tables))
     call = Call(backend, settings["scale"], settings["dropout_p"], of_q, of_k, of_v, weights_v, or_eager, trains)
-    if backend == "cuda" and (
-        reason := rpe_attention_cuda.why_not_call(call, _inputs(call, (q, k, v, mask, seed), (*tables, *maps)))
-    ):
+    while reason := BACKENDS[call.backend].why_not_call(call, q, tables):
         if not or_eager:
-            raise ValueError(f'backend="cuda" {reason}')
-        if rpe_attention_triton.why_not(q, mask) or rpe_attention_triton.is_slow(q, k):
+            raise ValueError(f'backend="{call.backend}" {reason}')
+        later = list(BACKENDS)[list(BACKENDS).index(call.backend) + 1 :]
+        takers = [x for x in later if not BACKENDS[x].why_not(q, mask) and not BACKENDS[x].is_slow(q, k)]
+        if not takers:
             return rpe_attention_eager.attention(q, k, v, on_q, on_k, on_v, **settings)
-        call = call._replace(backend="triton")
+        call = call._replace(backend=takers[0])
     function = RPEAttention.apply
     if torch.compiler.is_compiling():
         # one tensor twice, a map of q and k or q that is k, is more than torch.compile takes
@@ -182,7 +183,7 @@ class RPEAttentionBackward(torch.autograd.Function):
             raise NotImplementedError('second derivatives of rpe_attention: call it with backend="eager", or None')
         grad_out, *rest = ctx.saved_tensors
         inputs, _, grad_sums = _parts(call, rest, kept=False)
-        pairs, settings = as_pairs(call, inputs)
+        pairs, settings = _formula_of(call, inputs)
         second = rpe_attention_eager.second_gradients(grads, (grad_out, *grad_sums), pairs, **settings)
         of_out, *of_sums = second[: 1 + len(grad_sums)]
         of_q, of_k, of_v, *of_tables = second[1 + len(grad_sums) :]
@@ -210,18 +211,11 @@ def _parts(call: Call, rest: Sequence[Any], kept: bool = True) -> tuple[Inputs, 
     return _inputs(call, rest[:5], rest[5:end]), list(rest[end:kept_end]), list(rest[kept_end:])
 
 
-def as_pairs(call: Call, inputs: Inputs) -> tuple[tuple, dict[str, Any]]:
+def _formula_of(call: Call, inputs: Inputs) -> tuple[tuple, dict[str, Any]]:
     """A call as the formula takes it: (q, k, v, on_q, on_k, on_v) and the settings."""
-
-    def of(tensors: list[Tensor], numbers: tuple[int, ...]) -> list[Any]:
-        return [from_numbers(x, numbers[NUMBERS * n : NUMBERS * (n + 1)]) for n, x in enumerate(tensors)]
-
-    on_q = list(zip(inputs.tables_q, of(inputs.maps_q, call.numbers_q), strict=True))
-    on_k = list(zip(inputs.tables_k, of(inputs.maps_k, call.numbers_k), strict=True))
-    last = inputs.tables_v if call.weights_v else call.numbers_v[3::NUMBERS]
-    on_v = list(zip(of(inputs.maps_v, call.numbers_v), last, strict=True))
+    pairs = rpe_attention_eager.pairs_of(inputs[5:8], inputs[8:11], call[3:6])
     settings = dict(scale=call.scale, attn_mask=inputs.mask, dropout_p=call.dropout_p, seed=inputs.seed)
-    return (*inputs[:3], on_q, on_k, on_v), settings
+    return (*inputs[:3], *pairs), settings
 
 
 def _vmap(function: Any, info: Any, in_dims: tuple, args: tuple) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:

@@ -24,6 +24,11 @@ def why_not(q: Tensor, attn_mask: Tensor | None = None) -> str | None:
     return None
 
 
+def why_not_call(call: Any, q: Tensor, tables: list[Tensor]) -> str | None:
+    """It takes every call."""
+    return None
+
+
 def about() -> str:
     """What it is, for `rpe_ops.backends()`."""
     return _native.about("cpu", "compiled kernels for CPUs")

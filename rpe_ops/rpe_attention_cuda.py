@@ -48,7 +48,7 @@ def _why_not_on(device: int, head_size: int) -> str | None:
     return None
 
 
-def why_not_call(call: Any, inputs: Any) -> str | None:
+def why_not_call(call: Any, q: Tensor, tables: list[Tensor]) -> str | None:
     """The same of the rest of a call: encodings, scale, dropout."""
     if call.dropout_p > 0:
         return "has no dropout"
@@ -57,11 +57,10 @@ def why_not_call(call: Any, inputs: Any) -> str | None:
     numbers = [some for some in (call.numbers_q, call.numbers_k, call.numbers_v) if some]
     if not numbers or any(len(some) > NUMBERS for some in numbers):
         return "takes one encoding on each of q, k and v, and at least one in all"
-    tables = [*inputs.tables_q, *inputs.tables_k, *inputs.tables_v]
     if len(tables) < len(numbers) or any(table.dim() != 3 for table in tables):
         return "takes W, and neither side tables nor bucket sums"
-    if any(table.dtype not in (torch.float32, inputs.q.dtype) for table in tables):
-        return f"takes W of float32 or {inputs.q.dtype}"
+    if any(table.dtype not in (torch.float32, q.dtype) for table in tables):
+        return f"takes W of float32 or {q.dtype}"
     for height, width, skip, num_buckets, columns in numbers:
         if columns == 0 or (height, width, skip) != tuple(numbers[0][:3]):
             return "takes maps that factor, all of one size"
@@ -87,16 +86,29 @@ def about() -> str:
 
 def forward(call: Any, inputs: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     """(out, lse, sums), see `fused`; sums are in places of the kernels, (B, H, L, 64)."""
-    out, lse, sums = torch.ops.rpe_ops.rpe_attention_cuda(*inputs[:3], *_rest(call, inputs), call.trains)
+    arguments = (*inputs[:3], *_rest(call, inputs), call.trains)
+    out, lse, sums = _run(torch.ops.rpe_ops.rpe_attention_cuda, arguments)
     return out, lse, [sums] if call.numbers_v else []
 
 
 def backward(call: Any, inputs: Any, saved: Any) -> list[Tensor]:
     """Gradients of q, k, v and of each table."""
-    sums = saved.sums[0] if saved.sums else saved.lse
-    kept = (saved.out, saved.lse, sums)
-    found = torch.ops.rpe_ops.rpe_attention_cuda_backward(saved.grad_out, *inputs[:3], *kept, *_rest(call, inputs))
+    sums = saved.sums[0] if saved.sums else saved.lse  # of a call without values nobody reads them
+    arguments = (saved.grad_out, *inputs[:3], saved.out, saved.lse, sums, *_rest(call, inputs))
+    found = _run(torch.ops.rpe_ops.rpe_attention_cuda_backward, arguments)
     return [*found[:3], *found[3]]
+
+
+def _run(operator: Any, arguments: tuple) -> Any:
+    """operator(*arguments); the stable ABI knows no `torch.OutOfMemoryError`, which callers look for."""
+    if torch.compiler.is_compiling():
+        return operator(*arguments)
+    try:
+        return operator(*arguments)
+    except RuntimeError as error:
+        if str(error).startswith("CUDA out of memory"):
+            raise torch.OutOfMemoryError(str(error)) from None
+        raise
 
 
 def _rest(call: Any, inputs: Any) -> tuple:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .maps import Map, look_up, sum_up
+from .maps import NUMBERS, Map, from_numbers, look_up, sum_up
 
 Pairs = Sequence[tuple[Tensor, Map]]
 OnValues = Sequence[tuple[Map, int]] | Sequence[tuple[Map, Tensor]]
@@ -20,6 +20,18 @@ def about() -> str:
         "scatter_add uses atomics, so bucket sums may differ in their last bits from run to run, unless "
         "torch.use_deterministic_algorithms(True) is set"
     )
+
+
+def pairs_of(
+    tables: Sequence[Sequence[Tensor]], maps: Sequence[Sequence[Tensor]], numbers: Sequence[Sequence[int]]
+) -> tuple[list[Any], list[Any], list[Any]]:
+    """(on_q, on_k, on_v) of what operators are given for q, k and v: tables, and maps as `maps.NUMBERS` says."""
+    of_q, of_k, of_v = (
+        [from_numbers(x, n[NUMBERS * i : NUMBERS * (i + 1)]) for i, x in enumerate(some)]
+        for some, n in zip(maps, numbers, strict=True)
+    )
+    on_v = zip(of_v, tables[2] or numbers[2][3::NUMBERS], strict=True)
+    return list(zip(tables[0], of_q, strict=True)), list(zip(tables[1], of_k, strict=True)), list(on_v)
 
 
 def attention(

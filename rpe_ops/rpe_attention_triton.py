@@ -8,6 +8,7 @@ comes first to the form in which kernels read tables (`_triton_call_axes.in_plac
 import importlib.util
 import os
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,12 +17,13 @@ from torch import Tensor
 from . import _torch, _triton_call, _triton_launch, rpe_attention_eager
 from ._triton_call_axes import Axes, in_places, out_of_places, turn
 from ._triton_call_tables import table_sums
-from .maps import NUMBERS, from_numbers
+from .maps import NUMBERS
 
 KEEPS_OUT = True
 BROKEN: dict[str, str] = {}  # device, dtype and head size -> why the kernels do not run there
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _WIDEST = 128
+_MOST_MAPS = 2
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when kernels are defined
 
@@ -40,6 +42,14 @@ def why_not(q: Tensor, attn_mask: Tensor | None = None) -> str | None:
         return f"needs compute capability 8.0, and {q.device} has {found}"
     if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
         return 'has no gradient of attn_mask: use backend="eager", or detach the mask'
+    return None
+
+
+def why_not_call(call: Any, q: Tensor, tables: list[Tensor]) -> str | None:
+    """The same of the maps: a kernel has arguments for two on each of q, k and v."""
+    most = max(len(call.numbers_q), len(call.numbers_k), len(call.numbers_v)) // NUMBERS
+    if most > _MOST_MAPS:
+        return f"takes at most {_MOST_MAPS} tables on each of q, k and v, and here are {most}"
     return None
 
 
@@ -85,72 +95,41 @@ def _flat(call: Any, inputs: Any) -> tuple:
     return *inputs[:3], *inputs[5:], *numbers, inputs.mask, inputs.seed, call.scale, call.dropout_p, call.or_eager
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tables_q: list[Tensor],
-    tables_k: list[Tensor],
-    tables_v: list[Tensor],
-    maps_q: list[Tensor],
-    maps_k: list[Tensor],
-    maps_v: list[Tensor],
-    numbers_q: list[int],
-    numbers_k: list[int],
-    numbers_v: list[int],
-    attn_mask: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    or_eager: bool,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    maps: tuple[Any, ...] = (maps_q, maps_k, maps_v, numbers_q, numbers_k, numbers_v)
+# what both operators are given of a call, in this order
+_GIVEN = (
+    "Tensor q, Tensor k, Tensor v, Tensor[] tables_q, Tensor[] tables_k, Tensor[] tables_v, Tensor[] maps_q, "
+    "Tensor[] maps_k, Tensor[] maps_v, SymInt[] numbers_q, SymInt[] numbers_k, SymInt[] numbers_v, "
+    "Tensor? attn_mask, Tensor? seed, float scale, float dropout_p, bool or_eager"
+)
+
+
+def _forward(*flat: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    q, k, v, tables_q, tables_k, tables_v, *maps = flat[:12]
+    rest, scale = flat[12:16], flat[14]
     axes = _triton_launch.axes_of(q, k, maps[:3], maps[3:])
     try:
         luts = (
             [_side_table(k, _placed(table, axes, 0, k), scale) for table in tables_q],
             [_side_table(q, _placed(table, axes, 1, q), scale) for table in tables_k],
         )
-        arguments: tuple[Any, ...] = (q, k, v, *luts, *maps, attn_mask, seed, scale, dropout_p)
-        out, lse, sums = _triton_launch.forward(*arguments, by_head=bool(tables_v))
+        out, lse, sums = _triton_launch.forward(q, k, v, *luts, *maps, *rest, by_head=bool(tables_v))
         for bucket_sums, W in zip(sums, tables_v, strict=False):
             its = in_places(W.transpose(1, 2), axes, 2, q).transpose(1, 2)
             _by_head(out).baddbmm_(_by_head(bucket_sums), its)
     except Exception as error:
-        _give_up(q, error, or_eager)
-        pairs = _pairs(q, k, v, tables_q, tables_k, tables_v, *maps)
-        rest = dict(scale=scale, attn_mask=attn_mask, dropout_p=dropout_p, seed=seed)
-        out, lse, sums = rpe_attention_eager.attention_and_lse(*pairs, **rest)
+        _give_up(q, error, or_eager=flat[16])
+        pairs, settings = _formula_of(flat)
+        out, lse, sums = rpe_attention_eager.attention_and_lse(*pairs, **settings)
         sums = [_kept(x, axes) if tables_v else x.contiguous() for x in sums]
         return _heads_inside(q, out), lse, sums
     return out, lse, sums
 
 
 def _backward(
-    grad_out: Tensor,
-    grad_sums: list[Tensor],
-    out: Tensor,
-    lse: Tensor,
-    sums: list[Tensor],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tables_q: list[Tensor],
-    tables_k: list[Tensor],
-    tables_v: list[Tensor],
-    maps_q: list[Tensor],
-    maps_k: list[Tensor],
-    maps_v: list[Tensor],
-    numbers_q: list[int],
-    numbers_k: list[int],
-    numbers_v: list[int],
-    attn_mask: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    or_eager: bool,
+    grad_out: Tensor, grad_sums: list[Tensor], out: Tensor, lse: Tensor, sums: list[Tensor], *flat: Any
 ) -> list[Tensor]:
-    maps: tuple[Any, ...] = (maps_q, maps_k, maps_v, numbers_q, numbers_k, numbers_v)
+    q, k, v, tables_q, tables_k, tables_v, *maps = flat[:12]
+    rest, scale = flat[12:16], flat[14]
     axes = _triton_launch.axes_of(q, k, maps[:3], maps[3:])
     by_head = any(table.dim() == 3 for table in (*tables_q, *tables_k))
     try:
@@ -163,8 +142,8 @@ def _backward(
         else:
             of_sums, of_delta = grad_sums, sums
         before = (grad_out, of_sums, q, k, v, out, of_delta, lse)
-        arguments: tuple[Any, ...] = (*before, *luts, *maps, attn_mask, seed, scale, dropout_p)
-        grad_q, grad_k, grad_v, of_q, of_k = _triton_launch.backward(*arguments, by_head=by_head)
+        found = _triton_launch.backward(*before, *luts, *maps, *rest, by_head=by_head)
+        grad_q, grad_k, grad_v, of_q, of_k = found
         grads = [grad_q, grad_k, grad_v]
         for term, x, of_x, tables, placed, of_tables in (
             (0, k, grad_k, tables_q, placed_q, of_q),
@@ -181,10 +160,9 @@ def _backward(
             of_W = out_of_places(table_sums(grad_out, bucket_sums, 1.0), axes, 2)
             grads.append(of_W.transpose(1, 2).contiguous().to(W.dtype))
     except Exception as error:
-        _give_up(q, error, or_eager)
-        pairs = _pairs(q, k, v, tables_q, tables_k, tables_v, *maps)
-        rest = dict(scale=scale, attn_mask=attn_mask, dropout_p=dropout_p, seed=seed)
-        grads = rpe_attention_eager.gradients(grad_out, grad_sums, pairs, **rest)
+        _give_up(q, error, or_eager=flat[16])
+        pairs, settings = _formula_of(flat)
+        grads = rpe_attention_eager.gradients(grad_out, grad_sums, pairs, **settings)
         return [_heads_inside(q, x) for x in grads[:3]] + [x.contiguous() for x in grads[3:]]
     return grads
 
@@ -222,15 +200,11 @@ def _side_table(x: Tensor, table: Tensor, scale: float) -> Tensor:
     return product.view(x.shape[1], x.shape[0], x.shape[2], -1).transpose(0, 1)
 
 
-def _pairs(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple:
-    """The arguments of the formula."""
-    tables, maps, numbers = rest[:3], rest[3:6], rest[6:]
-    places = [
-        [from_numbers(x, n[NUMBERS * i : NUMBERS * (i + 1)]) for i, x in enumerate(m)]
-        for m, n in zip(maps, numbers, strict=True)
-    ]
-    on_q, on_k = (list(zip(t, p, strict=True)) for t, p in zip(tables[:2], places[:2], strict=True))
-    return q, k, v, on_q, on_k, list(zip(places[2], tables[2] or numbers[2][3::NUMBERS], strict=True))
+def _formula_of(flat: Sequence[Any]) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of the formula: (q, k, v, on_q, on_k, on_v) and the settings."""
+    attn_mask, seed, scale, dropout_p = flat[12:16]
+    settings = dict(attn_mask=attn_mask, seed=seed, scale=scale, dropout_p=dropout_p)
+    return (*flat[:3], *rpe_attention_eager.pairs_of(flat[3:6], flat[6:9], flat[9:12])), settings
 
 
 def _key(q: Tensor) -> str:
@@ -275,8 +249,10 @@ def _fake_backward(
 
 
 if not hasattr(torch.ops.rpe_ops, "rpe_attention_triton"):  # once in a process, however many copies of this there are
-    for _name, _function, _its_fake in (
-        ("rpe_attention_triton", _forward, _fake),
-        ("rpe_attention_triton_backward", _backward, _fake_backward),
+    _BEFORE = "Tensor grad_out, Tensor[] grad_sums, Tensor out, Tensor lse, Tensor[] sums"
+    for _name, _function, _its_fake, _schema in (
+        ("rpe_attention_triton", _forward, _fake, f"({_GIVEN}) -> (Tensor, Tensor, Tensor[])"),
+        ("rpe_attention_triton_backward", _backward, _fake_backward, f"({_BEFORE}, {_GIVEN}) -> Tensor[]"),
     ):
-        torch.library.custom_op(f"rpe_ops::{_name}", _function, mutates_args=()).register_fake(_its_fake)
+        _operator = torch.library.custom_op(f"rpe_ops::{_name}", _function, mutates_args=(), schema=_schema)
+        _operator.register_fake(_its_fake)

@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from irpe import get_bucket_map
-from rpe_ops import _native, fused, rpe_attention_cuda
+from rpe_ops import _native, fused, rpe_attention_cuda, rpe_attention_eager, rpe_attention_triton
 from rpe_ops import rpe_attention as operators
 
 PLACE = get_bucket_map("product", 3, 4, 1, 1.9, 3.8, 15.2)
@@ -92,8 +92,7 @@ def test_maps_that_shared_memory_holds(size, skip, fits):
     numbers = (*size, skip, 50, 7)
     call = fused.Call("cuda", 1.0, 0.0, (), numbers, (), False, False, True)
     q, table = torch.empty(1, 1, 1, 64, dtype=torch.half), torch.empty(1, 64, 50)
-    inputs = fused.Inputs(q, q, q, None, None, [], [table], [], [], [q], [])
-    reason = rpe_attention_cuda.why_not_call(call, inputs)
+    reason = rpe_attention_cuda.why_not_call(call, q, [table])
     assert reason is None if fits else "takes maps up to 128 x 128" in reason
 
 
@@ -133,3 +132,106 @@ def test_shapes_for_compilers(on, keeps):
         assert [x.shape for x in found[:3]] == [q.shape] * 3 and [x.shape for x in found[3]] == [
             x.shape for x in tables
         ]
+
+
+class OnCPU:
+    """Stands in for the CUDA kernels: the operators by the formula, and what they were asked to keep."""
+
+    def __init__(self):
+        self.kept, self.fails = [], False
+
+    @staticmethod
+    def arguments(q, k, v, tables, maps, numbers, on, scale):
+        of = [[], [], []], [[], [], []], [[], [], []]
+        for n, place in enumerate(place for place in range(3) if on >> place & 1):
+            of[0][place], of[1][place] = [tables[n]], [maps[n]]
+            of[2][place] = numbers[5 * n : 5 * n + 5]
+        settings = dict(scale=scale, attn_mask=None, dropout_p=0.0, seed=None)
+        return (q, k, v, *rpe_attention_eager.pairs_of(*of)), settings
+
+    def forward(self, q, k, v, tables, maps, numbers, on, scale, keeps):
+        if self.fails:
+            raise RuntimeError("CUDA out of memory in rpe_attention")
+        self.kept.append(keeps)
+        arguments, settings = self.arguments(q, k, v, tables, maps, numbers, on, scale)
+        out, lse, _ = rpe_attention_eager.attention_and_lse(*arguments, **settings)
+        sums = q.new_ones(*q.shape[:3], 64) if on & 4 and keeps else q.new_empty(0)
+        return out.transpose(1, 2).contiguous().transpose(1, 2), lse, sums
+
+    def backward(self, grad_out, q, k, v, out, lse, sums, tables, maps, numbers, on, scale):
+        assert out.shape == q.shape and lse.shape == q.shape[:3]
+        assert not on & 4 or ((sums == 1).all() and sums.shape[3] == 64)
+        arguments, settings = self.arguments(q, k, v, tables, maps, numbers, on, scale)
+        grads = rpe_attention_eager.gradients(grad_out, [], arguments, **settings)
+        inside = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in grads[:3]]
+        return *inside, [x.contiguous() for x in grads[3:]]
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    if "cpu" not in _native.LOADED:
+        pytest.skip("the operators are not built")
+    monkeypatch.setattr(rpe_attention_cuda, "why_not", lambda q, attn_mask=None: None)
+    monkeypatch.setattr(operators, "choose", lambda *_: "cuda")
+    stand_in = OnCPU()
+    library = torch.library.Library("rpe_ops", "IMPL")
+    library.impl("rpe_attention_cuda", stand_in.forward, "CPU")
+    library.impl("rpe_attention_cuda_backward", stand_in.backward, "CPU")
+    yield stand_in
+    library._destroy()
+
+
+def leaves_of(tables):
+    q, k, v, on_q, on_k, on_v = arguments(dtype=torch.float32, tables=tables)
+    leaves = [x.requires_grad_() for x in (q.clone(), k.clone(), v.clone())]
+    leaves += [x.requires_grad_() for x in (*(t for t, _ in (*on_q, *on_k)), *(W for _, W in on_v))]
+
+    def call(backend, q, k, v, *weights):
+        of = iter(weights)
+        on_q, on_k = ([(next(of), PLACE) for _ in range(count)] for count in tables[:2])
+        on_v = [(PLACE, W) for W in of]
+        return operators.rpe_attention(q, k, v, on_q, on_k, on_v, backend=backend)[0]
+
+    return leaves, call
+
+
+@pytest.mark.parametrize("tables", [(0, 1, 0), (1, 0, 0), (0, 0, 1), (1, 1, 1)])
+def test_results_and_both_derivatives_reach_the_caller(computed, tables):
+    leaves, call = leaves_of(tables)
+    firsts, seconds = [], []
+    for backend in (None, "eager"):
+        out = call(backend, *leaves)
+        firsts.append([out, *torch.autograd.grad(out.sin().sum(), leaves, create_graph=True)])
+        seconds.append(torch.autograd.grad(sum(x.square().sum() for x in firsts[-1][1:]), leaves))
+    assert computed.kept == [True]
+    torch.testing.assert_close(*firsts)
+    torch.testing.assert_close(*seconds, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(call(None, *leaves), firsts[1][0].detach())
+    assert computed.kept == [True, False]
+
+
+def test_a_compiled_graph_holds_it(computed):
+    leaves, call = leaves_of((1, 1, 1))
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    results = [f(None, *leaves) for f in (compiled, call)]
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(*(torch.autograd.grad(out.sin().sum(), leaves) for out in results))
+    assert len(computed.kept) == 2
+
+
+def test_more_tables_than_triton_takes(monkeypatch):
+    monkeypatch.setattr(rpe_attention_triton, "why_not", lambda q, attn_mask=None: None)
+    monkeypatch.setattr(operators, "choose", lambda *_: "triton")
+    q, k, v, on_q, on_k, on_v = arguments()
+    formula = operators.rpe_attention(q, k, v, on_q, on_k * 3, on_v, backend="eager")
+    torch.testing.assert_close(operators.rpe_attention(q, k, v, on_q, on_k * 3, on_v), formula, atol=0, rtol=0)
+    assert not rpe_attention_triton.BROKEN
+    with pytest.raises(ValueError, match='backend="triton" takes at most 2 tables .* here are 3'):
+        operators.rpe_attention(q, k, v, on_q, on_k * 3, on_v, backend="triton")
+
+
+def test_memory_that_is_not_there_is_torchs_error(computed):
+    computed.fails = True
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory in rpe_attention"):
+        operators.rpe_attention(*arguments())

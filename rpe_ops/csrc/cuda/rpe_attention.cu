@@ -59,12 +59,14 @@ Heads heads_of(const Tensor& x, const char* name, const Tensor& like) {
   return {x.data_ptr(), x.stride(0), x.stride(1), int(x.stride(2))};
 }
 
+constexpr const char* kOutOfMemory = "CUDA out of memory";  // rpe_attention_cuda.py knows it by these words
+
 // Memory on the device of x, of sizes and strides: without the way through torch's dispatcher, which takes longer.
 Tensor empty_strided(const Tensor& x, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int32_t dtype) {
   AtenTensorHandle made = nullptr;
   const AOTITorchError error = aoti_torch_empty_strided(
       int64_t(sizes.size()), sizes.data(), strides.data(), dtype, aoti_torch_device_type_cuda(), x.get_device_index(), &made);
-  check(error == AOTI_TORCH_SUCCESS, "CUDA has no memory left for a result of rpe_attention");
+  check(error == AOTI_TORCH_SUCCESS, kOutOfMemory, " in rpe_attention");
   return Tensor(made);
 }
 
@@ -120,13 +122,15 @@ struct Call {
   void encode(Encoding& e, const Tensor& x, const Tensor& W, const Tensor& map, const int64_t* numbers, bool on_v) const {
     for (int i = 0; i < 3; ++i) {
       const int64_t size[] = {a.map.height, a.map.width, a.map.skip};
-      check(numbers[i] == size[i], "maps of several sizes");
+      check(numbers[i] == size[i], "maps of several sizes; expected one");
     }
     e.buckets = int(numbers[3]), e.columns = int(numbers[4]);
     const int skips = a.map.skip > 0;
-    check(e.buckets > 0 && e.columns > 0 && e.columns + skips <= kPlaces, "columns=", e.columns);
+    check(e.buckets > 0 && e.columns > 0 && e.columns + skips <= kPlaces, "columns=", e.columns, " of ", e.buckets,
+          " buckets; expected at most ", kPlaces, " with that of skip tokens");
     e.rows = (e.buckets - skips + e.columns - 1) / e.columns;
-    check(e.rows + skips <= kPlaces, "more than 8 rows of buckets");
+    check(e.rows + skips <= kPlaces, "rows=", e.rows, " of buckets; expected at most ", kPlaces,
+          " with that of skip tokens");
     check(map.scalar_type() == ScalarType::Int && map.dim() == 1 && map.is_contiguous() && map.device() == x.device() &&
               map.size(0) == 2 * a.map.height + 2 * a.map.width - 2,
           "a map is not int32 of 2h-1 + 2w-1 numbers on q's device");
@@ -135,7 +139,7 @@ struct Call {
     check(W.device() == x.device() && (e.is_float || W.scalar_type() == x.scalar_type()),
           "W is neither float32 nor of q's dtype, or not on its device");
     check(W.dim() == 3 && W.size(0) == H && W.size(on_v ? 2 : 1) == D && W.size(on_v ? 1 : 2) == e.buckets,
-          "W has shape ", shape_of(W));
+          "W has shape ", shape_of(W), "; expected (H, D, N), on values (H, N, D)");
     e.weights = W.data_ptr();
     e.h = W.stride(0), e.d = W.stride(on_v ? 2 : 1), e.n = W.stride(on_v ? 1 : 2);
   }

@@ -95,7 +95,8 @@ struct Layout {
 enum class Pass { kForward, kQueries, kKeys };
 
 // Chunks that a block has in shared memory at a time, as many are on their way: 4 where that leaves room for two blocks.
-constexpr int chunks_of_stage(Pass pass, int on) { return on == 2 && pass == Pass::kForward ? 4 : 2; }
+template <Pass pass, int On>
+constexpr int kChunksOfStage = On == 2 && pass == Pass::kForward ? 4 : 2;
 
 // Encodings whose tables are of the warp's rows (near), whose sums it adds up, and whose tables are of the slots (far).
 struct Uses {
@@ -111,9 +112,8 @@ __host__ __device__ inline Uses uses_of(Pass pass, bool q, bool k, bool v) {
     u.near_q = u.sum_q = q, u.far_k = k, u.far_v = v;
   } else {
     u.near_k = k, u.far_q = q;
-    u.sum_v = pass == Pass::kForward && v;
-    u.near_v = u.sum_k = false;
-    if (pass == Pass::kQueries) u.near_v = v, u.sum_k = k;
+    if (pass == Pass::kForward) u.sum_v = v;
+    else u.near_v = v, u.sum_k = k;
   }
   return u;
 }
@@ -125,7 +125,7 @@ template <int D, int On, Pass pass>
 __host__ __device__ inline Layout layout_of(const Geometry& map, const Uses& u, int warps) {
   Layout l{};
   const auto whole = [](int bytes) { return (bytes + 15) / 16 * 16; };
-  constexpr int kChunks = chunks_of_stage(pass, On);
+  constexpr int kChunks = kChunksOfStage<pass, On>;
   const int stage = kChunks * kGroup * (2 * kPitch<D> + u.fars() * kTablePitch + 8);
   l.stages = 0;
   l.weights = 2 * stage;
@@ -264,10 +264,16 @@ __device__ __forceinline__ void take_operands(uint32_t (&to)[D / 16][4], const u
 // One warp of a block, and what it does in all three kernels. `On` has a bit for each of q, k, v; 8 reads it at run time.
 template <class T, int D, int On, Pass pass>
 struct Warp {
-  static constexpr int kPieces = D / 8, kSteps = D / 16, kChunks = chunks_of_stage(pass, On), kStage = kChunks * kGroup;
+  static constexpr int kPieces = D / 8, kSteps = D / 16, kChunks = kChunksOfStage<pass, On>, kStage = kChunks * kGroup;
   using Rows = uint32_t[kSteps][4];   // A operands of the 16 rows
   using Wide = float[D / 8][4];       // 16 rows of D sums
   using Tile = float[2][4];           // 16 rows, 16 slots
+
+  // Bucket sums of the image row at hand, which go to their row of places when the next one begins.
+  struct Total {
+    float x[4];
+    int row;
+  };
 
   const Attention& a;
   const Geometry& map;
@@ -407,9 +413,11 @@ struct Warp {
     }
   }
 
-  __device__ void clear_sums() const {
+  // All sums of the warp are zero.
+  __device__ Total clear_sums() const {
 #pragma unroll
     for (int g = 0; g < kPlaces; ++g) *sum_at(line, g) = *sum_at(line + 8, g) = make_float2(0.0f, 0.0f);
+    return {};
   }
 
   __device__ void put_far(int far, int e) const {
@@ -568,13 +576,24 @@ struct Warp {
     return reinterpret_cast<float2*>(sums() + u * kSumsPitch + g * kPlaces) + part;
   }
 
-  // Sums of one image row go to their row of places.
-  __device__ void put_sums(float (&total)[4], int encoding, int row) const {
-    float2* low = sum_at(line, rows(encoding)[near_low - row]);
-    float2* high = sum_at(line + 8, rows(encoding)[near_high - row]);
-    low->x += total[0], low->y += total[1];
-    high->x += total[2], high->y += total[3];
-    total[0] = total[1] = total[2] = total[3] = 0.0f;
+  __device__ void put_sums(Total& total, int encoding) const {
+    float2* low = sum_at(line, rows(encoding)[near_low - total.row]);
+    float2* high = sum_at(line + 8, rows(encoding)[near_high - total.row]);
+    low->x += total.x[0], low->y += total.x[1];
+    high->x += total.x[2], high->y += total.x[3];
+    total.x[0] = total.x[1] = total.x[2] = total.x[3] = 0.0f;
+  }
+
+  // total += x P^T of a chunk.
+  __device__ void add_chunk(Total& total, int encoding, int place, const Chunk& c, const uint32_t (&x)[4]) const {
+    if (c.row != total.row) put_sums(total, encoding), total.row = c.row;
+    const uint2 P = places(place, c.across);
+    multiply16<T>(total.x, x, P.x, P.y);
+  }
+
+  __device__ static void clear(Wide& sum) {
+#pragma unroll
+    for (int i = 0; i < D / 2; ++i) sum[i / 4][i % 4] = 0.0f;
   }
 
   // Whether there is a token for number i of a tile.
@@ -645,19 +664,16 @@ struct Warp {
     const float factor = a.scale * kLog2e;
     Rows q;
     Wide acc;
-    float top[2], weight[2], total[4];
-    int total_row;
+    float top[2], weight[2];
+    Total total{};
     const auto begin = [&] {
       Bits bits;
       load_rows(bits, a.q);
       take_rows(q, bits, table(0));
       if (use.near_k) put_table<T, D>(table(0), q, weights(0));
-      if (use.sum_v) clear_sums();
-      top[0] = top[1] = -1e30f, weight[0] = weight[1] = 0.0f, total_row = 0;
-#pragma unroll
-      for (int i = 0; i < D / 2; ++i) acc[i / 4][i % 4] = 0.0f;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) total[i] = 0.0f;
+      if (use.sum_v) total = clear_sums();
+      top[0] = top[1] = -1e30f, weight[0] = weight[1] = 0.0f;
+      clear(acc);
     };
     const auto two = [&](int n, int chunk, int beside) {
       float s[2][2][4] = {};
@@ -689,7 +705,7 @@ struct Warp {
 #pragma unroll
         for (int i = 0; i < D / 2; ++i) acc[i / 4][i % 4] *= fade[i % 4 / 2];
         if (use.sum_v) {
-          for (int i = 0; i < 4; ++i) total[i] *= fade[i / 2];
+          for (int i = 0; i < 4; ++i) total.x[i] *= fade[i / 2];
           for (int g = 0; g < kPlaces; ++g) {
             float2 *low = sum_at(line, g), *high = sum_at(line + 8, g);
             low->x *= fade[0], low->y *= fade[0], high->x *= fade[1], high->y *= fade[1];
@@ -707,11 +723,7 @@ struct Warp {
         uint32_t p[4];
         to_operand(p, s[half]);
         add_slots<T, D>(acc, p, stage(n) + (kStage + (beside + half) * kGroup) * kPitch<D>);
-        if (use.sum_v) {
-          if (chunks[half].row != total_row) put_sums(total, 2, total_row), total_row = chunks[half].row;
-          const uint2 P = places(of_v, chunks[half].across);
-          multiply16<T>(total, p, P.x, P.y);
-        }
+        if (use.sum_v) add_chunk(total, 2, of_v, chunks[half], p);
       }
     };
     const auto with = [&](int n, int chunk, int count) {
@@ -726,7 +738,7 @@ struct Warp {
         share[r] = 1.0f / weight[r];
       }
       if (use.sum_v) {
-        put_sums(total, 2, total_row);
+        put_sums(total, 2);
 #pragma unroll
         for (int i = 0; i < D / 2; ++i) acc[i / 4][i % 4] *= share[i % 4 / 2];
         add_sums(acc, weights(of_v), share[0], share[1]);
@@ -782,8 +794,8 @@ struct Warp {
     const float factor = a.scale * kLog2e;
     Rows q, grad_out;
     Wide acc;
-    float delta[2], lse[2], total[4];
-    int total_row;
+    float delta[2], lse[2];
+    Total total{};
     const auto begin = [&] {
       Bits of_q, of_grad, of_out;
       load_rows(of_q, a.q), load_rows(of_grad, a.grad_out), load_rows(of_out, a.out);
@@ -803,12 +815,8 @@ struct Warp {
         put_table<T, D>(table(of_v), grad_out, weights(of_v));
         write_far(a.on_v.far, table(of_v));
       }
-      if (use.sum_k) clear_sums();
-      total_row = 0;
-#pragma unroll
-      for (int i = 0; i < D / 2; ++i) acc[i / 4][i % 4] = 0.0f;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) total[i] = 0.0f;
+      if (use.sum_k) total = clear_sums();
+      clear(acc);
     };
     const auto with = [&](int n, int chunk, int count) {
 #pragma unroll 2
@@ -834,16 +842,12 @@ struct Warp {
         uint32_t x[4];
         to_operand(x, s);
         add_slots<T, D>(acc, x, k);
-        if (use.sum_k) {
-          if (c.row != total_row) put_sums(total, 1, total_row), total_row = c.row;
-          const uint2 P = places(sum, c.across);
-          multiply16<T>(total, x, P.x, P.y);
-        }
+        if (use.sum_k) add_chunk(total, 1, sum, c, x);
       }
     };
     const auto end = [&] {
       if (use.sum_k) {
-        put_sums(total, 1, total_row);
+        put_sums(total, 1);
         add_sums(acc, weights(0), 1.0f, 1.0f);
         write_sums(a.on_k.sums);
       }
@@ -865,20 +869,15 @@ struct Warp {
     const float factor = a.scale * kLog2e;
     Rows k, v;
     Wide acc_k, acc_v;
-    float total[4];
-    int total_row;
+    Total total{};
     const auto begin = [&] {
       Bits of_k, of_v;
       load_rows(of_k, a.k), load_rows(of_v, a.v);
       take_rows(k, of_k, table(0));
       take_rows(v, of_v, table(0));
       if (use.near_q) put_table<T, D>(table(0), k, weights(0));
-      if (use.sum_q) clear_sums();
-      total_row = 0;
-#pragma unroll
-      for (int i = 0; i < D / 2; ++i) acc_k[i / 4][i % 4] = acc_v[i / 4][i % 4] = 0.0f;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) total[i] = 0.0f;
+      if (use.sum_q) total = clear_sums();
+      clear(acc_k), clear(acc_v);
     };
     const auto with = [&](int n, int chunk, int count) {
 #pragma unroll 2
@@ -910,16 +909,12 @@ struct Warp {
           s[i / 4][i % 4] *= grad[i / 4][i % 4] - lse[kStage + slot_of(i / 4, i)];
         to_operand(x, s);
         add_slots<T, D>(acc_k, x, q);
-        if (use.sum_q) {
-          if (c.row != total_row) put_sums(total, 0, total_row), total_row = c.row;
-          const uint2 P = places(1, c.across);
-          multiply16<T>(total, x, P.x, P.y);
-        }
+        if (use.sum_q) add_chunk(total, 0, 1, c, x);
       }
     };
     const auto end = [&] {
       if (use.sum_q) {
-        put_sums(total, 0, total_row);
+        put_sums(total, 0);
         add_sums(acc_k, weights(0), 1.0f, 1.0f);
         write_sums(a.on_q.sums);
       }
