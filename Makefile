@@ -70,7 +70,8 @@ clean:
 GPUS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -E '^[0-9]+\.[0-9]+$$' | sort -u | paste -sd ';' -)
 .venv/ops: .venv/installed $(KERNELS)
 	@if command -v c++ >/dev/null || command -v g++ >/dev/null; then \
-	  $(if $(GPUS),TORCH_CUDA_ARCH_LIST='$(GPUS)',RPE_OPS_CUDA=0) $(BIN)/python rpe_ops/setup.py build_ext --inplace > .venv/ops.log 2>&1 && grep "^rpe_ops:" .venv/ops.log \
+	  $(if $(GPUS),TORCH_CUDA_ARCH_LIST='$(GPUS)',RPE_OPS_CUDA=0) $(BIN)/python rpe_ops/setup.py build_ext --inplace > .venv/ops.log 2>&1 \
+	    && grep "^rpe_ops:" .venv/ops.log | sed "s/RPE_OPS_CUDA=0 leaves it out/no GPU is here (make ops builds it)/" \
 	    || { tail -5 .venv/ops.log; echo "the operators were not built (.venv/ops.log has it all): plain torch runs instead"; }; \
 	else echo "no C++ compiler was found: plain torch runs instead of the compiled operators"; fi
 	@touch $@
