@@ -144,7 +144,7 @@ def test_offsets_count_not_places():
     torch.testing.assert_close(rpe(x, positions=places + 7), rpe(x, positions=places), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled(dynamic):
     rpe = modules("qkv", skip=1)
 

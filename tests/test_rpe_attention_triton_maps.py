@@ -24,14 +24,8 @@ half, brain = torch.float16, torch.bfloat16
 
 @pytest.mark.skipif(INTERPRETED, reason="runs outside the interpreter")
 @pytest.mark.skipif(BROKEN, reason="the interpreter of triton 3.6 does not run on numpy 2.4")
-@pytest.mark.parametrize(
-    "part",
-    [
-        pytest.param("factor and qkv", marks=pytest.mark.slow),
-        "factor and not qkv",
-        pytest.param("not factor", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["factor and qkv", "factor and not qkv", "not factor"])
 def test_interpreted(part):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__, "-k", part]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

@@ -189,6 +189,7 @@ def test_hugging_face_data_sets(folder):
     assert len(found.val) == 24
 
 
+@pytest.mark.slow
 def test_webdataset_shards(folder, tmp_path):
     pytest.importorskip("webdataset")
     shards = tmp_path / "shards"
@@ -464,7 +465,7 @@ ACTIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", ACTIONS)
+@pytest.mark.parametrize("what", ["killed", *(pytest.param(x, marks=pytest.mark.slow) for x in ("stopped", "waits"))])
 def test_a_loader_process_that_does_not_answer_ends_the_run_with_a_name(folder, tmp_path, what):
     given = [
         "train",
