@@ -93,7 +93,7 @@ def attention(
         numbers.append(some)
     weights_v = len(tables) > len(on_q) + len(on_k)
     of_q, of_k, of_v = numbers
-    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *tables))
+    trains = torch.is_grad_enabled() and True in [x.requires_grad for x in (q, k, v, *tables)]
     call = Call(backend, settings["scale"], settings["dropout_p"], of_q, of_k, of_v, weights_v, or_eager, trains)
     while reason := BACKENDS[call.backend].why_not_call(call, q, tables):
         if not or_eager:

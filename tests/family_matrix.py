@@ -314,8 +314,9 @@ class Matrix:
         assert all(one.is_meta for one in model.parameters())
         image = image_of(family, dtype=torch.float32)
         model.to_empty(device="cpu")
-        for table in tables_of(model).values():
-            nn.init.constant_(table, torch.nan)
+        tables = {id(table) for table in tables_of(model).values()}
+        for one in [*model.parameters(), *model.buffers()]:  # timm leaves some of its own as the memory has them
+            nn.init.constant_(one, torch.nan if id(one) in tables else 0.25)
         model.init_weights()
         assert all(torch.equal(one, torch.zeros_like(one)) for one in tables_of(model).values())
         plain = unequip(copy.deepcopy(model))
