@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .config_io import rpe_config_from_string
-from .irpe import METHOD, RPEConfig, SingleRPEConfig, get_num_buckets, get_offset_ids_2d
+from .irpe import METHOD, Number, RPEConfig, SingleRPEConfig, get_num_buckets, get_offset_ids_2d
 
 _KEY = re.compile(r"((?:.*\.)?)(rpe_[qkv])\.(?:(rp_rows|rp_cols)\.)?lookup_table_(weight|bias)")
 
@@ -124,7 +124,7 @@ def _parts(single: SingleRPEConfig) -> dict[str | None, METHOD]:
     return {None: single.method}
 
 
-def _mapping(single: SingleRPEConfig) -> tuple[METHOD, float, float, float]:
+def _mapping(single: SingleRPEConfig) -> tuple[METHOD, Number, Number, Number]:
     return single.method, single.alpha, single.beta, single.gamma
 
 

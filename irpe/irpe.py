@@ -11,7 +11,8 @@ arXiv 2107.14222. This file needs torch and nothing else, and may be copied into
 
 Read it from top to bottom: configuration, positions to buckets, the two operators, the modules, attention. B is batch,
 H heads, L tokens, D head_dim, N buckets, h and w height and width of the map of tokens, skip the number of tokens in
-front of it, L = skip + h*w. H' is the number of tables: 1 when heads share one, else H.
+front of it, L = skip + h*w. H' is the number of tables: 1 when heads share one, else H. A map may have any number of
+axes, such as (frames, h, w): `ndim` in the configuration says how many, and `size=` in a call how long they are.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ import enum
 import functools
 import math
 import operator
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,18 +31,21 @@ from torch import Tensor, nn
 
 RPE_OPS_MISSING = ""  # why the operators of `rpe_ops` are not used
 try:  # the directory copied beside this file, then the one beside its folder, then the installed one
-    from .rpe_ops import rpe_attention as _attention  # type: ignore[import-not-found]
+    from .rpe_ops import constants as _constants  # type: ignore[import-not-found]
+    from .rpe_ops import rpe_attention as _attention
     from .rpe_ops import rpe_index as _operators
 except Exception as beside:  # whatever it is, this file works alone
     try:
-        from ..rpe_ops import rpe_attention as _attention  # type: ignore[import-not-found]
+        from ..rpe_ops import constants as _constants  # type: ignore[import-not-found]
+        from ..rpe_ops import rpe_attention as _attention
         from ..rpe_ops import rpe_index as _operators
     except Exception as above:
         try:
+            from rpe_ops import constants as _constants
             from rpe_ops import rpe_attention as _attention
             from rpe_ops import rpe_index as _operators
         except Exception as installed:
-            _attention = _operators = None
+            _attention = _constants = _operators = None
             RPE_OPS_MISSING = f"beside irpe.py: {beside}; beside its folder: {above}; installed: {installed}"
 RPEIndexFunction = getattr(_operators, "RPEIndexFunction", None)  # the release's file has the name, and None, too
 
@@ -56,6 +59,8 @@ class METHOD(enum.IntEnum):
     CROSS = 4
     CROSS_ROWS = 41
     CROSS_COLS = 42
+    CROSS_DEPTH = 43
+    CROSS_TIME = 44
 
     def __repr__(self) -> str:
         return f"METHOD.{self.name}"
@@ -64,8 +69,13 @@ class METHOD(enum.IntEnum):
 _METHOD_NAMES = {method: "euc" if method is METHOD.EUCLIDEAN else method.name.lower() for method in METHOD}
 _METHODS = {name: method for method, name in _METHOD_NAMES.items()}
 _MODES = {"ctx": "contextual", "contextual": "contextual", "bias": "bias"}
+# the one axis that a table of cross sees, and the name of the module that has it
+_AXES = {METHOD.CROSS_TIME: -4, METHOD.CROSS_DEPTH: -3, METHOD.CROSS_ROWS: -2, METHOD.CROSS_COLS: -1}
+_CROSS_PARTS = ("rp_time", "rp_depth", "rp_rows", "rp_cols")
 
 Size = int | None  # of the map, in tokens
+Axes = int | Sequence[int] | None  # the same for any number of axes
+Number = float | tuple[float, ...]  # for all axes, or one for each
 Places = Tensor | tuple[Tensor, Tensor] | None  # of one sequence, or (of the input's tokens, of the others)
 
 
@@ -84,6 +94,11 @@ def _check_piecewise(alpha: float, beta: float, gamma: float) -> None:
         raise ValueError(
             f"alpha={alpha}, beta={beta}, gamma={gamma}; expected finite numbers, 0 < alpha <= beta and alpha < gamma"
         )
+
+
+def _of_axis(axis: int, *numbers: Number) -> tuple[float, ...]:
+    """alpha, beta or gamma of one axis, counted from the last one: -1, -2, ..."""
+    return tuple(number[axis] if isinstance(number, tuple) else number for number in numbers)
 
 
 def _as_int(value: Any, name: str, least: int) -> Any:
@@ -106,16 +121,27 @@ class SingleRPEConfig:
     mode: str
     shared_head: bool
     skip: int
-    alpha: float
-    beta: float
-    gamma: float
+    alpha: Number
+    beta: Number
+    gamma: Number
+    ndim: int = 2
 
     def __post_init__(self) -> None:
         mode = _MODES.get(self.mode) if isinstance(self.mode, str) else None
         if mode is None:
             raise ValueError(f"unknown mode {self.mode!r}; expected one of {', '.join(_MODES)}")
-        _check_piecewise(self.alpha, self.beta, self.gamma)
         object.__setattr__(self, "method", _as_method(self.method))
+        if _as_int(self.ndim, "ndim", 1) > len(_AXES):
+            raise ValueError(f"ndim={self.ndim}; expected 1 to {len(_AXES)} axes")
+        for name in ("alpha", "beta", "gamma"):
+            number = getattr(self, name)
+            if isinstance(number, (tuple, list)):
+                if len(number) != self.ndim or self.method in (METHOD.EUCLIDEAN, METHOD.QUANT):
+                    expected = f"one number, or for product and cross one for each of {self.ndim} axes"
+                    raise ValueError(f"{name}={number} for {self.method!r}; expected {expected}")
+                object.__setattr__(self, name, tuple(number))
+        for axis in range(-self.ndim, 0):
+            _check_piecewise(*_of_axis(axis, self.alpha, self.beta, self.gamma))
         object.__setattr__(self, "mode", mode)
         object.__setattr__(self, "shared_head", bool(self.shared_head))
         object.__setattr__(self, "skip", _as_int(self.skip, "skip", 0))
@@ -123,7 +149,7 @@ class SingleRPEConfig:
     @property
     def num_buckets(self) -> int:
         """Number of columns N of each table: the mapping's own buckets, and one more where skip > 0."""
-        return get_num_buckets(self.method, self.alpha, self.beta, self.gamma) + (self.skip > 0)
+        return get_num_buckets(self.method, self.alpha, self.beta, self.gamma, self.ndim) + (self.skip > 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,21 +166,31 @@ class RPEConfig:
 
 
 def get_single_rpe_config(
-    ratio: float = 1.9, method: str | METHOD = "product", mode: str = "ctx", shared_head: bool = True, skip: int = 0
+    ratio: Number = 1.9,
+    method: str | METHOD = "product",
+    mode: str = "ctx",
+    shared_head: bool = True,
+    skip: int = 0,
+    ndim: int = 2,
 ) -> SingleRPEConfig:
     """Configuration of one encoding; the arguments are explained at `get_rpe_config`."""
-    if not isinstance(ratio, (int, float)) or not math.isfinite(ratio) or ratio <= 0:
-        raise ValueError(f"ratio={ratio!r}; expected a finite number above 0, such as 1.9")
-    return SingleRPEConfig(_as_method(method), mode, shared_head, skip, *(float(ratio) * n for n in (1, 2, 8)))
+    numbers = []
+    for one in ratio if isinstance(ratio, (tuple, list)) else (ratio,):
+        if not isinstance(one, (int, float)) or not math.isfinite(one) or one <= 0:
+            raise ValueError(f"ratio={ratio!r}; expected a finite number above 0, such as 1.9, or one for each axis")
+        numbers.append(float(one))
+    alpha, beta, gamma = (tuple(one * n for one in numbers) if len(numbers) > 1 else numbers[0] * n for n in (1, 2, 8))
+    return SingleRPEConfig(_as_method(method), mode, shared_head, skip, alpha, beta, gamma, ndim)
 
 
 def get_rpe_config(
-    ratio: float = 1.9,
+    ratio: Number = 1.9,
     method: str | METHOD = "product",
     mode: str = "ctx",
     shared_head: bool = True,
     skip: int = 0,
     rpe_on: str = "k",
+    ndim: int = 2,
 ) -> RPEConfig:
     """Configuration of image RPE on queries, keys and values.
 
@@ -169,7 +205,7 @@ def get_rpe_config(
         ratio: scale of the piecewise index g (Eq. 18): alpha = ratio, beta = 2*ratio, gamma = 8*ratio, in tokens
             (in squared tokens for `quant`). Offsets up to alpha have their own bucket, farther ones share them
             logarithmically, and from gamma on all fall in bucket int(beta). At 14x14 tokens the paper uses 1.9 for
-            product (49 buckets), 20 for euc and cross, 33 for quant.
+            product (49 buckets), 20 for euc and cross, 33 for quant. Product and cross take one for each axis, too.
         method: how the offset (dr, dc) of two tokens becomes a bucket (Sec. 3.2):
             "euc"      g(round(sqrt(dr^2 + dc^2))): the distance, without direction;
             "quant"    g(dr^2 + dc^2): the squared distance, which separates close neighbours better;
@@ -181,6 +217,8 @@ def get_rpe_config(
         skip: number of tokens in front of the map (class, distillation, register tokens). Every pair with one of
             them has a bucket of its own, the last one.
         rpe_on: where encodings are added, a non-empty set of the letters q, k, v: "k", "qk", "qkv", ...
+        ndim: number of axes of the map, 1 to 4: 1 for sequences, 2 for images, 3 for video and volumes. Distances are
+            those over all axes, product has a bucket for each tuple, cross a table for each axis.
 
     Returns `RPEConfig` with rpe_q, rpe_k, rpe_v, each a `SingleRPEConfig` or None.
 
@@ -189,7 +227,7 @@ def get_rpe_config(
     """
     if not isinstance(rpe_on, str) or not rpe_on or len(set(rpe_on)) < len(rpe_on) or set(rpe_on) - set("qkv"):
         raise ValueError(f'rpe_on={rpe_on!r}; expected a non-empty set of the letters q, k, v, such as "k" or "qkv"')
-    single = get_single_rpe_config(ratio, method, mode, shared_head, skip)
+    single = get_single_rpe_config(ratio, method, mode, shared_head, skip, ndim)
     return RPEConfig(**{f"rpe_{letter}": single for letter in rpe_on})
 
 
@@ -216,24 +254,30 @@ def piecewise_index(
     return torch.where(x.abs() <= alpha, x.round(), far).to(dtype)
 
 
-def get_num_buckets(method: str | METHOD, alpha: float, beta: float, gamma: float) -> int:
-    """(2b + 1)^2 for product and 2b + 1 otherwise, b = int(beta); for cross in each table; the skip bucket not counted.
+def get_num_buckets(method: str | METHOD, alpha: Number, beta: Number, gamma: Number, ndim: int = 2) -> int:
+    """(2b + 1)^ndim for product and 2b + 1 otherwise, b = int(beta); for cross in each table; no skip bucket.
 
     >>> get_num_buckets("product", 1.9, 3.8, 15.2)
     49
     """
-    _check_piecewise(alpha, beta, gamma)
-    side = 2 * int(beta) + 1
-    return side * side if _as_method(method) == METHOD.PRODUCT else side
+    method, sides = _as_method(method), []
+    if -_AXES.get(method, -1) > ndim:
+        raise ValueError(f"{method!r} sees axis {_AXES[method]}, but the map has {ndim}")
+    for axis in range(-ndim, 0):
+        _check_piecewise(*_of_axis(axis, alpha, beta, gamma))
+        sides.append(2 * int(_of_axis(axis, beta)[0]) + 1)
+    if method == METHOD.CROSS and len(set(sides)) > 1:
+        raise ValueError("cross has tables of different sizes here: ask for METHOD.CROSS_ROWS, METHOD.CROSS_COLS, ...")
+    return math.prod(sides) if method == METHOD.PRODUCT else sides[_AXES.get(method, 0)]
 
 
 def get_offset_ids_2d(
     method: str | METHOD,
     height: int,
     width: int,
-    alpha: float,
-    beta: float,
-    gamma: float,
+    alpha: Number,
+    beta: Number,
+    gamma: Number,
     dtype: torch.dtype = torch.long,
     device: torch.device | str = "cpu",
 ) -> Tensor:
@@ -244,40 +288,46 @@ def get_offset_ids_2d(
 
     Arguments are those of `get_bucket_ids_2d`. Returns (2h - 1, 2w - 1) ids, the offset 0 in the middle.
     """
-    return get_bucket_map(method, height, width, 0, alpha, beta, gamma).grid().to(device, dtype)
+    return get_bucket_map(method, (height, width), 0, alpha, beta, gamma).grid().to(device, dtype)
 
 
-def _parts(method: METHOD, dr: Tensor, dc: Tensor, alpha: float, beta: float, gamma: float) -> tuple[Tensor, ...]:
-    """The bucket of offsets (dr, dc) as a sum: of g(dr, dc), or where the mapping factors of g(dr) and g(dc)."""
-    _check_piecewise(alpha, beta, gamma)
-    b = int(beta)
+def _parts(method: METHOD, offsets: Sequence[Tensor], alpha: Number, beta: Number, gamma: Number) -> tuple[Tensor, ...]:
+    """The bucket of offsets, a tensor for each axis, as a sum of one term, or of one for each axis where it factors."""
 
-    def g(x: Tensor) -> Tensor:
-        return piecewise_index(x, alpha, beta, gamma) + b
+    def g(x: Tensor, axis: int = -1) -> Tensor:
+        a, b, c = _of_axis(axis, alpha, beta, gamma)
+        return piecewise_index(x, a, b, c) + int(b)
 
-    if method == METHOD.EUCLIDEAN:
-        return (g((dr * dr + dc * dc).double().sqrt().round()),)
-    if method == METHOD.QUANT:
-        return (g(dr * dr + dc * dc),)
-    if method == METHOD.PRODUCT:
-        return g(dr) * (2 * b + 1), g(dc)
+    if method in (METHOD.EUCLIDEAN, METHOD.QUANT):
+        squares = sum(x * x for x in offsets[1:]) + offsets[0] * offsets[0]
+        return (g(squares if method == METHOD.QUANT else squares.double().sqrt().round()),)
     if method == METHOD.CROSS:
-        raise ValueError("cross has two maps: ask for METHOD.CROSS_ROWS and METHOD.CROSS_COLS")
-    zero = torch.zeros_like(dr if method == METHOD.CROSS_COLS else dc, dtype=torch.long)
-    return (g(dr), zero) if method == METHOD.CROSS_ROWS else (zero, g(dc))
+        raise ValueError("cross has a map for each axis: ask for METHOD.CROSS_ROWS, METHOD.CROSS_COLS, ...")
+    if method == METHOD.PRODUCT:
+        parts: list[Tensor] = []
+        stride = 1
+        for axis in range(-1, -1 - len(offsets), -1):
+            parts.insert(0, g(offsets[axis], axis) * stride)
+            stride *= 2 * int(_of_axis(axis, beta)[0]) + 1
+        return tuple(parts)
+    own = len(offsets) + _AXES[method]
+    return tuple(
+        g(x, _AXES[method]) if axis == own else torch.zeros_like(x, dtype=torch.long) for axis, x in enumerate(offsets)
+    )
 
 
 class BucketMap(NamedTuple):
     """ids[i, j] = bucket of tokens i and j of a grid, kept as what they depend on: the offset of the two.
 
-    >>> map = get_bucket_map("product", height=128, width=96, skip=1, alpha=1.9, beta=3.8, gamma=15.2)
+    >>> map = get_bucket_map("product", (128, 96), skip=1, alpha=1.9, beta=3.8, gamma=15.2)
     >>> map.offsets.shape, map.ids(torch.uint8).shape
     (torch.Size([446]), torch.Size([12289, 12289]))
 
     offsets: int32. Product and cross factor: bucket(dr, dc) = rows[h-1+dr] + columns[w-1+dc], and offsets are rows and
     columns, one after the other, (2h-1 + 2w-1,). Others: bucket(dr, dc) = offsets[h-1+dr, w-1+dc], (2h-1, 2w-1).
-    size: (h, w). skip: number of tokens in front of the grid. num_buckets: N, the skip bucket counted. columns: where
-    it factors, how many values the columns have, and rows are multiples of that; elsewhere 0.
+    size: (h, w), or one number for each axis, and then offsets have as many parts or axes; a sequence is (1, w).
+    skip: number of tokens in front of the grid. num_buckets: N, the skip bucket counted. columns: where it factors, how
+    many values the columns have, and rows are multiples of that; elsewhere 0.
     """
 
     offsets: Tensor
@@ -309,26 +359,29 @@ class BucketMap(NamedTuple):
 
 
 def get_bucket_map(
-    method: str | METHOD, height: int, width: int, skip: int, alpha: float, beta: float, gamma: float
+    method: str | METHOD, size: Sequence[int], skip: int, alpha: Number, beta: Number, gamma: Number
 ) -> BucketMap:
-    """The `BucketMap` of a grid, whose `ids()` are those of `get_bucket_ids_2d`; the arguments are explained there."""
+    """The `BucketMap` of a grid of size (h, w), or of any number of axes; the rest as in `get_bucket_ids_2d`."""
     method, skip = _as_method(method), _as_int(skip, "skip", 0)
-    height, width = _as_int(height, "height", 1), _as_int(width, "width", 1)
-    dr, dc = torch.arange(1 - height, height), torch.arange(1 - width, width)
+    names = ("height", "width") if len(size) == 2 else ("size",) * len(size)
+    size = tuple(_as_int(n, name, 1) for n, name in zip(size, names, strict=True))
+    num_buckets = get_num_buckets(method, alpha, beta, gamma, len(size)) + (skip > 0)
+    if len(size) == 1:  # one row, which is what operators take
+        size, method = (1, *size), METHOD.CROSS_COLS if method == METHOD.PRODUCT else method
     if method in (METHOD.EUCLIDEAN, METHOD.QUANT):  # neither sees signs, so a quarter is computed
-        (offsets,) = _parts(method, dr[height - 1 :, None], dc[width - 1 :], alpha, beta, gamma)
-        offsets = torch.cat([offsets.flip(0)[:-1], offsets])
-        offsets = torch.cat([offsets.flip(1)[:, :-1], offsets], 1)
+        ahead = torch.meshgrid(*map(torch.arange, size), indexing="ij")
+        (offsets,) = _parts(method, ahead, alpha, beta, gamma)
+        for axis, n in enumerate(size):
+            offsets = torch.cat([offsets.flip(axis).narrow(axis, 0, n - 1), offsets], axis)
     else:
-        offsets = torch.cat(_parts(method, dr, dc, alpha, beta, gamma))
-    num_buckets = get_num_buckets(method, alpha, beta, gamma) + (skip > 0)
-    return BucketMap(offsets.int(), (height, width), skip, num_buckets, _columns(method, beta))
+        offsets = torch.cat(_parts(method, [torch.arange(1 - n, n) for n in size], alpha, beta, gamma))
+    return BucketMap(offsets.int(), size, skip, num_buckets, _columns(method, beta))
 
 
-def _columns(method: METHOD, beta: float) -> int:
+def _columns(method: METHOD, beta: Number) -> int:
     """`BucketMap.columns`."""
-    side = 2 * int(beta) + 1
-    return {METHOD.PRODUCT: side, METHOD.CROSS_ROWS: 1, METHOD.CROSS_COLS: side}.get(method, 0)
+    side = 2 * int(_of_axis(-1, beta)[0]) + 1
+    return {METHOD.PRODUCT: side, METHOD.CROSS_COLS: side}.get(method, int(method in _AXES))
 
 
 def get_bucket_ids_2d(
@@ -336,9 +389,9 @@ def get_bucket_ids_2d(
     height: int,
     width: int,
     skip: int,
-    alpha: float,
-    beta: float,
-    gamma: float,
+    alpha: Number,
+    beta: Number,
+    gamma: Number,
     dtype: torch.dtype = torch.long,
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, int]:
@@ -356,12 +409,18 @@ def get_bucket_ids_2d(
 
     Returns ids (L, L) with L = skip + height*width, and the number of buckets with the skip bucket counted.
     """
-    bucket_map = get_bucket_map(method, height, width, skip, alpha, beta, gamma)
+    bucket_map = get_bucket_map(method, (height, width), skip, alpha, beta, gamma)
     return bucket_map.ids(dtype).to(device), bucket_map.num_buckets
 
 
 def get_bucket_ids(
-    method: str | METHOD, positions: Tensor, key_positions: Tensor, skip: int, alpha: float, beta: float, gamma: float
+    method: str | METHOD,
+    positions: Tensor,
+    key_positions: Tensor,
+    skip: int,
+    alpha: Number,
+    beta: Number,
+    gamma: Number,
 ) -> tuple[Tensor, int]:
     """ids[..., i, j] = bucket of the offset positions[..., i, :] - key_positions[..., j, :], for tokens of any places.
 
@@ -373,17 +432,18 @@ def get_bucket_ids(
 
     Args:
         method: any but cross, as in `get_bucket_ids_2d`.
-        positions, key_positions: (..., Lq, 2) and (..., Lk, 2): row and column in tokens, whole numbers or not. A row
-            below 0 marks a token without a place (class token, padding): its pairs have the last bucket, if skip > 0.
+        positions, key_positions: (..., Lq, 2) and (..., Lk, 2): row and column in tokens, whole numbers or not; or any
+            other number of axes. A first number below 0 marks a token without a place (class token, padding): its
+            pairs have the last bucket, if skip > 0.
 
     Returns ids (..., Lq, Lk) and the number of buckets, on a full grid those of `get_bucket_ids_2d`.
     """
     for one in (positions, key_positions):
-        if one.dim() < 2 or one.shape[-1] != 2:
+        if one.dim() < 2 or not 0 < one.shape[-1] == positions.shape[-1] <= len(_AXES):
             raise ValueError(f"positions have shape {tuple(one.shape)}; expected (..., L, 2): row and column")
-    dr, dc = (positions.double().unsqueeze(-2) - key_positions.double().unsqueeze(-3)).unbind(-1)  # (..., Lq, Lk)
-    ids = sum(_parts(_as_method(method), dr, dc, alpha, beta, gamma), torch.zeros((), dtype=torch.long))
-    num_buckets = get_num_buckets(method, alpha, beta, gamma)
+    offsets = (positions.double().unsqueeze(-2) - key_positions.double().unsqueeze(-3)).unbind(-1)  # (..., Lq, Lk) each
+    num_buckets = get_num_buckets(method, alpha, beta, gamma, len(offsets))
+    ids = sum(_parts(_as_method(method), offsets, alpha, beta, gamma), torch.zeros((), dtype=torch.long))
     placed = (positions[..., 0] >= 0).unsqueeze(-1) & (key_positions[..., 0] >= 0).unsqueeze(-2)
     # in a compiled graph the id of a bucket that is not there is outside the table, which every operator refuses
     if not skip and not torch.compiler.is_compiling() and not placed.all():
@@ -391,96 +451,85 @@ def get_bucket_ids(
     return ids.where(placed, num_buckets), num_buckets + (skip > 0)
 
 
-def _build(kind: str, mapping: str, height: int, width: int, device: torch.device) -> Tensor:
+def _cells(size: Sequence[int], device: torch.device) -> list[Tensor]:
+    """The place of each token of a grid, in row-major order, (tokens,) for each axis."""
+    cells = torch.arange(functools.reduce(operator.mul, size), device=device)
+    places: list[Tensor] = []
+    for n in reversed(size):
+        places.insert(0, cells % n)
+        cells = cells // n
+    return places
+
+
+def _build(kind: str, mapping: str, size: tuple[int, ...], device: torch.device) -> Tensor:
     """`BucketMap.offsets`, or ids (L, L), of a mapping "method skip alpha beta gamma"; symbolic sizes stay symbols."""
-    method, skip, alpha, beta, gamma = mapping.split()
-    bucket_map = get_bucket_map(method, height, width, int(skip), float(alpha), float(beta), float(gamma))
+    method, skip, *numbers = mapping.split()
+    piecewise: Any = (tuple(map(float, one.split(","))) if "," in one else float(one) for one in numbers)
+    bucket_map = get_bucket_map(method, size, int(skip), *piecewise)
     if kind != "symbols":
-        return (bucket_map.offsets if kind == "offsets" else bucket_map.ids(torch.long)).to(device)
-    offsets, cells = bucket_map.grid().to(device, torch.long), torch.arange(height * width, device=device)
-    row, column = cells // width, cells % width
-    ids = offsets[row.unsqueeze(1) - row + (height - 1), column.unsqueeze(1) - column + (width - 1)]
+        made = bucket_map.offsets if kind == "offsets" else bucket_map.ids(torch.long if kind == "saved" else None)
+        return made.to(device)
+    size, grid = bucket_map.size, bucket_map.grid().to(device, torch.long)
+    places = zip(_cells(size, device), size, strict=True)
+    ids = grid[tuple(place.unsqueeze(1) - place + (n - 1) for place, n in places)]
     return F.pad(ids, (int(skip), 0, int(skip), 0), value=bucket_map.num_buckets - 1)
 
 
-def _build_aside(*key: Any) -> Tensor:
-    """`_build` in a thread of its own, which no mode of the caller reaches: no FakeTensor and no inference tensor gets
-    into the cache, and no trace records how. On the CPU first, so all devices agree on rounding.
-    """
-    with ThreadPoolExecutor(1) as clean:
-        built = clean.submit(_build, *key).result()
-    built._dynamo_static_indices = {0, 1}  # type: ignore[attr-defined]  # torch.compile: sizes that vary in no graph
-    return built
-
-
-_cached = functools.lru_cache(maxsize=1024)(_build_aside)
-
-
-def _add_constant(name: str, *key: Any) -> None:
-    """For torch.compile, which names a constant after the function it comes from: a function for this map alone.
-
-    It stays for good: compiled graphs are thrown away with the function that their constant came from.
-    """
-    if not hasattr(_add_constant, name):
-
-        def constant() -> Tensor:
-            return (_build_aside if key[0] == "ids" else _cached)(*key)
-
-        constant.__code__ = constant.__code__.replace(co_name=name)
-        constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
-        setattr(_add_constant, name, constant)
-
-
-# what torch.compiler.assume_constant_result sets; calling that would import the whole compiler
-_add_constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def _is_exporting() -> bool:
-    return torch.compiler.is_exporting()
+    return torch.compiler.is_exporting() if _constants is None else _constants.is_exporting()
 
 
-_is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]  # asked itself, dynamo of 2.11 says True always
-
-
-def _bucket_map(mapping: str, num_buckets: int, columns: int, height: int, width: int, x: Tensor) -> BucketMap | Tensor:
-    """The map on x's device, from the cache; in a graph that is saved for others to run, or has symbolic sizes, ids."""
-    kind = "ids" if _is_exporting() or torch.jit.is_tracing() else "offsets"
-    symbols = type(x).__name__ == "FakeTensor"
+def _bucket_map(mapping: str, num_buckets: int, columns: int, size: tuple[int, ...], x: Tensor) -> BucketMap | Tensor:
+    """The map on x's device, which `rpe_ops` keeps; ids where it has more than two axes, where its size varies in a
+    graph, and in graphs that are saved for others to run.
+    """
+    saved = _is_exporting() or torch.jit.is_tracing()
+    kind = "saved" if saved else "offsets" if len(size) <= 2 else "ids"
+    varies = type(x).__name__ == "FakeTensor"
     if torch.compiler.is_compiling():
-        from torch.fx.experimental.symbolic_shapes import has_static_value
-
-        symbols = not (has_static_value(height) and has_static_value(width))
-        if not symbols:  # a size that was pinned after tracing had begun is still a symbol
-            height, width = operator.index(height), operator.index(width)
-    if symbols:
-        return _build("symbols", mapping, height, width, x.device)
-    if torch.compiler.is_dynamo_compiling():
-        name = f"{kind} {mapping} {height} {width} {x.device.type} {x.device.index}"
-        name = name.replace(" ", "_").replace(".", "p").replace("-", "m")
-        _add_constant(name, kind, mapping, height, width, x.device)
-        built = getattr(_add_constant, name)()
+        numbers = None if _constants is None else _constants.numbers_of(size)
+        varies, size = numbers is None, size if numbers is None else numbers
+    if varies:
+        return _build("symbols", mapping, size, x.device)
+    if _constants is None:
+        built = _build(kind, mapping, size, x.device)
     else:
-        built = (_build_aside if kind == "ids" else _cached)(kind, mapping, height, width, x.device)
-    return built if kind == "ids" else BucketMap(built, (height, width), int(mapping.split()[1]), num_buckets, columns)
+        built = _constants.made(_build, kind, mapping, size, x.device)
+    if kind != "offsets":
+        return built
+    return BucketMap(built, (1, *size)[-2:], int(mapping.split()[1]), num_buckets, columns)
 
 
-def _grid(tokens: int, skip: int, height: Size, width: Size) -> tuple[int, int]:
-    """(height, width) of the map behind `tokens` tokens, checked; a square where they are not given."""
+def _size(
+    tokens: int, single: SingleRPEConfig, height: Size = None, width: Size = None, size: Axes = None
+) -> tuple[int, ...]:
+    """Of the map behind `tokens` tokens, checked: `size` or (height, width), without them one row or a square."""
+    ndim, skip = single.ndim, single.skip
+    if size is not None and (height, width) != (None, None):
+        raise ValueError(f"height={height}, width={width} and size={size}: give one or the other")
     if (height is None) != (width is None):
         raise ValueError(f"height={height}, width={width}: give both or neither")
-    if height is None or width is None:
+    if height is not None:
+        size = (height, width)  # type: ignore[assignment]
+    if size is None:
         rest = operator.index(tokens) - skip
-        side = math.isqrt(max(rest, 0))
-        if rest < 1 or side * side != rest:
+        side = rest if ndim == 1 else math.isqrt(max(rest, 0))
+        if rest < 1 or ndim > 2 or side**ndim != rest:
+            remedy = "pass height= and width=" if ndim == 2 else "pass size="
             raise ValueError(
                 f"{tokens} tokens with skip={skip} leave {rest} for the map, which is not a square: "
-                "pass height= and width=, or set skip in the configuration"
+                f"{remedy}, or set skip in the configuration"
             )
-        return side, side
-    height, width = _as_int(height, "height", 1), _as_int(width, "width", 1)
-    if (total := skip + height * width) != tokens:
-        raise ValueError(f"skip={skip} + height={height} * width={width} = {total} tokens, but the input has {tokens}")
-    return height, width
+        return (side,) * ndim
+    size = (size,) if isinstance(size, int) else tuple(size)
+    if len(size) != ndim:
+        raise ValueError(f"size={size}, but the configuration has ndim={ndim}; expected {ndim} numbers")
+    names = ("height", "width") if ndim == 2 else tuple(f"size[{axis}]" for axis in range(ndim))
+    size = tuple(_as_int(n, name, 1) for n, name in zip(size, names, strict=True))
+    if (total := skip + functools.reduce(operator.mul, size)) != tokens:
+        factors = " * ".join(f"{name}={n}" for n, name in zip(size, names, strict=True))
+        raise ValueError(f"skip={skip} + {factors} = {total} tokens, but the input has {tokens}")
+    return size
 
 
 def _rpe_index(input: Tensor, where: BucketMap | Tensor) -> Tensor:
@@ -544,7 +593,8 @@ class iRPE(nn.Module):
         given = get_single_rpe_config() if rpe_config is None else rpe_config
         chosen = (_as_method(given.method if method is None else method), given.mode if mode is None else mode)
         # field by field: a configuration that a second copy of this file has made is as good
-        config = SingleRPEConfig(*chosen, given.shared_head, given.skip, given.alpha, given.beta, given.gamma)
+        numbers, ndim = (given.alpha, given.beta, given.gamma), getattr(given, "ndim", 2)
+        config = SingleRPEConfig(*chosen, given.shared_head, given.skip, *numbers, ndim)
         if config.method == METHOD.CROSS:
             raise ValueError("method cross has two tables: use iRPE_Cross, or build_rpe, which chooses")
         if config.mode == "bias" and not transposed:
@@ -552,8 +602,9 @@ class iRPE(nn.Module):
         if num_buckets not in (None, config.num_buckets):
             raise ValueError(f"num_buckets={num_buckets}, but the configuration has {config.num_buckets}: leave it out")
         self.head_dim, self.num_heads = _as_int(head_dim, "head_dim", 1), _as_int(num_heads, "num_heads", 1)
-        fields = (_METHOD_NAMES[config.method], config.skip, config.alpha, config.beta, config.gamma)
-        self._mapping = " ".join(map(str, fields))  # text: torch.compile would turn floats into inputs of the graph
+        # text: torch.compile would turn floats into inputs of the graph
+        texts = (",".join(map(str, n)) if isinstance(n, tuple) else str(n) for n in numbers)
+        self._mapping = " ".join((_METHOD_NAMES[config.method], str(config.skip), *texts))
         self.rpe_config, self.num_buckets = config, config.num_buckets
         self.method, self.mode = config.method, config.mode
         self._columns = _columns(config.method, config.beta)
@@ -577,20 +628,20 @@ class iRPE(nn.Module):
                 self.initializer(self.table)
 
     def tables(
-        self, x: Tensor, height: Size = None, width: Size = None, *, positions: Places = None
+        self, x: Tensor, height: Size = None, width: Size = None, *, size: Axes = None, positions: Places = None
     ) -> list[tuple[Tensor, BucketMap | Tensor]]:
-        """Pairs (table, map) that x is encoded with: one here, two for cross. This is what a fused kernel needs.
+        """Pairs (table, map) that x is encoded with: one here, for cross one for each axis. A fused kernel needs these.
 
-        table is W, (H', D, N), on values (H', N, D), or (1, H', L, N) biases. map is a `BucketMap`; with positions, and
-        in graphs that are saved or have sizes that vary, ids (L, L), by sample (B, 1, L, L).
+        table is W, (H', D, N), on values (H', N, D), or (1, H', L, N) biases. map is a `BucketMap`; with positions,
+        more than two axes, and in graphs that are saved or have sizes that vary, ids (L, L), by sample (B, 1, L, L).
         """
         self._check(x, positions)
-        if positions is not None and (height, width) != (None, None):
-            raise ValueError(f"height={height}, width={width} and positions: give one or the other")
+        if positions is not None and (height, width, size) != (None, None, None):
+            raise ValueError(f"height={height}, width={width}, size={size} and positions: give one or the other")
         where: BucketMap | Tensor
         if positions is None:
-            size = _grid(x.shape[2], self.rpe_config.skip, height, width)
-            where = _bucket_map(self._mapping, self.num_buckets, self._columns, *size, x)
+            axes = _size(x.shape[2], self.rpe_config, height, width, size)
+            where = _bucket_map(self._mapping, self.num_buckets, self._columns, axes, x)
         else:
             where = self._ids_at(x, positions)
         bias = self.mode == "bias"
@@ -599,28 +650,33 @@ class iRPE(nn.Module):
     def _ids_at(self, x: Tensor, positions: Any) -> Tensor:
         own, others = positions if isinstance(positions, tuple) else (positions, positions)
         for one, tokens in ((own, x.shape[2]), (others, others.shape[-2] if self.transposed else x.shape[3])):
-            if one.dim() not in (2, 3) or one.shape[-2:] != (tokens, 2) or (one.dim() == 3 and len(one) != len(x)):
-                raise ValueError(f"positions have shape {tuple(one.shape)}; expected ({tokens}, 2) or (B, {tokens}, 2)")
+            n = self.rpe_config.ndim
+            if one.dim() not in (2, 3) or one.shape[-2:] != (tokens, n) or (one.dim() == 3 and len(one) != len(x)):
+                got = tuple(one.shape)
+                raise ValueError(f"positions have shape {got}; expected ({tokens}, {n}) or (B, {tokens}, {n})")
         c = self.rpe_config
         ids, _ = get_bucket_ids(c.method, own, others, c.skip, c.alpha, c.beta, c.gamma)
         return ids.unsqueeze(1) if ids.dim() == 3 else ids
 
-    def forward(self, x: Tensor, height: Size = None, width: Size = None, *, positions: Places = None) -> Tensor:
+    def forward(
+        self, x: Tensor, height: Size = None, width: Size = None, *, size: Axes = None, positions: Places = None
+    ) -> Tensor:
         """Encoding of x; what x is and what comes out depends on where the encoding is.
 
         Args:
             x: on keys the scaled queries and on queries the scaled keys, (B, H, L, D); on values the attention
                 weights (B, H, L, L). Floating point, on the table's device, and of its dtype outside autocast.
             height, width: of the map in tokens; without them L - skip has to be a square.
-            positions: instead of both, where the tokens are, as `get_bucket_ids` takes it: (L, 2), or (B, L, 2) where
-                samples differ. A pair of such tensors is (of the tokens of x, of the others): queries and keys may
+            size: instead, one number for each axis, (frames, height, width); a sequence needs none.
+            positions: instead, where the tokens are, as `get_bucket_ids` takes it: (L, 2), or (B, L, 2) where samples
+                differ. A pair of such tensors is (of the tokens of x, of the others): queries and keys may
                 be others, and of other numbers.
 
         Returns:
             (B, H, L, L) to be added to the attention (for the one on queries transposed first), (1, H', L, L) in bias
             mode; on values (B, H, L, D) to be added to the output.
         """
-        ((table, where),) = self.tables(x, height, width, positions=positions)
+        ((table, where),) = self.tables(x, height, width, size=size, positions=positions)
         if self.transposed:
             return _rpe_index(table if self.mode == "bias" else x @ table, where)
         return _rpe_bucket_sum(x, where, self.num_buckets) @ table
@@ -661,7 +717,8 @@ class iRPE_Cross(nn.Module):
     >>> iRPE_Cross("cross", head_dim=64, num_heads=1, rpe_config=config)(torch.randn(2, 6, 50, 64)).shape
     torch.Size([2, 6, 50, 50])
 
-    Arguments, inputs and outputs are those of `iRPE`.
+    With `ndim` axes the modules are the last `ndim` of rp_time, rp_depth, rp_rows, rp_cols. Arguments, inputs and
+    outputs are those of `iRPE`.
     """
 
     def __init__(
@@ -670,18 +727,28 @@ class iRPE_Cross(nn.Module):
         super().__init__()
         if _as_method(method) != METHOD.CROSS:
             raise ValueError(f"method {method!r} has one table: use iRPE")
-        self.rp_rows = rows = iRPE(head_dim, num_heads, mode, METHOD.CROSS_ROWS, **kwargs)
-        self.rp_cols = iRPE(head_dim, num_heads, mode, METHOD.CROSS_COLS, **kwargs)
-        self.method, self.mode, self.transposed = METHOD.CROSS, rows.mode, rows.transposed
-        self.head_dim, self.num_heads, self.num_buckets = rows.head_dim, rows.num_heads, rows.num_buckets  # of each
+        given = kwargs.get("rpe_config")
+        ndim = 2 if given is None else getattr(given, "ndim", 2)
+        for name, part in list(zip(_CROSS_PARTS, _AXES, strict=True))[-ndim:]:
+            self.add_module(name, iRPE(head_dim, num_heads, mode, part, **kwargs))
+        last = self.parts()[-1]
+        self.method, self.mode, self.transposed = METHOD.CROSS, last.mode, last.transposed
+        self.head_dim, self.num_heads, self.num_buckets = last.head_dim, last.num_heads, last.num_buckets  # of each
+
+    def parts(self) -> list[iRPE]:
+        """The module of each axis."""
+        return list(self.children())  # type: ignore[arg-type]
 
     def tables(self, x: Tensor, *size: Any, **options: Any) -> list[tuple[Tensor, BucketMap | Tensor]]:
         """The pairs (table, map) of rows and of columns, see `iRPE.tables`."""
-        return self.rp_rows.tables(x, *size, **options) + self.rp_cols.tables(x, *size, **options)
+        return [pair for part in self.parts() for pair in part.tables(x, *size, **options)]
 
-    def forward(self, x: Tensor, height: Size = None, width: Size = None, *, positions: Places = None) -> Tensor:
+    def forward(
+        self, x: Tensor, height: Size = None, width: Size = None, *, size: Axes = None, positions: Places = None
+    ) -> Tensor:
         """rp_rows(x) + rp_cols(x), see `iRPE.forward`."""
-        return self.rp_rows(x, height, width, positions=positions) + self.rp_cols(x, height, width, positions=positions)
+        first, *others = (part(x, height, width, size=size, positions=positions) for part in self.parts())
+        return sum(others, first)
 
 
 RPEModule = iRPE | iRPE_Cross
@@ -732,6 +799,7 @@ def rpe_attention(
     *,
     height: Size = None,
     width: Size = None,
+    size: Axes = None,
     positions: Places = None,
     scale: float | None = None,
     attn_mask: Tensor | None = None,
@@ -749,8 +817,9 @@ def rpe_attention(
         q, k, v: (B, H, Lq, D), (B, H, Lk, D), (B, H, Lk, D), any strides, q not scaled. Lq = Lk without positions.
         rpe_q, rpe_k, rpe_v: what `build_rpe` returned, modules or None.
         height, width: of the map in tokens; without them L - skip has to be a square.
-        positions: instead of both, where the tokens are, (L, 2) or (B, L, 2), or a pair of such tensors for queries
-            and keys, see `get_bucket_ids`. Where samples differ nothing is fused: the kernels read one map for all.
+        size: instead, one number for each axis, such as (frames, height, width).
+        positions: instead, where the tokens are, (L, 2) or (B, L, 2), or a pair of such tensors for queries and keys,
+            see `get_bucket_ids`. Where samples differ nothing is fused: the kernels read one map for all.
         scale: of the dot products, D ** -0.5 by default.
         attn_mask: broadcasts to (B, H, Lq, Lk). Boolean: True takes part. Floating: added to the scores. A row without
             any key gets zero weights, so its output is 0 (as `F.scaled_dot_product_attention` has it), never NaN.
@@ -761,7 +830,7 @@ def rpe_attention(
             `rpe_ops.rpe_attention.choose`), "sdpa" where nothing is trained and there is no rpe_v, else "eager".
     Returns (B, H, Lq, D).
     """
-    rpe = _Encodings.of(q, k, rpe_q, rpe_k, rpe_v, dict(height=height, width=width, positions=positions))
+    rpe = _Encodings.of(q, k, rpe_q, rpe_k, rpe_v, dict(height=height, width=width, size=size, positions=positions))
     if attn_mask is not None and attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
         raise TypeError(f"attn_mask is {attn_mask.dtype}; expected bool (True takes part) or floating point (added)")
     in_tensors = ("cpu", "cuda", "triton", "reference")
@@ -796,12 +865,12 @@ class _Encodings(NamedTuple):
     q: RPEModule | None
     k: RPEModule | None
     v: RPEModule | None
-    of_q: dict[str, Any]  # height, width and positions for an encoding of the queries' tokens: those on k and v
+    of_q: dict[str, Any]  # height, width, size and positions for an encoding of the queries' tokens: those on k and v
     of_k: dict[str, Any]  # and for the one on q
 
     @staticmethod
     def of(q: Tensor, k: Tensor, rpe_q: Any, rpe_k: Any, rpe_v: Any, places: dict[str, Any]) -> _Encodings:
-        """Checked; places are height, width and positions as `rpe_attention` takes them."""
+        """Checked; places are height, width, size and positions as `rpe_attention` takes them."""
         for name, one, transposed in (("rpe_q", rpe_q, True), ("rpe_k", rpe_k, True), ("rpe_v", rpe_v, False)):
             if one is not None and one.transposed is not transposed:
                 where = "keys or queries" if one.transposed else "values"
@@ -826,7 +895,7 @@ class _Encodings(NamedTuple):
         if some and any(places.dim() > 2 for places in self.of_q["positions"] or ()):
             return 'takes one map for all samples; use "eager" for positions (B, L, 2)'
         for one in some:
-            for part in (one, one.rp_rows, one.rp_cols) if isinstance(one, iRPE_Cross) else (one,):
+            for part in (one, *one.parts()) if isinstance(one, iRPE_Cross) else (one,):
                 hooks = part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks
                 if any(hooks) or "forward" in part.__dict__ or type(part) not in (iRPE, iRPE_Cross):
                     return 'reads the tables, without the hooks or the forward of an encoding; use "eager"'

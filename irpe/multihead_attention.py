@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .config_io import rpe_config_from_string
 from .fx import one_node
-from .irpe import Places, RPEConfig, RPEModule, Size, _Encodings, _grid, build_rpe, iRPE, rpe_attention
+from .irpe import Axes, Places, RPEConfig, RPEModule, Size, _cells, _Encodings, _size, build_rpe, iRPE, rpe_attention
 
 
 class RPEMultiheadAttention(nn.MultiheadAttention):
@@ -31,7 +31,7 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
         rpe_config: from `get_rpe_config`, or its string form (skip is 0 then), or None.
 
     Attributes:
-        rpe_grid: (height, width) of the map where a call does not say it, or None, which takes the map for a square.
+        rpe_grid: size of the map where a call does not say it, (height, width), or None, which takes it for a square.
             For an attention whose caller cannot hand it through, such as `nn.TransformerEncoderLayer`.
 
     Raises:
@@ -41,7 +41,7 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
     rpe_q: RPEModule | None
     rpe_k: RPEModule | None
     rpe_v: RPEModule | None
-    rpe_grid: tuple[int, int] | None = None
+    rpe_grid: tuple[int, ...] | None = None
 
     def __init__(
         self,
@@ -82,6 +82,7 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
         height: Size = None,
         width: Size = None,
         hw: tuple[int, int] | None = None,
+        size: Axes = None,
         positions: Places = None,
     ) -> tuple[Tensor, Tensor | None]:
         """(output, weights), as `nn.MultiheadAttention` has them; weights are those after dropout, or None.
@@ -92,6 +93,7 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
                 with weights it gets NaN, as in torch.
             height, width: of the map in tokens, or both as the pair hw; without them the map is `rpe_grid`, else a
                 square.
+            size: instead, one number for each axis, such as (frames, height, width).
             positions: instead, where the tokens are, (L, 2) or (B, L, 2), see `get_bucket_ids`; a pair of such tensors
                 for queries and keys. Cross attention between different numbers of tokens needs it.
         """
@@ -100,11 +102,11 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
         if hw is not None:
-            if (height, width) != (None, None):
-                raise ValueError(f"hw={hw}, height={height}, width={width}: give hw, or height and width")
-            height, width = hw
-        elif self.rpe_grid is not None and (height, width) == (None, None) and positions is None:
-            height, width = self.rpe_grid
+            if (height, width, size) != (None, None, None):
+                raise ValueError(f"hw={hw}, height={height}, width={width}, size={size}: give hw, or the others")
+            size = hw
+        elif self.rpe_grid is not None and (height, width, size) == (None, None, None) and positions is None:
+            size = self.rpe_grid
         if is_causal and attn_mask is None:
             raise ValueError("is_causal=True only says that attn_mask is causal: pass the mask too")
         self._check(query, key, value)
@@ -112,18 +114,18 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
         mask = _merge_masks(q, k, key_padding_mask, attn_mask, unbatched=query.dim() == 2)
         added = (self.bias_k is not None) + self.add_zero_attn
         if added:
-            positions = self._with_added(positions, q, k, height, width, added)
-            height = width = None
+            positions = self._with_added(positions, q, k, added, height=height, width=width, size=size)
+            height = width = size = None
             k, v = self._add_keys(k, self.bias_k), self._add_keys(v, self.bias_v)
             mask = mask if mask is None else F.pad(mask, (0, added), value=mask.dtype == torch.bool)
         dropout_p = self.dropout if self.training else 0.0
-        size: dict[str, Any] = dict(height=height, width=width, positions=positions)
+        places: dict[str, Any] = dict(height=height, width=width, size=size, positions=positions)
         weights = None
         if need_weights:
-            out, weights = self._formula(q, k, v, mask, dropout_p, **size)
+            out, weights = self._formula(q, k, v, mask, dropout_p, **places)
         else:
             rpe = (self.rpe_q, self.rpe_k, self.rpe_v)
-            out = rpe_attention(q, k, v, *rpe, **size, attn_mask=mask, dropout_p=dropout_p)
+            out = rpe_attention(q, k, v, *rpe, **places, attn_mask=mask, dropout_p=dropout_p)
         out = out.transpose(1, 2).flatten(2)  # (B, Lq, E)
         if query.dim() == 2:
             out, weights = out.squeeze(0), weights if weights is None else weights.squeeze(0)
@@ -207,19 +209,19 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
             parts.append(x.new_zeros(*x.shape[:2], 1, x.shape[3]))
         return torch.cat(parts, 2)
 
-    def _with_added(self, positions: Places, q: Tensor, k: Tensor, height: Size, width: Size, added: int) -> Any:
+    def _with_added(self, positions: Places, q: Tensor, k: Tensor, added: int, **size: Any) -> Any:
         """positions of queries and keys, the added keys last and without a place."""
         if positions is None:
             if q.shape[2] != k.shape[2]:
                 raise ValueError(f"{q.shape[2]} queries and {k.shape[2]} keys: an encoding needs positions= here")
-            skip = next(one.rpe_config.skip for one in self.modules() if isinstance(one, iRPE))
-            height, width = _grid(q.shape[2], skip, height, width)
-            cells = torch.arange(height * width, device=q.device)
-            positions = F.pad(torch.stack([cells // width, cells % width], -1), (0, 0, skip, 0), value=-1)
-        elif (height, width) != (None, None):
-            raise ValueError(f"height={height}, width={width} and positions: give one or the other")
+            single = next(one.rpe_config for one in self.modules() if isinstance(one, iRPE))
+            cells = torch.stack(_cells(_size(q.shape[2], single, **size), q.device), -1)
+            positions = F.pad(cells, (0, 0, single.skip, 0), value=-1)
+        elif any(n is not None for n in size.values()):
+            given = ", ".join(f"{name}={n}" for name, n in size.items())
+            raise ValueError(f"{given} and positions: give one or the other")
         of_q, of_k = positions if isinstance(positions, tuple) else (positions, positions)
-        nowhere = torch.full((*of_k.shape[:-2], added, 2), -1, device=of_k.device)
+        nowhere = torch.full((*of_k.shape[:-2], added, of_k.shape[-1]), -1, device=of_k.device)
         return of_q, torch.cat([of_k, nowhere], -2)
 
     def _formula(

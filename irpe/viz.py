@@ -92,9 +92,10 @@ def bucket_maps(
     Raises:
         ValueError, TypeError: unknown method, a size below 1, a ratio that is not positive, a negative skip.
     """
-    config = get_single_rpe_config(RATIOS.get(method, 1.9) if ratio is None else ratio, method, skip=skip)
+    ratio = RATIOS.get(method, 1.9) if ratio is None else ratio
+    config = get_single_rpe_config(ratio, method, skip=skip)
     tables = (METHOD.CROSS_ROWS, METHOD.CROSS_COLS) if config.method == METHOD.CROSS else (config.method,)
-    maps = tuple(BucketMap(one, config.alpha, height, width, config.skip) for one in tables)
+    maps = tuple(BucketMap(one, float(ratio), height, width, config.skip) for one in tables)
     maps[0].offsets()  # raises for wrong sizes
     return maps
 

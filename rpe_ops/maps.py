@@ -9,7 +9,7 @@ tokens i and j is `num_buckets - 1` if one of them is a skip token, and else dep
     offsets (2h-1, 2w-1), int32       offsets[h-1+dr, w-1+dc], and `columns` is 0
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -77,25 +77,73 @@ def ids_of(place: Map, dtype: torch.dtype | None = None) -> Tensor:
 
 def look_up(table: Tensor, place: Map) -> Tensor:
     """Y[b, h, i, j] = table[b, h, i, ids[i, j]] by torch.gather, which wants int64 ids: a slice of rows at a time."""
-    heads = table.shape[:2]
-    parts = [table[:, :, rows].gather(-1, ids.expand(*heads, *ids.shape)) for rows, ids in _slices(place)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+    if isinstance(place, Tensor):
+        return table.gather(-1, place.long().expand(*table.shape[:2], *place.shape))
+    return _LookUp.apply(table, *tensor_and_numbers(place, place[3]))
 
 
 def sum_up(x: Tensor, place: Map, num_buckets: int) -> Tensor:
     """S[b, h, i, n] = sum of x[b, h, i, j] over ids[i, j] = n by torch.scatter_add, in the same slices."""
-    parts = []
-    for rows, ids in _slices(place):
-        some = x[:, :, rows]
-        parts.append(some.new_zeros(*some.shape[:3], num_buckets).scatter_add(-1, ids.expand(some.shape), some))
+    if isinstance(place, Tensor):
+        zeros = x.new_zeros(*x.shape[:3], num_buckets)
+        return zeros.scatter_add(-1, place.long().expand(x.shape), x)
+    return _SumUp.apply(x, *tensor_and_numbers(place, num_buckets))
+
+
+def _joined(
+    x: Tensor, offsets: Tensor, numbers: tuple[int, ...], of_slice: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    height, width, skip, num_buckets, columns = numbers
+    place = (offsets, (height, width), skip, num_buckets, columns)
+    parts = [of_slice(x[:, :, rows], ids) for rows, ids in _slices(place)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
-def _slices(place: Map) -> Iterator[tuple[slice, Tensor]]:
+class _LookUp(torch.autograd.Function):
+    """`look_up` on a grid, which keeps no ids for its gradient: they are built again, a slice at a time."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(table: Tensor, offsets: Tensor, numbers: tuple[int, ...]) -> Tensor:
+        return _joined(table, offsets, numbers, look_up)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, offsets, ctx.numbers = inputs
+        ctx.save_for_backward(offsets)
+        ctx.save_for_forward(offsets)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _SumUp.apply(grad, *ctx.saved_tensors, ctx.numbers), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return _LookUp.apply(tangent, *ctx.saved_tensors, ctx.numbers)
+
+
+class _SumUp(torch.autograd.Function):
+    """`sum_up` on a grid, the adjoint of `_LookUp`."""
+
+    generate_vmap_rule = True
+    setup_context = staticmethod(_LookUp.setup_context)
+
+    @staticmethod
+    def forward(x: Tensor, offsets: Tensor, numbers: tuple[int, ...]) -> Tensor:
+        return _joined(x, offsets, numbers, lambda some, ids: sum_up(some, ids, numbers[3]))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _LookUp.apply(grad, *ctx.saved_tensors, ctx.numbers), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return _SumUp.apply(tangent, *ctx.saved_tensors, ctx.numbers)
+
+
+def _slices(place: GridMap) -> Iterator[tuple[slice, Tensor]]:
     """(rows, their int64 ids): together all."""
-    if isinstance(place, Tensor):
-        yield slice(None), place.long()
-        return
     _, (height, width), skip, num_buckets, _ = place
     tokens = skip + height * width
     each = max(1, _SLICE_BYTES // (8 * width * tokens))  # image rows

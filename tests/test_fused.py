@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.library import opcheck
 
-import irpe.irpe as source
+import rpe_ops.constants as constants
 from irpe import build_rpe, get_bucket_map, get_rpe_config, get_single_rpe_config, rpe_attention
 from irpe.irpe import RPEConfig
 from rpe_ops import _torch, _triton_launch, fused, rpe_attention_eager
@@ -121,8 +121,8 @@ def test_products_with_tables_are_those_of_the_formula(kernels, method, mode, sh
 @pytest.mark.parametrize("weights", [True, False])
 def test_gradients_of_the_formula_are_those_of_autograd(dropout_p, weights):
     q, k, v = torch.randn(3, 2, HEADS, TOKENS, DIM, dtype=torch.float64).requires_grad_().unbind(0)
-    place = get_bucket_map("product", 3, 4, 1, 1.9, 3.8, 15.2)
-    other = get_bucket_map("euc", 3, 4, 1, 1.9, 3.8, 15.2)
+    place = get_bucket_map("product", (3, 4), 1, 1.9, 3.8, 15.2)
+    other = get_bucket_map("euc", (3, 4), 1, 1.9, 3.8, 15.2)
     shape = (HEADS, DIM) if weights else (2, HEADS, TOKENS)
     on_q = [(torch.randn(*shape, 8, dtype=torch.float64, requires_grad=True), other)]
     on_k = [(torch.randn(*shape, 50, dtype=torch.float64, requires_grad=True), place)]
@@ -167,7 +167,7 @@ def test_func_transforms(kernels):
 
 def test_opcheck(kernels):
     q, k, v = torch.randn(3, 2, HEADS, TOKENS, DIM)
-    offsets, numbers = get_bucket_map("product", 3, 4, 1, 1.9, 3.8, 15.2).offsets, [3, 4, 1, 50, 7]
+    offsets, numbers = get_bucket_map("product", (3, 4), 1, 1.9, 3.8, 15.2).offsets, [3, 4, 1, 50, 7]
     tables = [torch.randn(HEADS, DIM, 50)], [torch.randn(HEADS, DIM, 50)], [torch.randn(HEADS, 50, DIM)]
     rest = (torch.zeros(2, HEADS, TOKENS, TOKENS), torch.tensor([3]), 0.3, 0.1, False)
     arguments = (q, k, v, *tables, *[[offsets]] * 3, *[numbers] * 3, *rest)
@@ -235,7 +235,7 @@ def test_compiled_models_with_one_map_leave_each_other_s_graphs_alone(kernels, m
     assert len(made) == counters["stats"]["unique_graphs"] == len(configs)
     del models[0], compiled[0]
     gc.collect()
-    source._cached.cache_clear()
+    constants._kept["offsets"].cache_clear()
     for _ in range(3):
         for one in compiled:
             one(x).sum().backward()

@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import irpe.irpe as source
+import rpe_ops.constants as constants
 from irpe import (
     RPEConfig,
     build_rpe,
@@ -64,16 +65,16 @@ def made(monkeypatch):
     made = {}
 
     def build(*key):
-        made[key] = source._build_aside(*key)
+        made[key] = constants._build_aside(*key)
         return made[key]
 
-    monkeypatch.setattr(source, "_cached", functools.lru_cache(maxsize=16)(build))
+    monkeypatch.setitem(constants._kept, "offsets", functools.lru_cache(maxsize=16)(build))
     torch._dynamo.reset()
     yield made
-    for (_, mapping, height, width, _), offsets in made.items():
+    for (_, _, mapping, size, _), offsets in made.items():
         assert type(offsets) is torch.Tensor and not offsets.is_inference() and not offsets.requires_grad
         method, skip, *piecewise = mapping.split()
-        expected = get_bucket_map(method, height, width, int(skip), *map(float, piecewise)).offsets
+        expected = get_bucket_map(method, size, int(skip), *map(float, piecewise)).offsets
         assert torch.equal(offsets.cpu(), expected), mapping
 
 
@@ -103,10 +104,10 @@ def test_the_cache_is_bounded_and_serves_ten_sizes_in_turn(made):
     sizes = [(h, w) for h in range(2, 7) for w in (h + 1, 2 * h)]
     for height, width in sizes * 3:
         check(module, height, width)
-    assert len(made) == source._cached.cache_info().misses == len(sizes)
+    assert len(made) == constants._kept["offsets"].cache_info().misses == len(sizes)
     for width in range(1, 30):
         check(module, 1, width)
-    assert source._cached.cache_info().currsize == 16
+    assert constants._kept["offsets"].cache_info().currsize == 16
 
 
 def test_threads():

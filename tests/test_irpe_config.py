@@ -34,7 +34,9 @@ def test_defaults_are_the_paper_s_and_the_signature_is_fixed():
     names = "ratio method mode shared_head skip rpe_on".split()
     assert list(inspect.signature(get_rpe_config).parameters) == names
     assert list(inspect.signature(get_single_rpe_config).parameters) == names[:-1]
-    assert dict(METHOD.__members__) == dict(EUCLIDEAN=0, QUANT=1, PRODUCT=3, CROSS=4, CROSS_ROWS=41, CROSS_COLS=42)
+    members = dict(METHOD.__members__)
+    assert (members.pop("CROSS_DEPTH"), members.pop("CROSS_TIME")) == (43, 44)  # ours, for maps of three and four axes
+    assert members == dict(EUCLIDEAN=0, QUANT=1, PRODUCT=3, CROSS=4, CROSS_ROWS=41, CROSS_COLS=42)
 
 
 @pytest.mark.parametrize(

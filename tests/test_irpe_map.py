@@ -25,7 +25,7 @@ NUMBERS = (1.9, 3.8, 15.2)
 )
 def test_ids_are_those_of_every_pair(method, height, width, skip, ratio):
     numbers = (ratio, 2 * ratio, 8 * ratio)
-    place = get_bucket_map(method, height, width, skip, *numbers)
+    place = get_bucket_map(method, (height, width), skip, *numbers)
     cells = torch.cartesian_prod(torch.arange(height), torch.arange(width))
     where = torch.cat([torch.full((skip, 2), -1), cells.view(-1, 2)])
     expected, buckets = get_bucket_ids(method, where, where, skip, *numbers)
@@ -37,7 +37,7 @@ def test_ids_are_those_of_every_pair(method, height, width, skip, ratio):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_maps_that_factor_keep_their_axes(method):
-    place = get_bucket_map(method, 5, 8, 1, *NUMBERS)
+    place = get_bucket_map(method, (5, 8), 1, *NUMBERS)
     assert (len(place.axes()) == 2) == (method not in ("euc", "quant"))
     if place.axes():
         assert place.offsets.shape == (2 * 5 - 1 + 2 * 8 - 1,)
@@ -51,20 +51,20 @@ def test_maps_that_factor_keep_their_axes(method):
 
 def test_ids_have_the_smallest_dtype_that_holds_them():
     for ratio, dtype in ((1.9, torch.uint8), (10.0, torch.int16), (100.0, torch.int32)):
-        place = get_bucket_map("product", 2, 3, 1, ratio, 2 * ratio, 8 * ratio)
+        place = get_bucket_map("product", (2, 3), 1, ratio, 2 * ratio, 8 * ratio)
         assert place.ids().dtype == maps.ids_of(place).dtype == dtype
         assert place.ids().max() == place.num_buckets - 1
 
 
 def test_a_map_grows_with_the_sides_not_with_the_tokens():
-    assert get_bucket_map("product", 128, 96, 1, *NUMBERS).offsets.nbytes == 4 * (255 + 191)
-    assert get_bucket_map("euc", 128, 96, 1, *NUMBERS).offsets.nbytes == 4 * 255 * 191
+    assert get_bucket_map("product", (128, 96), 1, *NUMBERS).offsets.nbytes == 4 * (255 + 191)
+    assert get_bucket_map("euc", (128, 96), 1, *NUMBERS).offsets.nbytes == 4 * 255 * 191
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("skip", [0, 2])
 def test_the_plain_pair_in_slices_is_the_law(method, skip, monkeypatch):
-    place = get_bucket_map(method, 5, 7, skip, *NUMBERS)
+    place = get_bucket_map(method, (5, 7), skip, *NUMBERS)
     tokens = skip + 35
     monkeypatch.setattr(maps, "_SLICE_BYTES", 8 * tokens * 7 * 2)  # two image rows
     assert len(list(maps._slices(place))) == 3 + (skip > 0)
@@ -79,7 +79,7 @@ def test_the_plain_pair_in_slices_is_the_law(method, skip, monkeypatch):
 def test_operators_take_a_map_for_their_index(compiled, monkeypatch):
     if not compiled:
         monkeypatch.setattr(_native, "LOADED", {})
-    place = get_bucket_map("quant", 4, 6, 1, *NUMBERS)
+    place = get_bucket_map("quant", (4, 6), 1, *NUMBERS)
     table, x = torch.randn(2, 3, 25, place.num_buckets, requires_grad=True), torch.randn(2, 3, 25, 25)
     expected = reference.rpe_index(table, place.ids())
     torch.testing.assert_close(rpe_index(table, place), expected)
@@ -96,7 +96,7 @@ BACKENDS = [None, "eager", "reference", *["cpu"] * ("cpu" in _native.LOADED)]
 @pytest.mark.parametrize("weights", [True, False])
 def test_attention_takes_maps_of_every_kind_beside_each_other(backend, weights):
     q, k, v = torch.randn(3, 2, 3, 2 + 4 * 5, 8, dtype=torch.float64)
-    places = [get_bucket_map(method, 4, 5, 2, *NUMBERS) for method in METHODS]
+    places = [get_bucket_map(method, (4, 5), 2, *NUMBERS) for method in METHODS]
     free = torch.randint(6, (22, 22))
     tables = [torch.randn(3, 8, p.num_buckets, dtype=torch.float64) for p in places] + [torch.randn(3, 8, 6).double()]
     on_q = [(tables[0], places[0]), (tables[2], places[2])]
@@ -127,7 +127,7 @@ def test_attention_takes_maps_of_every_kind_beside_each_other(backend, weights):
 )
 def test_maps_that_do_not_fit_are_refused(change, error, match):
     q = torch.randn(1, 2, 13, 8)
-    place = get_bucket_map("product", 3, 4, 1, *NUMBERS)._replace(**change)
+    place = get_bucket_map("product", (3, 4), 1, *NUMBERS)._replace(**change)
     with pytest.raises(error, match=match):
         operator(q, q, q, on_k=[(torch.randn(2, 8, 50), place)])
     with pytest.raises(TypeError, match="is no map"):
@@ -139,7 +139,7 @@ def test_a_bucket_outside_the_table_is_named(value):
     if "cpu" not in _native.LOADED:
         pytest.skip(_native.MISSING["cpu"])
     q = torch.randn(1, 2, 13, 8)
-    place = get_bucket_map("euc", 3, 4, 1, 20.0, 40.0, 160.0)
+    place = get_bucket_map("euc", (3, 4), 1, 20.0, 40.0, 160.0)
     place = place._replace(offsets=place.offsets.clone().fill_(value), num_buckets=50)
     with pytest.raises(RuntimeError, match=rf"{value}.*50"):
         operator(q, q, q, on_k=[(torch.randn(2, 8, 50), place)], backend="cpu")

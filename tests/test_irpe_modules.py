@@ -298,7 +298,7 @@ def test_modules_copy_pickle_and_save_without_their_ids():
 def test_the_plain_pair_is_the_law_and_each_other_s_adjoint():
     from rpe_ops import reference
 
-    place = get_bucket_map("product", HEIGHT, WIDTH, 2, 1.9, 3.8, 15.2)  # 50 buckets
+    place = get_bucket_map("product", (HEIGHT, WIDTH), 2, 1.9, 3.8, 15.2)  # 50 buckets
     ids = place.ids(torch.long)
     x, y = torch.randn(2, HEADS, 14, 50, dtype=torch.float64), torch.randn(2, HEADS, 14, 14, dtype=torch.float64)
     for where in (place, ids, ids.expand(2, 1, 14, 14)):

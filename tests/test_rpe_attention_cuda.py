@@ -149,7 +149,7 @@ class Problem:
         self.q, self.k, self.v, self.grad = q, k, v, grad
         self.maps, self.tables = {}, {}
         for letter, method in on.items():
-            map = get_bucket_map(method, self.height, self.width, self.skip, ratio, 2 * ratio, 8 * ratio)
+            map = get_bucket_map(method, (self.height, self.width), self.skip, ratio, 2 * ratio, 8 * ratio)
             shape = (1 if shared else H, D, map.num_buckets)
             W = torch.randn(shape).to(table_dtype or dtype)
             self.maps[letter], self.tables[letter] = map, W.transpose(1, 2).contiguous() if letter == "v" else W

@@ -8,7 +8,7 @@ from irpe import get_bucket_map
 from rpe_ops import _native, fused, rpe_attention_cuda, rpe_attention_eager, rpe_attention_triton
 from rpe_ops import rpe_attention as operators
 
-PLACE = get_bucket_map("product", 3, 4, 1, 1.9, 3.8, 15.2)
+PLACE = get_bucket_map("product", (3, 4), 1, 1.9, 3.8, 15.2)
 
 
 def arguments(place=PLACE, dtype=torch.bfloat16, tables=(1, 1, 1)):
@@ -63,14 +63,14 @@ def test_calls_that_it_leaves_to_others(chosen, name):
 
 @pytest.mark.parametrize("method", ["euc", "quant"])
 def test_maps_that_do_not_factor(chosen, method):
-    given = arguments(get_bucket_map(method, 3, 4, 1, 1.9, 3.8, 15.2))
+    given = arguments(get_bucket_map(method, (3, 4), 1, 1.9, 3.8, 15.2))
     with pytest.raises(ValueError, match="takes maps that factor"):
         operators.rpe_attention(*given, backend="cuda")
 
 
 @pytest.mark.parametrize(("ratio", "skip", "fits"), [(1.9, 1, True), (1.9, 0, True), (2.0, 1, False), (2.0, 0, False)])
 def test_as_many_rows_of_buckets_as_there_are_places(chosen, ratio, skip, fits):
-    place = get_bucket_map("product", 3, 4, skip, ratio, 2 * ratio, 8 * ratio)
+    place = get_bucket_map("product", (3, 4), skip, ratio, 2 * ratio, 8 * ratio)
     given = arguments(place)
     given = (*(x[:, :, : 12 + skip] for x in given[:3]), *given[3:])
     with pytest.raises(ZeroDivisionError if fits else ValueError, match="cuda" if fits else "8 rows and columns"):

@@ -61,7 +61,7 @@ def test_exact(shape, buckets, terms, dtype, layout, mask, dropout_p):
 @pytest.mark.parametrize("method", ["euc", "quant", "product", "cross_rows", "cross_cols"])
 def test_exact_on_maps_of_images(method):
     with torch.device("cpu"):
-        place = get_bucket_map(method, 9, 14, 1, 1.9, 3.8, 15.2)
+        place = get_bucket_map(method, (9, 14), 1, 1.9, 3.8, 15.2)
     place = place._replace(offsets=place.offsets.cuda())
     for where in (place, place.ids()):
         arguments = problem((2, 2, 127, 127, 64), place.num_buckets, (1, 1, 1), brain, "timm", where)
@@ -74,7 +74,7 @@ def test_exact_on_maps_of_images(method):
 )
 def test_exact_with_W_on_maps_of_images(method, terms, head, dtype):
     with torch.device("cpu"):
-        place = get_bucket_map(method, 14, 9, 1, 1.9, 3.8, 15.2)
+        place = get_bucket_map(method, (14, 9), 1, 1.9, 3.8, 15.2)
     place = place._replace(offsets=place.offsets.cuda())
     arguments = problem((5, 3, 127, 127, head), place.num_buckets, terms, dtype, "timm", place, weights=True)
     assert_rule_9(arguments, dtype, "triton")
@@ -197,7 +197,7 @@ def test_no_matrix_of_all_pairs_is_allocated(method):
     height, width, heads = 80, 64, 2
     tokens = height * width  # ids of all pairs, as free ids have them, would be 100 MiB, and weights of a head 50
     with torch.device("cpu"):
-        place = get_bucket_map(method, height, width, 0, 1.9, 3.8, 15.2)
+        place = get_bucket_map(method, (height, width), 0, 1.9, 3.8, 15.2)
     place = place._replace(offsets=place.offsets.cuda())
     shape = (1, heads, tokens, tokens, 64)
     q, k, v, on_q, on_k, on_v = problem(shape, place.num_buckets, (1, 1, 1), brain, maps=place)
@@ -276,7 +276,7 @@ def fitting(dtype, grid, shape, terms, method="product", shared=False, layout="t
     height, width, skip = grid
     B, H, D = shape
     with torch.device("cpu"):
-        place = get_bucket_map(method, height, width, skip, 1.9, 3.8, 15.2)
+        place = get_bucket_map(method, (height, width), skip, 1.9, 3.8, 15.2)
     place = place._replace(offsets=place.offsets.cuda())
     tokens = skip + height * width
     q, k, v, *on = problem((B, H, tokens, tokens, D), place.num_buckets, terms, dtype, layout, place, weights=True)

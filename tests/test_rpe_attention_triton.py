@@ -82,7 +82,7 @@ def test_exact(shape, buckets, terms, dtype, layout, mask, dropout_p):
 @interpreted
 @pytest.mark.parametrize("method", ["euc", "product", "cross_rows"])
 def test_exact_on_maps_of_images(method):
-    place = get_bucket_map(method, 5, 14, 1, 1.9, 3.8, 15.2)
+    place = get_bucket_map(method, (5, 14), 1, 1.9, 3.8, 15.2)
     arguments = problem((1, 1, 71, 71, 16), place.num_buckets, (1, 1, 1), single, "timm", place)
     assert_rule_9(arguments, single, "triton")
 
@@ -100,7 +100,7 @@ def test_exact_on_maps_of_images(method):
     ],
 )
 def test_exact_with_W_on_maps_of_images(method, grid, terms, dtype):
-    place = get_bucket_map(method, *grid, 1.9, 3.8, 15.2)
+    place = get_bucket_map(method, grid[:2], grid[2], 1.9, 3.8, 15.2)
     tokens = grid[0] * grid[1] + grid[2]
     shape = (2, 2, tokens, tokens, 20)
     assert_rule_9(problem(shape, place.num_buckets, terms, dtype, "timm", place, weights=True), dtype, "triton")
@@ -229,7 +229,7 @@ def test_compile():
 @pytest.mark.parametrize("weights", [True, False])
 def test_opcheck(weights):
     """The operators that compiled graphs hold, with W and with side tables."""
-    place = get_bucket_map("product", 2, 3, 1, 0.9, 1.8, 7.2)
+    place = get_bucket_map("product", (2, 3), 1, 0.9, 1.8, 7.2)
     q, k, v = torch.randn(3, 1, 2, 7, 8)
     shapes = [(2, 8, 10), (2, 8, 10), (2, 10, 8)] if weights else [(1, 2, 7, 10), (1, 2, 7, 10)]
     tables = [[torch.randn(shape)] for shape in shapes] + [[]] * (not weights)
