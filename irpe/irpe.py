@@ -637,7 +637,8 @@ class iRPE(nn.Module):
         """
         self._check(x, positions)
         if positions is not None and (height, width, size) != (None, None, None):
-            raise ValueError(f"height={height}, width={width}, size={size} and positions: give one or the other")
+            given = f"height={height}, width={width}" if size is None else f"size={size}"
+            raise ValueError(f"{given} and positions: give one or the other")
         where: BucketMap | Tensor
         if positions is None:
             axes = _size(x.shape[2], self.rpe_config, height, width, size)

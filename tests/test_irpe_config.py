@@ -32,8 +32,8 @@ def test_defaults_are_the_paper_s_and_the_signature_is_fixed():
     assert (k.method, k.mode, k.shared_head, k.skip) == (METHOD.PRODUCT, "contextual", True, 0)
     assert (k.alpha, k.beta, k.gamma, k.num_buckets) == (1.9, 3.8, 15.2, 49)
     names = "ratio method mode shared_head skip rpe_on".split()
-    assert list(inspect.signature(get_rpe_config).parameters) == names
-    assert list(inspect.signature(get_single_rpe_config).parameters) == names[:-1]
+    assert list(inspect.signature(get_rpe_config).parameters) == [*names, "ndim"]
+    assert list(inspect.signature(get_single_rpe_config).parameters) == [*names[:-1], "ndim"]
     members = dict(METHOD.__members__)
     assert (members.pop("CROSS_DEPTH"), members.pop("CROSS_TIME")) == (43, 44)  # ours, for maps of three and four axes
     assert members == dict(EUCLIDEAN=0, QUANT=1, PRODUCT=3, CROSS=4, CROSS_ROWS=41, CROSS_COLS=42)
