@@ -176,7 +176,7 @@ def test_errors():
         get_bucket_ids("euc", torch.zeros(4, 3), torch.zeros(4, 2), 0, *NUMBERS)
     with pytest.raises(ValueError, match=r"expected \(..., L, 2\)"):
         get_bucket_ids("euc", torch.zeros(4, 5), torch.zeros(4, 5), 0, *NUMBERS)
-    with pytest.raises(ValueError, match="CROSS_ROWS and METHOD.CROSS_COLS"):
+    with pytest.raises(ValueError, match="CROSS_ROWS, METHOD.CROSS_COLS"):
         get_bucket_ids("cross", places, places, 0, *NUMBERS)
     with pytest.raises(ValueError, match="6 queries and 4 keys; an encoding expects the same tokens, or positions="):
         rpe_attention(x, x[:, :, :4], x[:, :, :4], rpe_k=rpe_k)
