@@ -34,7 +34,10 @@ def check(place: Any, name: str, shape: tuple[int, int], num_buckets: int, devic
     else:
         if not isinstance(place, tuple) or len(place) != 5 or not isinstance(place[0], Tensor):
             raise TypeError(f"{name}: {place!r} is no map: expected ids or (offsets, size, skip, num_buckets, columns)")
-        offsets, (height, width), skip, its, columns = place
+        offsets, size, skip, its, columns = place
+        if len(size) != 2:
+            raise ValueError(f"{name}: a grid of size {tuple(size)}; operators read two axes: pass its ids, map.ids()")
+        height, width = size
         if its != num_buckets:
             raise ValueError(f"{name}: the map has {its} buckets, and the table {num_buckets}; expected the same")
         tokens = skip + height * width

@@ -123,6 +123,7 @@ def test_attention_takes_maps_of_every_kind_beside_each_other(backend, weights):
         ),
         (dict(offsets=torch.zeros(12)), ValueError, "offsets are torch.float32"),
         (dict(columns=0), ValueError, r"columns=0 beside offsets of shape \(12,\)"),
+        (dict(size=(1, 3, 4)), ValueError, r"a grid of size \(1, 3, 4\); operators read two axes"),
     ],
 )
 def test_maps_that_do_not_fit_are_refused(change, error, match):
@@ -143,6 +144,40 @@ def test_a_bucket_outside_the_table_is_named(value):
     place = place._replace(offsets=place.offsets.clone().fill_(value), num_buckets=50)
     with pytest.raises(RuntimeError, match=rf"{value}.*50"):
         operator(q, q, q, on_k=[(torch.randn(2, 8, 50), place)], backend="cpu")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_formula_keeps_no_ids_for_its_gradient(method, monkeypatch):
+    """Nothing that is saved has an entry for each pair of tokens but the scores; slices give the same bits."""
+    kept, place = [], get_bucket_map(method, (4, 5), 2, *NUMBERS)
+    q, k, v = torch.randn(3, 2, 3, 22, 8, dtype=torch.float64).requires_grad_()
+    table = torch.randn(3, 8, place.num_buckets, dtype=torch.float64, requires_grad=True)
+    results = []
+    for bytes_of_a_slice in (maps._SLICE_BYTES, 8 * 5 * 22):  # all at once, one image row at a time
+        monkeypatch.setattr(maps, "_SLICE_BYTES", bytes_of_a_slice)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x), x)[1], lambda x: x):
+            out = operator(q, k, v, [(table, place)], [(table, place)], [(place, table.mT)], backend="eager")[0]
+        results.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v, table))])
+    assert any(x is not None and x.shape == place.offsets.shape for x in kept)
+    assert all(x.numel() <= place.offsets.numel() for x in kept if not x.is_floating_point())
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("method", ["product", "euc"])
+def test_the_formula_in_slices_under_transforms(method, monkeypatch):
+    monkeypatch.setattr(maps, "_SLICE_BYTES", 8 * 3 * 8)
+    place = get_bucket_map(method, (2, 3), 2, 0.9, 1.8, 7.2)
+    x = torch.randn(1, 2, 8, place.num_buckets, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(1, 2, 8, 8, dtype=torch.float64, requires_grad=True)
+    for function, its in (
+        (lambda x: maps.look_up(x, place), x),
+        (lambda p: maps.sum_up(p, place, place.num_buckets), weights),
+    ):
+        assert torch.autograd.gradcheck(function, its, check_forward_ad=True, check_batched_grad=True)
+        assert torch.autograd.gradgradcheck(function, its)
+        several = torch.stack([its, 2 * its]).detach()
+        torch.testing.assert_close(torch.vmap(function)(several), torch.stack([function(one) for one in several]))
 
 
 @pytest.mark.skipif("cpu" not in _native.LOADED, reason="the formula holds attention maps")
