@@ -475,8 +475,8 @@ def _build(kind: str, mapping: str, size: tuple[int, ...], device: torch.device)
     return F.pad(ids, (int(skip), 0, int(skip), 0), value=bucket_map.num_buckets - 1)
 
 
-def _is_exporting() -> bool:
-    return torch.compiler.is_exporting() if _constants is None else _constants.is_exporting()
+# compiled graphs ask rpe_ops: torch 2.11 would say True in all of them
+_is_exporting = torch.compiler.is_exporting if _constants is None else _constants.is_exporting
 
 
 def _bucket_map(mapping: str, num_buckets: int, columns: int, size: tuple[int, ...], x: Tensor) -> BucketMap | Tensor:
@@ -525,7 +525,7 @@ def _size(
     if len(size) != ndim:
         raise ValueError(f"size={size}, but the configuration has ndim={ndim}; expected {ndim} numbers")
     names = ("height", "width") if ndim == 2 else tuple(f"size[{axis}]" for axis in range(ndim))
-    size = tuple(_as_int(n, name, 1) for n, name in zip(size, names, strict=True))
+    size = tuple(map(_as_int, size, names, (1,) * ndim))
     if (total := skip + functools.reduce(operator.mul, size)) != tokens:
         factors = " * ".join(f"{name}={n}" for n, name in zip(size, names, strict=True))
         raise ValueError(f"skip={skip} + {factors} = {total} tokens, but the input has {tokens}")
@@ -776,7 +776,8 @@ def build_rpe(
     if config is None:
         return None, None, None
     if not all(hasattr(config, f"rpe_{letter}") for letter in "qkv"):
-        raise TypeError(f"config is {config!r}; expected what get_rpe_config returns, or None")
+        remedy = ": irpe.rpe_config_from_string(config, skip=...) is one" if isinstance(config, str) else ""
+        raise TypeError(f"config is {config!r}; expected what get_rpe_config returns, or None{remedy}")
 
     def build(single: SingleRPEConfig | None, transposed: bool) -> RPEModule | None:
         if single is None:

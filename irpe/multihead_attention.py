@@ -103,7 +103,8 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
             )
         if hw is not None:
             if (height, width, size) != (None, None, None):
-                raise ValueError(f"hw={hw}, height={height}, width={width}, size={size}: give hw, or the others")
+                given = f"height={height}, width={width}" if size is None else f"size={size}"
+                raise ValueError(f"hw={hw}, {given}: give hw, or height and width, or size")
             size = hw
         elif self.rpe_grid is not None and (height, width, size) == (None, None, None) and positions is None:
             size = self.rpe_grid

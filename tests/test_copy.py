@@ -95,7 +95,7 @@ def test_an_rpe_ops_of_another_project_is_not_mistaken_for_ours(tmp_path, run_py
     foreign.mkdir()
     (foreign / "rpe_index.py").write_text("raise AssertionError('the extension was not built')\n")
     out = run_python(FIVE_STEPS.format(package=""), path=[tmp_path]).stdout
-    assert "OPS beside irpe.py:" in out and "cannot import name 'rpe_attention'" in out
+    assert "OPS beside irpe.py:" in out and "cannot import name 'constants'" in out
 
 
 def test_two_copies_in_one_process_share_configurations(tmp_path, run_python):
