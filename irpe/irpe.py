@@ -635,7 +635,8 @@ class iRPE(nn.Module):
         table is W, (H', D, N), on values (H', N, D), or (1, H', L, N) biases. map is a `BucketMap`; with positions,
         more than two axes, and in graphs that are saved or have sizes that vary, ids (L, L), by sample (B, 1, L, L).
         """
-        self._check(x, positions)
+        table = self.table
+        self._check(x, positions, table)
         if positions is not None and (height, width, size) != (None, None, None):
             given = f"height={height}, width={width}" if size is None else f"size={size}"
             raise ValueError(f"{given} and positions: give one or the other")
@@ -646,7 +647,7 @@ class iRPE(nn.Module):
         else:
             where = self._ids_at(x, positions)
         bias = self.mode == "bias"
-        return [(self.table[None, :, None, :].expand(1, -1, x.shape[2], -1) if bias else self.table, where)]
+        return [(table[None, :, None, :].expand(1, -1, x.shape[2], -1) if bias else table, where)]
 
     def _ids_at(self, x: Tensor, positions: Any) -> Tensor:
         own, others = positions if isinstance(positions, tuple) else (positions, positions)
@@ -682,7 +683,7 @@ class iRPE(nn.Module):
             return _rpe_index(table if self.mode == "bias" else x @ table, where)
         return _rpe_bucket_sum(x, where, self.num_buckets) @ table
 
-    def _check(self, x: Tensor, positions: Places) -> None:
+    def _check(self, x: Tensor, positions: Places, table: Tensor) -> None:
         where, expected = ("q or k", "(B, H, L, D)") if self.transposed else ("v", "(B, H, L, L)")
         if not isinstance(x, Tensor) or not x.is_floating_point():
             got = x.dtype if isinstance(x, Tensor) else type(x).__name__
@@ -694,10 +695,10 @@ class iRPE(nn.Module):
             raise ValueError(f"the input has shape {tuple(x.shape)}; expected {expected} with last size {last}")
         if self.num_heads != 1 and self.num_heads != x.shape[1]:  # torch 2.11 compiles `in` of symbols wrongly
             raise ValueError(f"the input has {x.shape[1]} heads, but there are tables for {self.num_heads}")
-        if x.device != self.table.device:
-            raise ValueError(f"the input is on {x.device}, the table on {self.table.device}: move one of them")
-        if x.dtype != self.table.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(f"the input is {x.dtype}, the table {self.table.dtype}: convert one, or use autocast")
+        if x.device != table.device:
+            raise ValueError(f"the input is on {x.device}, the table on {table.device}: move one of them")
+        if x.dtype != table.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"the input is {x.dtype}, the table {table.dtype}: convert one, or use autocast")
 
     def __prepare_scriptable__(self) -> nn.Module:
         """torch.jit.script asks this of every module of a model before it reads one."""
