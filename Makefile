@@ -9,17 +9,19 @@ RESULTS ?= gpu-check
 ONLY ?=
 KERNELS := rpe_ops/setup.py $(wildcard rpe_ops/csrc/*.* rpe_ops/csrc/*/*.*)
 
-.PHONY: demo test test-full support ops asan bench gpu-check lint format wheel clean
+.PHONY: demo test test-slow test-full support ops asan bench gpu-check lint format wheel clean
 
 demo: .venv/ops  ## train a small vision transformer with and without iRPE on real digits
 	$(BIN)/irpe train
 
 test: .venv/ops  ## every test but the long ones
-	$(PYTEST) -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu" --outcomes build/fast.json
 
-test-full: .venv/ops  ## every test that needs no GPU; the support matrix that they make goes to build/support.md
-	mkdir -p build
-	$(PYTEST) -m "not gpu" --support build/support.md
+test-slow: .venv/ops  ## the long ones
+	$(PYTEST) -m "slow and not gpu" --outcomes build/slow.json
+
+test-full: test test-slow  ## every test that needs no GPU; the support matrix that they make goes to build/support.md
+	$(BIN)/python tests/support.py build/fast.json build/slow.json > build/support.md
 
 support: test-full  ## docs/support.md, from the outcomes of every test
 	cp build/support.md docs/support.md

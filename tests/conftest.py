@@ -1,13 +1,11 @@
 import json
 import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from fresh import Fresh
 from support import pytest_addoption, pytest_collection_modifyitems, pytest_runtest_logreport, pytest_sessionfinish
 
 __all__ = [  # pytest's hooks
@@ -34,38 +32,21 @@ else:
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
+    os.environ["OMP_NUM_THREADS"] = "1"  # and so do the processes that they start
 
-FORBID = """
-import builtins
-_import = builtins.__import__
-def _guarded(name, globals=None, locals=None, fromlist=(), level=0):
-    if level == 0 and name.split(".")[0] in {forbidden!r}:
-        raise ModuleNotFoundError(f"No module named {{name!r}} (forbidden by the test)", name=name)
-    return _import(name, globals, locals, fromlist, level)
-import torch  # imports what it likes; the guard is for what comes after
-builtins.__import__ = _guarded
-"""
+@pytest.fixture(scope="session")
+def fresh():
+    interpreters = Fresh()
+    yield interpreters
+    interpreters.close()
 
 
 @pytest.fixture
-def run_python(tmp_path):
+def run_python(fresh, tmp_path):
     """Runs code in a fresh interpreter that sees nothing of this checkout but what the test puts on its path."""
 
-    def run(code, *, cwd=tmp_path, path=(), forbid=(), check=True, timeout=240):
-        prefix = FORBID.format(forbidden=set(forbid)) if forbid else ""
-        # -P keeps the working directory off sys.path; an editable installation of this checkout is hidden too
-        paths = (
-            f"import sys; sys.path[:] = {[str(p) for p in path]!r} + [p for p in sys.path if '__editable__' not in p]\n"
-            "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
-        )
-        done = subprocess.run(
-            [sys.executable, "-P", "-c", paths + prefix + textwrap.dedent(code)],
-            cwd=cwd,
-            env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
+    def run(code, *, cwd=tmp_path, check=True, **options):
+        done = fresh.run(code, cwd=cwd, **options)
         if check and done.returncode:
             pytest.fail(f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}")
         return done

@@ -1,11 +1,15 @@
 """docs/support.md, the matrix of model families and features, made from the outcomes of the tests.
 
-    python -m pytest tests -m "not gpu" --support docs/support.md
+    python -m pytest -m "not slow and not gpu" --outcomes build/fast.json
+    python -m pytest -m "slow and not gpu" --outcomes build/slow.json
+    python tests/support.py build/fast.json build/slow.json > docs/support.md
 
 A test function that stands in FEATURES and has a parameter `family` (or one whose name ends so) fills a cell: yes where
 all its cases have passed, no where one has not, empty where none ran.
 """
 
+import json
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -41,7 +45,7 @@ outcomes: dict[tuple[str, str], dict[str, set[str]]] = defaultdict(lambda: defau
 
 
 def pytest_addoption(parser):
-    parser.addoption("--support", type=Path, metavar="FILE", help="where to write the matrix that this run makes")
+    parser.addoption("--outcomes", type=Path, metavar="FILE", help="where to write what support.py reads")
 
 
 def pytest_collection_modifyitems(items):
@@ -62,9 +66,18 @@ def pytest_runtest_logreport(report):
 
 
 def pytest_sessionfinish(session):
-    file = session.config.getoption("--support")
+    file = session.config.getoption("--outcomes")
     if file is not None and not hasattr(session.config, "workerinput"):
-        file.write_text(page())
+        file.parent.mkdir(exist_ok=True)
+        rows = [[*row, feature, sorted(found)] for row, cells in outcomes.items() for feature, found in cells.items()]
+        file.write_text(json.dumps(rows))
+
+
+def read(files):
+    """Adds what the runs that wrote these files have found."""
+    for file in files:
+        for library, family, feature, found in json.loads(Path(file).read_text()):
+            outcomes[library, family][feature].update(found)
 
 
 def page():
@@ -87,3 +100,8 @@ def page():
 
 def mark(found):
     return "no" if "failed" in found else "yes" if "passed" in found else ""
+
+
+if __name__ == "__main__":
+    read(sys.argv[1:])
+    print(page(), end="")
