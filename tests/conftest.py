@@ -34,6 +34,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
     os.environ["OMP_NUM_THREADS"] = "1"  # and so do the processes that they start
 
+
 @pytest.fixture(scope="session")
 def fresh():
     interpreters = Fresh()

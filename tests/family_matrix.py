@@ -337,7 +337,6 @@ class Matrix:
         assert_same(gradients(model, loss(compiled)), expected, 1e-10)
 
     @pytest.mark.slow
-    @pytest.mark.timeout(900)
     @pytest.mark.usefixtures("fresh_compiler")
     def test_inductor(self):
         family = self.compiled[0]

@@ -1,4 +1,4 @@
-"""Interpreters for a test each, which have imported torch and nothing else: forks of one, as the import takes seconds."""
+"""Interpreters that have imported torch and nothing else, one for each test: forks, as the import takes seconds."""
 
 import json
 import os

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fresh import PATIENCE
 
 pytest.importorskip("timm")
 pytest.importorskip("sklearn")
@@ -146,12 +147,12 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
     ) as parent:
         worker = int(parent.stdout.readline())
         parent.kill()
-    for _ in range(100):
-        if not Path(f"/proc/{worker}").exists() or "zombie" in Path(f"/proc/{worker}/status").read_text():
-            return
+    end = time.monotonic() + PATIENCE
+    while Path(f"/proc/{worker}").exists() and "zombie" not in Path(f"/proc/{worker}/status").read_text():
+        if time.monotonic() > end:
+            os.kill(worker, signal.SIGKILL)
+            pytest.fail("the worker outlived its parent")
         time.sleep(0.1)
-    os.kill(worker, signal.SIGKILL)
-    pytest.fail("the worker outlived its parent")
 
 
 def test_summary_and_choice_of_the_rate():

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from fresh import PATIENCE
 from PIL import Image
 from test_detr import DETR
 from typer.testing import CliRunner
@@ -782,7 +783,7 @@ def test_two_processes_train_as_one(tmp_path):
     for count, accumulate in ((1, 1), (2, 1), (2, 2)):
         more = ["--name", f"of{count}x{accumulate}", "--accumulate", str(accumulate)]
         command = [*run, str(count), "-m", "irpe", *own, *more]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE)
         assert done.returncode == 0, done.stderr
         log = (tmp_path / f"of{count}x{accumulate}" / "log.jsonl").read_text()
         logs.append([json.loads(line) for line in log.splitlines()])

@@ -1,8 +1,6 @@
 """The examples run as they are, each in an interpreter and a folder of its own."""
 
 import importlib.util
-import subprocess
-import sys
 
 import pytest
 from conftest import ROOT
@@ -12,11 +10,10 @@ NEEDS = {"timm_model": "timm", "transformers_model": "transformers", "detr": "tr
 
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
-def test_example(file, tmp_path):
+def test_example(file, run_python):
     if importlib.util.find_spec(NEEDS.get(file.stem, "torch")) is None:
         pytest.skip(f"needs {NEEDS[file.stem]}")
-    done = subprocess.run([sys.executable, file], cwd=tmp_path, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    done = run_python(f"import runpy; runpy.run_path({str(file)!r}, run_name='__main__')", path=[ROOT])
     losses = [float(line.rsplit(" ", 1)[1]) for line in done.stdout.splitlines() if line.startswith("step")]
     assert not losses or sum(losses[-3:]) < sum(losses[:3])
 

@@ -11,14 +11,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
+from fresh import PATIENCE
 
 sys.path.insert(0, str(ROOT))
 from benchmarks import gpu_check
 
 
-def run(results, *options, timeout=280):
+def run(results, *options):
     command = [sys.executable, "benchmarks/gpu_check.py", "--results", str(results), *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     file = results / "gpu_check.json"
     return done, json.loads(file.read_text()) if file.exists() else None
 
@@ -37,11 +38,11 @@ def tell(path, *options):
         "def test_fails():\n    x = 3\n    assert x == 4, 'three is not four'\n"
         "def test_takes_long():\n"
         f"    pathlib.Path({str(path / 'begun')!r}).touch()\n"
-        "    time.sleep(60)\n"
+        f"    time.sleep({PATIENCE})\n"
     )
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short"]
     command += ["-p", "benchmarks.tell_tests", "--no-summary", f"--rootdir={path}", str(file), *options]
-    return gpu_check.Job("tests", command, path / "log", 60)
+    return gpu_check.Job("tests", command, path / "log", PATIENCE)
 
 
 def test_failures_are_in_the_log_as_they_come(tmp_path):
@@ -83,7 +84,7 @@ def test_libraries_are_built_where_none_is_current(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_every_part_on_a_cpu(tmp_path):
     pytest.importorskip("timm")
-    done, found = run(tmp_path, "--dry", *(f"--limit={name}=120" for name in gpu_check.LIMITS))
+    done, found = run(tmp_path, "--dry", *(f"--limit={name}={PATIENCE}" for name in gpu_check.LIMITS))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all parts passed" in done.stdout
     assert {"device", "torch", "date", "python", "CPU operators"} <= found["machine"].keys()
@@ -103,7 +104,12 @@ def test_every_part_on_a_cpu(tmp_path):
 
 def test_a_part_that_takes_too_long_ends_and_the_next_follows(tmp_path):
     done, found = run(
-        tmp_path, "--dry", "--only=tests,ops", "--limit=tests=0.5", "--limit=ops=120", "--limit=build=120"
+        tmp_path,
+        "--dry",
+        "--only=tests,ops",
+        "--limit=tests=0.5",
+        f"--limit=ops={PATIENCE}",
+        f"--limit=build={PATIENCE}",
     )
     assert done.returncode == 1 and "failed: tests" in done.stdout, done.stdout + done.stderr
     assert found["parts"]["tests"]["status"] == "stopped after 0.5 s"
@@ -113,10 +119,9 @@ def test_a_part_that_takes_too_long_ends_and_the_next_follows(tmp_path):
 
 def test_a_job_ends_with_all_that_it_has_started(tmp_path):
     pid = tmp_path / "pid"
-    code = (
-        f"import subprocess; p = subprocess.Popen(['sleep', '60']); open({str(pid)!r}, 'w').write(str(p.pid)); p.wait()"
-    )
-    job = gpu_check.Job("sleeps", [sys.executable, "-c", code], tmp_path / "log", 60)
+    code = f"import subprocess; p = subprocess.Popen(['sleep', '{PATIENCE}']); "
+    code += f"open({str(pid)!r}, 'w').write(str(p.pid)); p.wait()"
+    job = gpu_check.Job("sleeps", [sys.executable, "-c", code], tmp_path / "log", PATIENCE)
     while not pid.exists() or not pid.read_text():
         time.sleep(0.1)
     job.limit = 0
@@ -127,7 +132,7 @@ def test_a_job_ends_with_all_that_it_has_started(tmp_path):
 
 def test_a_job_that_fails_says_how(tmp_path):
     code = "print('on the way'); raise SystemExit('the reason')"
-    result = gpu_check.Job("fails", [sys.executable, "-c", code], tmp_path / "log", 60).finish()
+    result = gpu_check.Job("fails", [sys.executable, "-c", code], tmp_path / "log", PATIENCE).finish()
     assert result["status"] == "failed (exit status 1)" and result["tail"] == ["on the way", "the reason"]
 
 

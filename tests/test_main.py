@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fresh import PATIENCE
 
 pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
@@ -132,18 +133,15 @@ def test_a_folder_that_exists_is_not_written_over(tmp_path):
     ("package", "command"),
     [("typer", "info"), ("rich", "info"), ("matplotlib", "show"), ("timm", "train"), ("sklearn", "train")],
 )
-def test_a_missing_package_is_one_sentence_with_the_remedy(package, command, tmp_path):
+def test_a_missing_package_is_one_sentence_with_the_remedy(package, command, run_python, tmp_path):
     code = f"""
-import sys
-sys.modules[{package!r}] = None
-sys.argv = ["irpe", {command!r}]
-from irpe.__main__ import main
-main()
-"""
-    environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120
-    )
+        import sys
+        sys.modules[{package!r}] = None
+        sys.argv = ["irpe", {command!r}]
+        from irpe.__main__ import main
+        main()
+    """
+    done = run_python(code, path=[ROOT], environment={"PATH": ""}, check=False)
     assert done.returncode == 1, done.stderr
     assert 'pip install ".[train]"' in done.stderr
     assert package in done.stderr
@@ -153,7 +151,7 @@ main()
 
 def test_python_m_irpe_prints_help():
     done = subprocess.run(
-        [sys.executable, "-m", "irpe", "--help"], capture_output=True, text=True, cwd=ROOT, timeout=120
+        [sys.executable, "-m", "irpe", "--help"], capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
     for command in ("train", "evaluate", "compare", "show", "info"):

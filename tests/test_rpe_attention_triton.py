@@ -12,6 +12,7 @@ import pytest
 import torch
 from attention_cases import assert_rule_9, make_mask, problem, run, strided
 from conftest import ROOT
+from fresh import PATIENCE
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton_listed import only_listed_kernels  # noqa: F401 (a fixture)
@@ -51,7 +52,7 @@ half, brain, single = torch.float16, torch.bfloat16, torch.float32
 def test_interpreted(part):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__, "-k", part]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=290)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
 
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from fresh import PATIENCE
 from map_cases import a_map, check
 from triton_listed import only_listed_kernels  # noqa: F401 (a fixture)
 
@@ -29,7 +30,7 @@ half, brain = torch.float16, torch.bfloat16
 def test_interpreted(part):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__, "-k", part]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=290)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
 
 

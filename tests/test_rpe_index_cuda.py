@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from fresh import PATIENCE
 
 from irpe import get_bucket_ids_2d
 from rpe_ops import reference
@@ -213,7 +214,7 @@ index[4, 6] = {buckets if beyond else -1}
 Kernels({str(library)!r}).{call}
 """
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)])}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=env)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, env=env)
     assert done.returncode != 0 and "index out of bounds: expected 0 <= index < N" in done.stderr, done.stderr
 
 

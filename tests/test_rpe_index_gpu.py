@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from fresh import PATIENCE
 
 from rpe_ops import _native, reference
 from rpe_ops.rpe_index import rpe_bucket_sum, rpe_index
@@ -81,5 +82,5 @@ from rpe_ops.rpe_index import rpe_index
 rpe_index(torch.zeros(1, 1, 5, 6, device="cuda"), torch.full((5, 7), {value}, device="cuda"))
 torch.cuda.synchronize()
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode != 0 and "index out of bounds: expected 0 <= index < N" in done.stderr + done.stdout

@@ -9,6 +9,7 @@ import sysconfig
 import pytest
 import torch
 from conftest import ROOT
+from fresh import PATIENCE
 
 from rpe_ops import _native
 
@@ -51,7 +52,7 @@ def setup_py(folder, *arguments, env=QUICK, python=sys.executable, cwd=None):
         env=os.environ | env,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=PATIENCE,
     )
 
 
@@ -121,7 +122,7 @@ def test_install_user_inside_a_virtual_environment(tmp_path):
 def test_pip_install_holds_the_library_alone(tmp_path, run_python):
     folder, site, project = copy_sources(tmp_path), tmp_path / "site", tmp_path / "project"
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", site]
-    done = subprocess.run([*command, folder], env=os.environ | QUICK, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([*command, folder], env=os.environ | QUICK, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout + done.stderr
     assert not (site / "rpe_ops").exists() and not (site / "csrc").exists()
     copy_sources(project)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from fresh import PATIENCE
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -823,7 +824,7 @@ def test_two_processes(how, tmp_path):
         for rank in range(2)
     ]  # fmt: skip
     try:
-        outputs = [one.communicate(timeout=200)[0] for one in workers]
+        outputs = [one.communicate(timeout=PATIENCE)[0] for one in workers]
     finally:
         for one in workers:
             one.kill()

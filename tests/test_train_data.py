@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("timm")
 pytest.importorskip("sklearn")
 
+from fresh import PATIENCE
 from PIL import Image
 from train_tiny import SMALL, environment, log, pictures, process
 from typer.testing import CliRunner
@@ -482,7 +483,11 @@ def test_a_loader_process_that_does_not_answer_ends_the_run_with_a_name(folder, 
     ]
     code = STRANGE.format(action=ACTIONS[what])
     done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, given)], capture_output=True, text=True, env=environment(), timeout=120
+        [sys.executable, "-c", code, *map(str, given)],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=PATIENCE,
     )
     assert done.returncode == 1, done.stdout + done.stderr
     assert "Traceback" not in done.stderr

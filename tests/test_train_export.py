@@ -12,6 +12,7 @@ from torch import nn
 pytest.importorskip("timm")
 pytest.importorskip("sklearn")
 
+from fresh import PATIENCE
 from safetensors.torch import load_file, save_file
 from train_tiny import RPE, SMALL, irpe, pictures, words
 
@@ -69,7 +70,11 @@ def test_files_compute_what_the_model_computes(run, tmp_path, suffix):
     torch.save(images, tmp_path / "images.pt")
     # -I: this checkout is not on the path
     done = subprocess.run(
-        [sys.executable, "-I", "-c", LOAD[suffix] + CALL], cwd=tmp_path, capture_output=True, text=True, timeout=200
+        [sys.executable, "-I", "-c", LOAD[suffix] + CALL],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"

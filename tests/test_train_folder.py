@@ -265,7 +265,7 @@ from pathlib import Path
 from irpe.train.folder import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
-    time.sleep(120)
+    time.sleep(3600)
 """
 
 

@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("timm")
 pytest.importorskip("sklearn")
 
+from fresh import PATIENCE
 from safetensors.torch import load_file
 from train_tiny import SMALL, STILL, command, environment, log, pictures, process
 
@@ -118,7 +119,7 @@ def test_a_signal_saves_and_leaves_and_the_run_goes_on_bit_for_bit(reference, fo
     with subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, text=True, env=environment()) as running:
         wait_for_lines(tmp_path / "run" / "log.jsonl", 10)  # an epoch has 7 steps
         running.send_signal(number)
-        output, _ = running.communicate(timeout=60)
+        output, _ = running.communicate(timeout=PATIENCE)
     assert running.returncode == status, output
     step = int(re.search(r"stopped after step (\d+)", output)[1])
     assert checkpoint.checkpoints(tmp_path / "run")[-1].name == f"step-{step:09d}.pt"
@@ -134,18 +135,17 @@ def test_a_signal_to_torchrun_saves_once(folder, tmp_path):
     ) as running:
         wait_for_lines(tmp_path / "run" / "log.jsonl", 3)
         running.send_signal(signal.SIGTERM)
-        output, _ = running.communicate(timeout=120)
+        output, _ = running.communicate(timeout=PATIENCE)
     step = int(re.search(r"stopped after step (\d+)", output)[1])
     assert output.count("stopped after step") == 1
     assert checkpoint.read(checkpoint.checkpoints(tmp_path / "run")[-1])["step"] == step
 
 
 def wait_for_lines(path, count):
-    for _ in range(1200):
-        if path.exists() and path.read_text().count("\n") >= count:
-            return
+    end = time.monotonic() + PATIENCE
+    while not path.exists() or path.read_text().count("\n") < count:
+        assert time.monotonic() < end, f"{path} has no {count} lines"
         time.sleep(0.05)
-    pytest.fail(f"{path} has no {count} lines")
 
 
 def test_a_kill_in_the_middle_of_writing_loses_the_steps_since_the_last_checkpoint_and_no_more(
@@ -218,7 +218,7 @@ def test_a_full_disk_is_a_sentence(folder, tmp_path):
         capture_output=True,
         text=True,
         env=environment(),
-        timeout=120,
+        timeout=PATIENCE,
     )
     assert done.returncode == 1, done.stdout + done.stderr
     assert "log.jsonl could not be written: No space left on device; the checkpoints are whole" in done.stderr

@@ -17,10 +17,9 @@ triton = pytest.importorskip("triton")
 
 from rpe_ops import _triton_ahead, _triton_variants  # noqa: E402 (a skip comes first)
 
-pytestmark = [
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels of the interpreter do not compile"),
-    pytest.mark.timeout(600),
-]
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="kernels of the interpreter do not compile"
+)
 TARGETS = ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"]
 OLDEST = "3.6.0"  # of torch 2.11
 # of a program; 99 KiB is what sm_86 and sm_89 have, which run the code of sm_80

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from fresh import PATIENCE
 
 COMPILER = shutil.which("c++") or shutil.which("g++")
 pytestmark = pytest.mark.skipif(
@@ -183,5 +184,5 @@ def offsets(ninth):
     return (c_int64 * 32)(*[ninth if lane == 9 else 16 * lane for lane in range(32)])
 CDLL({str(library)!r}).{call}
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode != 0 and message in done.stderr, done.stderr

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from fresh import PATIENCE
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -79,7 +80,7 @@ def process(*arguments, processes=1, **options):
         capture_output=True,
         text=True,
         env=environment(),
-        timeout=240,
+        timeout=PATIENCE,
         **options,
     )
 
