@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-PYTEST := $(BIN)/python -m pytest -q --numprocesses=auto
+PYTEST := $(BIN)/python -m pytest -q --numprocesses=auto --dist=worksteal
 
 RESULTS ?= gpu-check
 ONLY ?=
@@ -30,19 +30,16 @@ ops: .venv/installed  ## the C++ and CUDA operators, in place: CUDA where nvcc i
 	$(BIN)/python rpe_ops/setup.py build_ext --inplace
 	@touch .venv/ops
 
+ASAN = cd build/asan && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  RPE_OPS_CXXFLAGS="-O1 -g -fsanitize=address" $(CURDIR)/$(BIN)/python -m pytest -q -s -p no:cacheprovider
 asan: .venv/installed  ## the operators' tests against a build that stops at any read or write out of bounds
 	rm -rf build/asan && mkdir -p build/asan && cp -r rpe_ops build/asan && rm -rf build/asan/rpe_ops/build build/asan/rpe_ops/*.so
 	RPE_OPS_CUDA=0 RPE_OPS_CXXFLAGS="-O1 -g -fsanitize=address -fno-omit-frame-pointer" RPE_OPS_LDFLAGS=-fsanitize=address \
 	  $(BIN)/python build/asan/rpe_ops/setup.py build_ext --inplace
-	cd build/asan && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  $(CURDIR)/$(BIN)/python -m pytest -q -s -p no:cacheprovider -m "not slow and not gpu" -k "not compile" \
-	  $(CURDIR)/tests/test_rpe_index.py $(CURDIR)/tests/test_rpe_index_kernels.py $(CURDIR)/tests/test_rpe_attention.py $(CURDIR)/tests/test_rpe_attention_maps.py
-	cd build/asan && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  RPE_OPS_CXXFLAGS="-O1 -g -fsanitize=address" $(CURDIR)/$(BIN)/python -m pytest -q -s -p no:cacheprovider -k "law or strides" \
-	  $(CURDIR)/tests/test_rpe_index_cuda.py
-	cd build/asan && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  RPE_OPS_CXXFLAGS="-O1 -g -fsanitize=address" $(CURDIR)/$(BIN)/python -m pytest -q -s -p no:cacheprovider -k "5-7 or 1-20 or matrices" \
-	  $(CURDIR)/tests/test_rpe_attention_cuda.py $(CURDIR)/tests/test_warp_on_host.py
+	$(ASAN) --numprocesses=auto -m "not slow and not gpu" -k "not compile" $(addprefix $(CURDIR)/tests/test_rpe_,index.py index_kernels.py \
+	  attention.py attention_maps.py)
+	$(ASAN) -k "law or strides" $(CURDIR)/tests/test_rpe_index_cuda.py & index=$$!; \
+	  $(ASAN) -k "5-7 or 1-20 or matrices" $(CURDIR)/tests/test_rpe_attention_cuda.py $(CURDIR)/tests/test_warp_on_host.py && wait $$index
 
 bench: .venv/ops  ## operators beside torch's own, as ratios; JSON in benchmarks/results/
 	$(BIN)/python benchmarks/bench_rpe_index.py --out benchmarks/results

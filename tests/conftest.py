@@ -1,3 +1,4 @@
+import gc
 import json
 import os
 from pathlib import Path
@@ -33,6 +34,12 @@ else:
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
     os.environ["OMP_NUM_THREADS"] = "1"  # and so do the processes that they start
+
+
+def pytest_collection_finish():
+    # what the libraries have brought, a million objects, is not looked through again and again
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

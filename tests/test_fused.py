@@ -93,6 +93,13 @@ def encodings(on="qkv", method="product", mode="ctx", shared=False):
     return rpe, tables
 
 
+# every pair of method, mode and sharing that makes another graph: to one, methods of one map differ in a constant
+GRAPHS = [
+    ("product", "ctx", False), ("euc", "ctx", True), ("quant", "bias", True), ("cross", "ctx", True),
+    ("cross", "bias", False),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("method", ["product", "cross", "euc", "quant"])
 @pytest.mark.parametrize("mode", ["ctx", "bias"])
 @pytest.mark.parametrize("shared", [True, False])
@@ -110,6 +117,8 @@ def test_products_with_tables_are_those_of_the_formula(kernels, method, mode, sh
     grads = [torch.autograd.grad(out.sin().sum(), [x, *tables]) for out in results]
     torch.testing.assert_close(*results)
     torch.testing.assert_close(*grads)
+    if (method, mode, shared) not in GRAPHS:
+        return
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     out = compiled(x, "triton")
     torch.testing.assert_close([out, *torch.autograd.grad(out.sin().sum(), [x, *tables])], [results[0], *grads[0]])
@@ -219,8 +228,13 @@ K, QKV = get_rpe_config(skip=1), get_rpe_config(skip=1, rpe_on="qkv")
 SEVERAL = RPEConfig(get_single_rpe_config(20, "cross", skip=1), get_single_rpe_config(skip=1), None)
 
 
-@pytest.mark.parametrize("name", ["triton", "eager"])
-@pytest.mark.parametrize("configs", [(K, QKV), (QKV, K), (K, SEVERAL), (SEVERAL, QKV), (K, K), (K, QKV, SEVERAL)])
+@pytest.mark.parametrize(
+    ("name", "configs"),
+    [
+        *(("triton", some) for some in [(K, QKV), (QKV, K), (K, SEVERAL), (SEVERAL, QKV), (K, K), (K, QKV, SEVERAL)]),
+        *(("eager", some) for some in [(K, K), (SEVERAL, QKV)]),
+    ],
+)
 def test_compiled_models_with_one_map_leave_each_other_s_graphs_alone(kernels, monkeypatch, name, configs):
     """Teacher and student, a model and its average: what dynamo guards on must live as long as any of them."""
     monkeypatch.setattr(operators, "choose", lambda *_: name)

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from fresh import PATIENCE
 
 from irpe import get_bucket_ids_2d
 from rpe_ops import reference
@@ -204,7 +203,7 @@ def test_special_values(kernels, dtype):
     ("call", "buckets"),
     [("index(x, index)", 6), ("sum(y, index, n)", 6), ("index(x, index)", 40000), ("sum(y, index, n)", 2000)],
 )
-def test_an_index_outside_the_table_is_a_device_assert(library, beyond, call, buckets):
+def test_an_index_outside_the_table_is_a_device_assert(library, run_python, beyond, call, buckets):
     code = f"""
 import torch
 from test_rpe_index_cuda import Kernels
@@ -213,8 +212,7 @@ x, y, index = torch.zeros(1, 1, 5, n), torch.zeros(1, 1, 5, 7), torch.zeros(5, 7
 index[4, 6] = {buckets if beyond else -1}
 Kernels({str(library)!r}).{call}
 """
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)])}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, env=env)
+    done = run_python(code, path=[ROOT / "tests", ROOT], check=False)
     assert done.returncode != 0 and "index out of bounds: expected 0 <= index < N" in done.stderr, done.stderr
 
 
