@@ -1,4 +1,3 @@
-import gc
 import json
 import os
 from pathlib import Path
@@ -16,7 +15,7 @@ __all__ = [  # pytest's hooks
     "pytest_sessionfinish",
 ]
 
-pytest.register_assert_rewrite("families", "family_matrix")
+pytest.register_assert_rewrite("equipped", "families", "family_matrix")
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -34,12 +33,6 @@ else:
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
     os.environ["OMP_NUM_THREADS"] = "1"  # and so do the processes that they start
-
-
-def pytest_collection_finish():
-    # what the libraries have brought, a million objects, is not looked through again and again
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -65,6 +58,13 @@ def run_python(fresh, tmp_path):
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 def load_golden(name):

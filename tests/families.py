@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from equipped import QKV, fill
 from torch import nn
 
-from irpe import get_bucket_ids_2d, get_rpe_config
+from irpe import get_bucket_ids_2d
 from irpe.equip import equip
 
 pytest.importorskip("timm")
@@ -18,7 +19,6 @@ from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 
-QKV = get_rpe_config(ratio=1.9, method="product", rpe_on="qkv")
 SMALL = dict(img_size=(8, 12), patch_size=4, embed_dim=24, depth=2, num_heads=3, num_classes=5)
 SWIN = dict(img_size=(16, 24), patch_size=2, embed_dim=12, depths=(2, 2), num_heads=(2, 3), num_classes=5)
 SWIN |= dict(window_size=(4, 3), drop_path_rate=0.0)
@@ -145,41 +145,12 @@ def make(family, config=QKV, **options):
     return fill(equip(FAMILIES[family].build(**options), config))
 
 
-def fill(model):
-    torch.manual_seed(1)
-    for table in tables_of(model).values():
-        nn.init.normal_(table)
-    return model
-
-
-def tables_of(model):
-    return {name: one for name, one in model.named_parameters() if "lookup_table" in name}
-
-
 def attention_names(model):
     return [name for name, _ in model.named_modules() if name.endswith(".attn")]
 
 
 def images(*size, batch=2, dtype=torch.float64):
     return torch.randn(batch, 3, *size, dtype=dtype, generator=torch.Generator().manual_seed(sum(size)))
-
-
-def gradients(model, *losses):
-    model.zero_grad()
-    sum(losses).backward()
-    return {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
-
-
-def spread(features):
-    """A number that every token has a say in: the class token alone sees one bucket on keys in the last block."""
-    return (features * torch.arange(features.numel()).view_as(features).cos()).sum()
-
-
-def assert_same(got, expected, tolerance=1e-12):
-    assert got.keys() == expected.keys()
-    for name in expected:
-        scale = max(1.0, expected[name].abs().max().item())
-        assert (got[name] - expected[name]).abs().max() <= tolerance * scale, name
 
 
 def attention_by_hand(attn, q, k, v, height, width, skip, added=None):

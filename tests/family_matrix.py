@@ -9,20 +9,8 @@ from typing import ClassVar
 import pytest
 import timm
 import torch
-from families import (
-    FAMILIES,
-    QKV,
-    SHARED,
-    assert_same,
-    attention_names,
-    fill,
-    gradients,
-    images,
-    make,
-    of,
-    spread,
-    tables_of,
-)  # fmt: skip
+from equipped import QKV, assert_same, fill, gradients, spread, tables_of
+from families import FAMILIES, SHARED, attention_names, images, make, of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -43,13 +31,6 @@ def snapshot(model):
 
 def image_of(family, **options):
     return images(*FAMILIES[family].sizes[0][0], **options)
-
-
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 class Matrix:

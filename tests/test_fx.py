@@ -13,7 +13,8 @@ from irpe import RPEMultiheadAttention
 timm = pytest.importorskip("timm")
 extraction = pytest.importorskip("torchvision.models.feature_extraction")
 
-from families import FAMILIES, QKV, fill, images  # noqa: E402
+from equipped import QKV, fill  # noqa: E402
+from families import FAMILIES, images  # noqa: E402
 from timm.models import _features_fx as timm_extraction  # noqa: E402
 
 from irpe.equip import equip  # noqa: E402

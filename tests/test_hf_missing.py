@@ -11,7 +11,8 @@ from irpe.equip import equip
 
 transformers = pytest.importorskip("transformers", minversion="5.18")
 
-from test_hf_vit import FAMILIES, INTERPOLATE, PATCHES, images, tables_of  # noqa: E402
+from equipped import tables_of  # noqa: E402
+from test_hf_vit import FAMILIES, INTERPOLATE, PATCHES, images  # noqa: E402
 from transformers import initialization as init  # noqa: E402
 
 QKV = "rpe-1.9-product-ctx-0-qkv"

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from conftest import ROOT
+from equipped import QKV, assert_same, fill, gradients, spread, tables_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,8 +22,6 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask  # noqa
 from transformers.modeling_outputs import BaseModelOutput  # noqa: E402
 
 from irpe.integrations import hf_vit  # noqa: E402
-
-QKV = get_rpe_config(ratio=1.9, method="product", rpe_on="qkv")
 
 SMALL = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=32)
 PATCHES = dict(**SMALL, image_size=12, patch_size=4)
@@ -100,17 +99,6 @@ def make(family="vit", config=QKV, *, tables=True, dtype=torch.float64, attn="sd
     return fill(equip(model, config)) if tables else model
 
 
-def fill(model):
-    torch.manual_seed(1)
-    for table in tables_of(model).values():
-        nn.init.normal_(table)
-    return model
-
-
-def tables_of(model):
-    return {name: one for name, one in model.named_parameters() if "lookup_table" in name}
-
-
 def images(family, height, width, batch=2, dtype=torch.float64):
     pixels = FAMILIES[family][4]
     generator = torch.Generator().manual_seed(10 * height + width)
@@ -135,23 +123,6 @@ def features(output):
 
 def forward(family, model, *size, **kwargs):
     return features(run(family, model, images(family, *size), **kwargs))
-
-
-def spread(value):
-    return (value * torch.arange(value.numel(), dtype=value.dtype).view_as(value).cos()).sum()
-
-
-def gradients(model, *losses):
-    model.zero_grad()
-    sum(losses).backward()
-    return {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
-
-
-def assert_same(got, expected, tolerance=1e-12):
-    assert got.keys() == expected.keys()
-    for name in (name for name in expected if expected[name].numel()):  # no register tokens: an empty parameter
-        scale = max(1.0, expected[name].abs().max().item())
-        assert (got[name] - expected[name]).abs().max() <= tolerance * scale, name
 
 
 def parts_of(model):
@@ -922,13 +893,6 @@ def test_state_dicts_load_strictly():
     assert torch.equal(forward("deit", other, 2, 8), forward("deit", model, 2, 8))
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def compiled_gradients(model, expected, *losses):
     """Those that the model has uncompiled too: a compiled one has zeros for outputs that no one used."""
     return {name: one for name, one in gradients(model, *losses).items() if name in expected}
@@ -1063,7 +1027,8 @@ def test_two_processes(run_python, tmp_path, family, how):
 
         def work(rank):
             torch.set_num_threads(1)
-            from test_hf_vit import gradients, images, make, run, features, spread, tables_of
+            from equipped import gradients, spread, tables_of
+            from test_hf_vit import features, images, make, run
             torch.distributed.init_process_group(
                 "gloo", init_method="file://{tmp_path / "meeting"}", rank=rank, world_size=2
             )

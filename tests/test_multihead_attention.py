@@ -471,13 +471,6 @@ def test_checkpointing_repeats_each_pass_on_its_own_map(need_weights, reentrant)
     )
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(
     "option", ["default", *(pytest.param(one, marks=pytest.mark.slow) for one in ("added keys", "sequence first"))]

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from families import DYNAMIC, FAMILIES, QKV, SMALL, attention_by_hand, fill, images, make
-from family_matrix import Matrix, fresh_compiler  # noqa: F401
+from equipped import QKV, fill
+from families import DYNAMIC, FAMILIES, SMALL, attention_by_hand, images, make
+from family_matrix import Matrix
 from timm.models.beit import Attention, Beit
 from torch import nn
 

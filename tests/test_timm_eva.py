@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from families import DYNAMIC, FAMILIES, QKV, SMALL, attention_by_hand, fill, images, make, spread
-from family_matrix import Matrix, fresh_compiler  # noqa: F401
+from equipped import QKV, fill, spread
+from families import DYNAMIC, FAMILIES, SMALL, attention_by_hand, images, make
+from family_matrix import Matrix
 from timm.layers import AttentionRope, apply_rot_embed_cat
 from timm.models.eva import Eva, EvaAttention, EvaBlockPostNorm
 from torch import nn

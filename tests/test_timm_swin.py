@@ -4,8 +4,9 @@ from typing import ClassVar
 
 import pytest
 import torch
-from families import QKV, SWIN, attention_by_hand, images, make
-from family_matrix import Matrix, fresh_compiler  # noqa: F401
+from equipped import QKV
+from families import SWIN, attention_by_hand, images, make
+from family_matrix import Matrix
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, SwinTransformerStage, WindowAttention
 from torch import nn
 

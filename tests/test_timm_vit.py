@@ -8,8 +8,9 @@ import threading
 import families
 import pytest
 import torch
-from families import FAMILIES, QKV, SHARED, SMALL, assert_same, fill, gradients, images, spread, tables_of
-from family_matrix import Matrix, fresh_compiler  # noqa: F401
+from equipped import QKV, assert_same, fill, gradients, spread, tables_of
+from families import FAMILIES, SHARED, SMALL, images
+from family_matrix import Matrix
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from equipped import fill, gradients, spread, tables_of
 from fresh import PATIENCE
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -115,30 +116,8 @@ def make(family, config=QKV, *, tables=True, **kwargs):
     return (fill(equip(model, config, grid=grid, **kwargs)) if tables else model), example()
 
 
-def fill(model):
-    torch.manual_seed(1)
-    for table in tables_of(model).values():
-        nn.init.normal_(table)
-    return model
-
-
-def tables_of(model):
-    return {name: one for name, one in model.named_parameters() if "lookup_table" in name}
-
-
 def attentions(model):
     return [one for one in model.modules() if isinstance(one, nn.MultiheadAttention)]
-
-
-def gradients(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
-
-
-def spread(out):
-    """A number that every output has a say in."""
-    return (out * torch.arange(out.numel()).view_as(out).cos()).sum()
 
 
 def snapshot(model):
@@ -651,13 +630,6 @@ def test_the_import_is_cheap(run_python):
         assert "torchvision" not in sys.modules and "timm" not in sys.modules
     """
     run_python(code, path=[ROOT], forbid=["timm", "torchvision", "transformers"])
-
-
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.usefixtures("fresh_compiler")
