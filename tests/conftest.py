@@ -33,6 +33,7 @@ else:
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
     os.environ["OMP_NUM_THREADS"] = "1"  # and so do the processes that they start
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # more are processes that import torch again
 
 
 @pytest.fixture(scope="session")

@@ -304,7 +304,9 @@ class Matrix:
         torch.testing.assert_close(model(image), plain(image))
 
     @pytest.mark.usefixtures("fresh_compiler")
-    @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+    @pytest.mark.parametrize(
+        "checkpointing", [pytest.param(False, marks=pytest.mark.slow), True], ids=["plain", "checkpointed"]
+    )
     def test_compile_fullgraph(self, compiled_family, checkpointing):
         model = make(compiled_family).train()
         sizes = SHARED if FAMILIES[compiled_family].dynamic else [FAMILIES[compiled_family].sizes[0][0]]

@@ -9,7 +9,9 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 NEEDS = {"timm_model": "timm", "transformers_model": "transformers", "detr": "transformers"}
 
 
-@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file", [pytest.param(file, id=file.stem, marks=[pytest.mark.slow] * (file.stem in NEEDS)) for file in EXAMPLES]
+)
 def test_example(file, run_python):
     if importlib.util.find_spec(NEEDS.get(file.stem, "torch")) is None:
         pytest.skip(f"needs {NEEDS[file.stem]}")

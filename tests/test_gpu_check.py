@@ -102,6 +102,7 @@ def test_every_part_on_a_cpu(tmp_path):
         assert line in done.stdout.split("part ", 1)[1], done.stdout
 
 
+@pytest.mark.slow
 def test_a_part_that_takes_too_long_ends_and_the_next_follows(tmp_path):
     done, found = run(
         tmp_path,

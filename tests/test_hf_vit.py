@@ -943,12 +943,7 @@ def test_inductor():
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize(
     ("family", "strict"),
-    [
-        *((one, False) for one in BASES),
-        ("vit", True),
-        ("detr", True),
-        *(pytest.param(one, True, marks=pytest.mark.slow) for one in BASES if one not in ("vit", "detr")),
-    ],
+    [*((one, False) for one in BASES), *(pytest.param(one, True, marks=pytest.mark.slow) for one in BASES)],
 )
 def test_export(family, strict):
     model = make(family)

@@ -453,13 +453,10 @@ def test_functional_call_and_per_sample_gradients():
 
 # tracing is what can fail, so most of what follows compiles with aot_eager
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("forward", "inside"),
-    [
-        (VisionTransformer.__call__, True),
-        pytest.param(VisionTransformer.__call__, False, marks=pytest.mark.slow),
-        pytest.param(features_of, True, marks=pytest.mark.slow),
-    ],
+    [(VisionTransformer.__call__, True), (VisionTransformer.__call__, False), (features_of, True)],
     ids=["checkpointed", "plain", "intermediates"],
 )
 def test_compile_fullgraph_with_image_sizes_in_turns(forward, inside):
@@ -491,7 +488,7 @@ def test_compiled_blocks(inside):
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("strict", [pytest.param(True, marks=pytest.mark.slow), False])
 @pytest.mark.parametrize("family", ["deit distilled", "dynamic"])
 def test_export_with_dynamic_batch(family, strict):
     model = make(family)

@@ -116,10 +116,12 @@ SPILLS = [
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles(target, version):
-    """What training uses on every target with both, and every value of every constant on one of the eight."""
+    """What training uses on every target, a half with either version, and every value of every constant on one of 8."""
     variants = list(_triton_variants.variants(target))
     mine = 2 * TARGETS.index(target) + VERSIONS.index(version)
-    names = {one.name for one in usual(target)}
+    names = [one.name for one in usual(target)]
+    # the halves change from target to target, so that each kernel is compiled by either version
+    names = names[(TARGETS.index(target) + VERSIONS.index(version)) % 2 :: 2]
     places = [place for place, x in enumerate(variants) if x.name in names]
     places += [place for place in covering(target, 1)[mine::8] if place not in places]
     reports = compiled(version, target, places)
