@@ -1,4 +1,4 @@
-"""Interpreters that have imported torch and nothing else, one for each test: forks, as the import takes seconds."""
+"""Interpreters that have imported torch and nothing else, one for each run: forks, as the import takes seconds."""
 
 import json
 import os
@@ -14,10 +14,13 @@ PATIENCE = 900
 
 # -P keeps the working directory off sys.path; an editable installation of this checkout is hidden too
 SERVER = f"""
-import json, os, signal, sys
+import importlib, json, os, signal, sys
 sys.path[:] = [one for one in sys.path if "__editable__" not in one]
 sys.meta_path[:] = [one for one in sys.meta_path if "editable" not in repr(one).lower()]
 import torch
+for library in sys.argv[1:]:
+    importlib.import_module(library)
+sys.argv[1:] = []
 for wish in map(json.loads, sys.stdin):
     child = os.fork() if {FORK} else 0
     if child == 0:
@@ -48,14 +51,17 @@ builtins.__import__ = _guarded
 
 
 class Fresh:
-    """`run` executes code in an interpreter that has seen neither this checkout nor another test."""
+    """`run` executes code in an interpreter that has seen neither this checkout nor another run.
 
-    def __init__(self):
-        self.server = None
+    It has imported torch, and the libraries that are named.
+    """
+
+    def __init__(self, *libraries):
+        self.libraries, self.server = libraries, None
 
     def start(self):
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        command = [sys.executable, "-P", "-c", SERVER]
+        command = [sys.executable, "-P", "-c", SERVER, *self.libraries]
         return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def run(self, code, *, cwd, path=(), forbid=(), environment=None):

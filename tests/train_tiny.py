@@ -1,12 +1,13 @@
 """What the tests of training share: a tiny model, folders of real digits as pictures, processes."""
 
+import atexit
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-from fresh import PATIENCE
+from fresh import PATIENCE, Fresh
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -29,6 +30,8 @@ SMALL = [
     *MODEL, "--recipe", "small", "--epochs", "2", "--warmup-epochs", "0", "--batch-size", "30", "--loader-workers", "0",
     "--no-plots",
 ]  # fmt: skip
+LIBRARIES = Fresh("safetensors.torch", "sklearn.datasets", "timm", "typer.testing")
+atexit.register(LIBRARIES.close)
 # the stochastic parts off: what is left depends on the order of the images alone
 STILL = ["--crop-scale", "1", "--drop-path", "0"]
 
@@ -74,7 +77,11 @@ def words(result):
 
 
 def process(*arguments, processes=1, **options):
-    """Runs `irpe` in processes of its own."""
+    """Runs `irpe` in processes of its own; a single one finds its libraries imported."""
+    if processes == 1 and not options:
+        words = [str(one) for one in arguments]
+        code = f"import runpy, sys; sys.argv[1:] = {words!r}; runpy.run_module('irpe', None, '__main__', True)"
+        return LIBRARIES.run(code, cwd=Path.cwd(), path=[ROOT], environment=environment())
     return subprocess.run(
         command(*arguments, processes=processes),
         capture_output=True,
