@@ -1,15 +1,13 @@
 """The matrix of tests (family x feature) of equipped models; a test file of each adapter runs it on its families."""
 
 import copy
-import io
-import pickle
 import threading
 from typing import ClassVar
 
 import pytest
 import timm
 import torch
-from equipped import QKV, assert_same, fill, gradients, spread, tables_of
+from equipped import QKV, Equipped, assert_same, fill, gradients, spread, tables_of
 from families import FAMILIES, SHARED, attention_names, images, make, of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -33,7 +31,7 @@ def image_of(family, **options):
     return images(*FAMILIES[family].sizes[0][0], **options)
 
 
-class Matrix:
+class Matrix(Equipped):
     """Subclasses name their adapter, the families that are compiled and exported, and give the formula by hand."""
 
     adapter: str
@@ -46,9 +44,22 @@ class Matrix:
         raise NotImplementedError
 
     @classmethod
+    def families(cls):
+        return of(cls.adapter)
+
+    @staticmethod
+    def build(family):
+        return FAMILIES[family].build()
+
+    @staticmethod
+    def run(model, family):
+        return model(image_of(family))
+
+    snapshot = staticmethod(snapshot)
+
+    @classmethod
     def pytest_generate_tests(cls, metafunc):
-        if "family" in metafunc.fixturenames:
-            metafunc.parametrize("family", of(cls.adapter))
+        super().pytest_generate_tests(metafunc)
         if "dynamic_family" in metafunc.fixturenames:
             metafunc.parametrize("dynamic_family", [name for name, one in of(cls.adapter).items() if one.dynamic])
         if "compiled_family" in metafunc.fixturenames:
@@ -165,51 +176,6 @@ class Matrix:
         else:
             total.backward()
         assert_same({name: one.grad for name, one in model.named_parameters() if one.grad is not None}, expected)
-
-    @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
-    def test_copies_stand_alone(self, family, how):
-        model, image = make(family), image_of(family)
-        model(image).sum().backward()
-        model.zero_grad()
-        if how == "deepcopy":
-            other = copy.deepcopy(model)
-        elif how == "pickle":
-            other = pickle.loads(pickle.dumps(model))
-        else:
-            file = io.BytesIO()
-            torch.save(model, file)
-            other = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
-        assert snapshot(other) == snapshot(model)
-        expected = model(image)
-        assert torch.equal(other(image), expected)
-        assert {id(one) for one in other.modules()}.isdisjoint({id(one) for one in model.modules()})
-        unequip(other)
-        assert (other(image) - expected).abs().max() > 1e-9
-        assert torch.equal(model(image), expected)
-
-    def test_state_dicts_load_strictly(self, family, tmp_path):
-        model = make(family)
-        torch.save(model.state_dict(), tmp_path / "weights.pt")
-        other = equip(FAMILIES[family].build(), "rpe-1.9-product-ctx-1-qkv")
-        image = image_of(family)
-        assert (other(image) - model(image)).abs().max() > 1e-9
-        other.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
-        assert torch.equal(other(image), model(image))
-
-    def test_unequip_gives_the_original_back(self, family):
-        model, image = FAMILIES[family].build(), image_of(family)
-        before, state_before, keys = model(image), snapshot(model), list(model.state_dict())
-        fill(equip(model, QKV))
-        assert snapshot(model) != state_before
-        model(image).sum().backward()
-        assert unequip(model) is model
-        assert snapshot(model) == state_before
-        assert list(model.state_dict()) == keys
-        assert torch.equal(model(image), before)
-        with pytest.raises(ValueError, match="has no iRPE"):
-            unequip(model)
-        equip(model, QKV)
-        assert (model(image) - before).abs().max() <= 1e-12
 
     def test_some_blocks_then_others(self, family):
         model, image = FAMILIES[family].build(), image_of(family)

@@ -25,7 +25,6 @@ FEATURES = {
     "test_some_blocks_then_others": "some blocks",
     "test_unequip_gives_the_original_back": "unequip",
     "test_copies_stand_alone": "copy, pickle",
-    "test_state_dicts": "save, load",
     "test_state_dicts_load_strictly": "save, load",
     "test_saving_and_loading": "save, load",
     "test_checkpointing": "checkpointing",

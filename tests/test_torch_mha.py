@@ -1,14 +1,12 @@
 """equip on torch's own attention: encoder layers, encoders, modules of one's own, torchvision's vision transformer."""
 
 import copy
-import io
-import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
-from equipped import fill, gradients, spread, tables_of
+from equipped import Equipped, fill, gradients, spread, tables_of
 from fresh import PATIENCE
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -162,6 +160,27 @@ def by_hand(model, x, mask=None):
         x = x + attend(block.self_attention, block.ln_1(x), 4, 4)
         x = x + block.mlp(block.ln_2(x))
     return model.heads(model.encoder.ln(x)[:, 0])
+
+
+class TestEquipped(Equipped):
+    copied = ("TransformerEncoder, nested tensors", "torchvision VisionTransformer")
+    snapshot = staticmethod(snapshot)
+
+    @staticmethod
+    def families():
+        return FAMILIES
+
+    @staticmethod
+    def build(family):
+        return make(family, tables=False)[0]
+
+    @staticmethod
+    def equip(model, family):
+        return equip(model, QKV, grid=FAMILIES[family][2])
+
+    @staticmethod
+    def run(model, family):
+        return model(FAMILIES[family][1]())
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -342,64 +361,6 @@ def test_checkpointing(family):
     expected = gradients(model, spread(model(x)))
     got = gradients(model, spread(checkpoint(model, x, use_reentrant=False)))
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-11)
-
-
-@pytest.mark.parametrize("ran", [False, True])
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
-@pytest.mark.parametrize("family", ["TransformerEncoder, nested tensors", "torchvision VisionTransformer"])
-def test_copies_stand_alone(family, how, ran):
-    model, x = make(family)
-    if ran:
-        gradients(model, model(x).sum())
-        model.zero_grad()
-    if how == "deepcopy":
-        other = copy.deepcopy(model)
-    elif how == "pickle":
-        other = pickle.loads(pickle.dumps(model))
-    else:
-        file = io.BytesIO()
-        torch.save(model, file)
-        file.seek(0)
-        other = torch.load(file, weights_only=False)
-    with torch.no_grad():
-        expected = model(x)
-        assert torch.equal(other(x), expected)
-        nn.init.zeros_(attentions(other)[0].rpe_v.lookup_table_weight)
-        assert (other(x) - expected).abs().max() > 1e-6
-        assert snapshot(unequip(other)) == snapshot(make(family, tables=False)[0])
-        assert torch.equal(model(x), expected)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_state_dicts(family, tmp_path):
-    model, x = make(family)
-    other, _ = make(family, tables=False)
-    old = copy.deepcopy(other.state_dict())
-    equip(other, QKV, grid=FAMILIES[family][2])
-    assert set(other.load_state_dict(old, strict=False).missing_keys) == tables_of(other).keys()
-    torch.save(model.state_dict(), tmp_path / "model.pt")
-    other.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True), strict=True)
-    assert torch.equal(other(x), model(x))
-
-
-@pytest.mark.parametrize("ran", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_unequip_gives_the_original_back(family, ran):
-    model, x = make(family, tables=False)
-    with torch.no_grad():
-        before, snap, keys = model(x), snapshot(model), list(model.state_dict())
-    fill(equip(model, QKV, grid=FAMILIES[family][2]))
-    assert snapshot(model) != snap
-    if ran:
-        model(x).sum().backward()
-    assert unequip(model) is model
-    assert snapshot(model) == snap
-    assert list(model.state_dict()) == keys
-    with torch.no_grad():
-        assert torch.equal(model(x), before)
-    assert {type(one) for one in attentions(model)} == {nn.MultiheadAttention}
-    with pytest.raises(ValueError, match="has no iRPE"):
-        unequip(model)
 
 
 def test_hooks_of_others_stay():

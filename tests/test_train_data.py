@@ -477,7 +477,7 @@ def test_a_loader_process_that_does_not_answer_ends_the_run_with_a_name(folder, 
         "--loader-workers",
         1,
         "--loader-timeout",
-        4,
+        600 if what == "killed" else 4,
         "--out",
         tmp_path,
     ]
