@@ -873,10 +873,9 @@ def compiled_gradients(model, expected, *losses):
 
 
 # one size after the other; DINOv2's resampling of positions fails in torch where sizes are symbols
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize(
-    ("family", "dynamic"), [("vit", None), *(pytest.param(one, False, marks=pytest.mark.slow) for one in BASES[1:])]
-)
+@pytest.mark.parametrize(("family", "dynamic"), [("vit", None), *((one, False) for one in BASES[1:])])
 def test_compile_fullgraph_with_image_sizes_in_turns(family, dynamic):
     model = make(family, **{"encoder_layers" if family == "detr" else "num_hidden_layers": 1})
 
