@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 from . import digits
 from ._version import __version__
+from .encodings import Encodings, learned
 from .equip import equip
-from .irpe import get_offset_ids_2d
 
 NONE, ABSOLUTE = "none", "absolute"
 RPE = ("rpe-1.9-product-ctx-1-k", "rpe-1.9-product-ctx-1-qkv")
@@ -272,81 +272,18 @@ def save(path: Path, result: dict[str, Any]) -> Path:
     return path
 
 
-def attentions(model: VisionTransformer) -> list[Any]:
-    """The attention of every block."""
-    return [block.attn for block in model.blocks]
+def encodings(result: dict[str, Any], examples: Sequence[int] = (0, 2, 4, 5, 7)) -> Encodings | None:
+    """What a trained model's encodings on keys have learned; None where the side has none.
 
-
-def queries_of(model: VisionTransformer, images: Tensor) -> Tensor:
-    """(blocks, B, H, L, D): the scaled queries of every attention, for images in [0, 1]."""
-    found = []
-
-    def keep(attention: Any) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            batch, tokens, _ = output.shape
-            q = output.reshape(batch, tokens, 3, attention.num_heads, attention.head_dim)[:, :, 0].transpose(1, 2)
-            found.append(attention.q_norm(q) * attention.scale)
-
-        return hook
-
-    handles = [attention.qkv.register_forward_hook(keep(attention)) for attention in attentions(model)]
-    try:
-        with torch.no_grad():
-            model(standardised(images))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return torch.stack(found)
-
-
-def encodings(result: dict[str, Any], examples: Sequence[int] = (0, 2, 4, 5, 7)) -> dict[str, Any] | None:
-    """What a trained model's encodings on keys add to attention scores, by offset: the fields of `viz.Encodings`.
-
-    None where the side has no encoding on keys. Single queries are drawn for the two heads whose answers differ most
-    between queries: of one test image of each class in `examples`, the inked token whose answer is least like those
-    drawn before.
+    Args:
+        examples: classes, of which the first test image asks, from a token with ink.
     """
     model = build_model(result["side"])
-    model.load_state_dict({name: torch.from_numpy(one) for name, one in result["state"].items()})
-    model.eval()
-    if getattr(attentions(model)[0], "rpe_k", None) is None:
-        return None
+    model.load_state_dict({name: torch.from_numpy(weight) for name, weight in result["state"].items()})
     test = digits.splits()["test"]
-    side = digits.HEIGHT // digits.PATCH
-    answers = []
-    for attention, q in zip(attentions(model), queries_of(model, test.images), strict=True):
-        rpe = attention.rpe_k
-        tables = [(table if rpe.mode == "bias" else q @ table, ids) for table, ids in rpe.tables(q, side, side)]
-        parts = [rpe] if len(tables) == 1 else [rpe.rp_rows, rpe.rp_cols]
-        answer = torch.zeros(())
-        for part, (table, _) in zip(parts, tables, strict=True):
-            config = part.rpe_config
-            ids = get_offset_ids_2d(part.method, side, side, config.alpha, config.beta, config.gamma).flip(0, 1)
-            answer = answer + table.detach()[..., ids]  # (B, H, L, 2h-1, 2w-1), in bias mode (1, H', L, ...)
-        answers.append(answer.expand(len(q), q.shape[1], -1, -1, -1))
-    y = torch.stack(answers)
-    y = y - y.mean((-2, -1), keepdim=True)  # softmax does not see a constant
-    spread = y.std((1, 3)).mean((-2, -1)).flatten()  # (blocks * H,)
-    shown = [divmod(int(place), y.shape[2]) for place in spread.argsort(descending=True)[:2]]
     images = [int((test.labels == label).nonzero()[0]) for label in examples]
-    inked = F.avg_pool2d(test.images[images], digits.PATCH).flatten(1) > 0.3  # (examples, L)
-    block, head = shown[0]
-    tokens: list[int] = []
-    held = torch.zeros(1, 2 * side - 1, 2 * side - 1)
-    for image, allowed in zip(images, inked, strict=True):
-        distance = (y[block, image, head, :, None] - held).square().sum((-2, -1)).amin(-1)  # (L,), to the nearest
-        tokens.append(int(distance.where(allowed, -1).argmax()))
-        answer = y[block, image, head, tokens[-1]][None]
-        held = answer if len(tokens) == 1 else torch.cat([held, answer])
-    return {
-        "title": title_of(result["side"]),
-        "mean": y.mean((1, 3)).numpy(),
-        "single": torch.stack([y[b, images, h, tokens] for b, h in shown]).numpy(),
-        "shown": shown,
-        "images": test.images[images, 0].numpy(),
-        "at": [divmod(token, side) for token in tokens],
-        "patch": digits.PATCH,
-    }
+    inked = F.avg_pool2d(test.images, digits.PATCH).flatten(1) > 0.3  # (B, L)
+    return learned(model, standardised(test.images), test.images[:, 0], images, title_of(result["side"]), inked)
 
 
 def versions() -> dict[str, str]:

@@ -1,9 +1,13 @@
 """Pictures: bucket maps of the four methods, learned encodings, accuracy curves. Without matplotlib's global state."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -12,6 +16,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from .encodings import Encodings
 from .irpe import METHOD, get_bucket_ids_2d, get_offset_ids_2d, get_single_rpe_config
 
 RATIOS = {"euc": 20.0, "quant": 33.0, "cross": 20.0, "product": 1.9}  # the paper's, at 14x14 tokens
@@ -23,7 +28,7 @@ _TITLES = {
     METHOD.PRODUCT: "Product",
 }
 _SKIP_COLOR = (0.62, 0.62, 0.62)
-_COLORS = ("#7f7f7f", "#d95f02", "#1b6ca8", "#6a3d9a", "#1b9e77", "#a6761d")  # of the sides in curves
+COLORS = ("#7f7f7f", "#d95f02", "#1b6ca8", "#6a3d9a", "#1b9e77", "#a6761d")  # of curves
 
 
 class BucketMap(NamedTuple):
@@ -203,38 +208,82 @@ def _heading(one: BucketMap, group: tuple[BucketMap, ...]) -> str:
     return f"{_TITLES[one.method]}, ratio {one.ratio:g}\n{count}"
 
 
+@contextmanager
+def plain_text() -> Iterator[None]:
+    """While the block runs, `$` in a text is a dollar, and letters that the font lacks are no warning.
+
+    Names of classes and of runs are no mathematics.
+    """
+    with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")
+        yield
+
+
 def _save(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return path
 
 
-def draw_curves(path: Path, results: Sequence[dict[str, Any]], height: int) -> Path:
+class Curve(NamedTuple):
+    """A line over epochs: the mean of `values` (runs, points), whose range is a band where there are several runs."""
+
+    title: str
+    epochs: Sequence[int]
+    values: np.ndarray
+    color: str
+
+
+class Panel(NamedTuple):
+    """Curves in one frame; `label` stands at the vertical axis, `title` above."""
+
+    label: str
+    curves: Sequence[Curve]
+    title: str = ""
+    limits: tuple[float, float] | None = None
+
+
+def draw_panels(path: Path, panels: Sequence[Panel]) -> Path:
+    """Panels side by side, with a legend in each whose curves have other titles than those before it."""
+    figure = Figure(figsize=(4.6 * len(panels), 4.2), dpi=130, layout="constrained")
+    told: list[str] = []
+    with plain_text():
+        for ax, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            for curve in panel.curves:
+                marker = "o" if len(curve.epochs) < 25 else None
+                style: dict[str, Any] = dict(color=curve.color, label=curve.title, lw=1.8, marker=marker, ms=3)
+                ax.plot(curve.epochs, curve.values.mean(0), **style)
+                if len(curve.values) > 1:
+                    low, high = curve.values.min(0), curve.values.max(0)
+                    ax.fill_between(curve.epochs, low, high, color=curve.color, alpha=0.18, lw=0)
+            ax.set_title(panel.title, fontsize=11)
+            ax.set_xlabel("epoch")
+            ax.set_ylabel(panel.label)
+            ax.set_ylim(panel.limits)
+            ax.grid(alpha=0.25)
+            ax.spines[["top", "right"]].set_visible(False)
+            if told != (told := [curve.title for curve in panel.curves]):
+                ax.legend(fontsize=9, frameon=False)
+        return _save(figure, path)
+
+
+def draw_accuracy(path: Path, results: Sequence[dict[str, Any]], height: int) -> Path:
     """Test accuracy over epochs, one panel for each width: mean of the seeds as a line, their range as a band.
 
     Args:
         results: those of `irpe.demo.fit_all`, with a "title" each; one line for each title.
         height: of the canvases, in pixels, for the titles.
     """
-    widths = list(results[0]["accuracy"])
-    figure = Figure(figsize=(4.2 * len(widths), 4.2), dpi=130, layout="constrained")
-    axes = figure.subplots(1, len(widths), squeeze=False, sharey=True)[0]
-    for number, title in enumerate(dict.fromkeys(one["title"] for one in results)):
-        group = [one for one in results if one["title"] == title]
-        color = _COLORS[number % len(_COLORS)]
-        for ax, width in zip(axes, widths, strict=True):
-            values = np.array([one["accuracy"][width] for one in group])  # (seeds, points)
-            ax.plot(group[0]["measured_at"], values.mean(0), color=color, label=title, lw=1.8)
-            ax.fill_between(group[0]["measured_at"], values.min(0), values.max(0), color=color, alpha=0.18, lw=0)
-    for number, (ax, width) in enumerate(zip(axes, widths, strict=True)):
-        ax.set_title(f"tested on {height}×{width}" + (" (the training size)" if number == 0 else ""), fontsize=11)
-        ax.set_xlabel("epoch")
-        ax.set_ylim(0, 100)
-        ax.grid(alpha=0.25)
-        ax.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("test accuracy in percent")
-    axes[0].legend(loc="lower right", fontsize=9, frameon=False)
-    return _save(figure, path)
+    panels = []
+    for number, width in enumerate(results[0]["accuracy"]):
+        curves = []
+        for color, title in zip(cycle(COLORS), dict.fromkeys(result["title"] for result in results), strict=False):
+            group = [result for result in results if result["title"] == title]
+            values = np.array([result["accuracy"][width] for result in group])  # (seeds, points)
+            curves.append(Curve(title, group[0]["measured_at"], values, color))
+        words = f"tested on {height}×{width}" + (" (the training size)" if number == 0 else "")
+        panels.append(Panel("" if number else "test accuracy in percent", curves, words, (0, 100)))
+    return draw_panels(path, panels)
 
 
 def draw_samples(path: Path, rows: Sequence[tuple[str, Tensor]]) -> Path:
@@ -258,24 +307,6 @@ def draw_samples(path: Path, rows: Sequence[tuple[str, Tensor]]) -> Path:
             _bare(ax)
         line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=10)
     return _save(figure, path)
-
-
-class Encodings(NamedTuple):
-    """What a trained model adds to its attention scores by offset.
-
-    mean: (blocks, H, 2h-1, 2w-1) for the mean query of many images; single: (heads, examples, 2h-1, 2w-1) for single
-    queries, of the heads in `shown`, pairs (block, head); images: (examples, height, width), pixels; at: token (row,
-    column) of each query; patch: pixels along the side of a token. All maps have the query in the middle and a mean of
-    0, which softmax does not see.
-    """
-
-    title: str
-    mean: np.ndarray
-    single: np.ndarray
-    images: np.ndarray
-    at: Sequence[tuple[int, int]]
-    shown: Sequence[tuple[int, int]]
-    patch: int
 
 
 def _draw_response(ax: Axes, values: np.ndarray, limit: float) -> Any:

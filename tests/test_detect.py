@@ -21,15 +21,15 @@ from irpe import equip, iRPE, rpe_config_from_string
 from irpe.__main__ import app
 from irpe.detect import model as models
 from irpe.detect import run as job
-from irpe.detect import scenes
+from irpe.detect import saved, scenes
 from irpe.detect.batches import Batch, Transform, collate, eval_batches, piece, train_batches, transform_of
 from irpe.detect.data import Coco, open_part
 from irpe.detect.evaluation import average_precision, predict
 from irpe.detect.loop import Totals, Trainer, whole_loss
 from irpe.detect.settings import DIGITS, RPE, settings_from, settings_from_dict
-from irpe.train import checkpoint
-from irpe.train.loader import RunError
-from irpe.train.world import World
+from irpe.runs import checkpoint
+from irpe.runs.workers import RunError
+from irpe.runs.world import World
 
 WORLD = World(0, 1, torch.device("cpu"))
 PLAIN = Transform((0,), 0, 0.0, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
@@ -505,7 +505,7 @@ def test_accumulated_batches_make_the_step_of_one():
         rows = [list(range(part, 4, accumulate)) for part in range(accumulate)]
         parts = [Batch(images[one], torch.ones(len(one), 40, 56), [labels[row] for row in one], one) for one in rows]
         norm = trainer._step(iter(parts))
-        found.append([norm, float(trainer._losses[0]), *(one.grad for one in trainer.model.parameters())])
+        found.append([norm, float(trainer.losses[0][0]), *(one.grad for one in trainer.model.parameters())])
     for other in found[1:]:
         for one, same in zip(found[0], other, strict=True):
             torch.testing.assert_close(same, one, rtol=1e-4, atol=1e-5)
@@ -521,7 +521,7 @@ def test_mixed_precision(amp):
     for _ in range(25):
         trainer._step(itertools.repeat(batch))
     assert set(kinds) == {{"bf16": torch.bfloat16, "fp16": torch.float16}[amp]}
-    losses = torch.stack(trainer._losses)
+    losses = torch.stack([loss for loss, _, _ in trainer.losses])
     assert losses.dtype == torch.float32 and losses[-5:].mean() < 0.8 * losses[:5].mean()
     assert {one.dtype for one in trainer.model.parameters()} == {torch.float32}
     transform = transform_of(trainer.settings, trainer.processor, training=False)
@@ -540,7 +540,7 @@ def test_mixed_precision(amp):
 def test_learning_rates_fall_in_one_step():
     trainer = trainer_of(tiny(lr_drop=2, epochs=4, warmup_steps=2))
     factors = []
-    for trainer.step in range(12):  # three steps an epoch
+    for trainer.progress.step in range(12):  # three steps an epoch
         factors.append(trainer._factor())
     assert factors == [0.5, 1.0] + [1.0] * 4 + [0.1] * 6
     assert trainer_of(tiny(epochs=4, warmup_steps=0))._factor() == 1.0
@@ -567,7 +567,7 @@ def test_without_absolute_positions(tmp_path):
     table.data.normal_()
     assert (logits(model, turned) - logits(model, images)).abs().max() > 1e-4
 
-    folder = models.save(model, models.processor_of(settings), tmp_path / "model")
+    folder = saved.save(model, models.processor_of(settings), tmp_path / "model")
     again = models.load(folder)
     assert torch.equal(logits(again, images), logits(model, images))
     with pytest.raises(ValueError, match="Not supported none"):
@@ -583,7 +583,7 @@ def test_the_loss_falls():
     batch = next(train_batches(trainer.train, PLAIN, trainer.settings, 0, 1, epoch=0, first=0))
     for _ in range(25):
         trainer._step(itertools.repeat(batch))
-    losses = torch.stack(trainer._losses)
+    losses = torch.stack([loss for loss, _, _ in trainer.losses])
     assert losses[-5:].mean() < 0.8 * losses[:5].mean()
 
 
@@ -635,9 +635,9 @@ def test_pretrained_models_keep_what_they_know(tmp_path):
         for one in model.modules():
             if isinstance(one, iRPE):
                 one.table.normal_()
-    folder = str(models.save(model, models.processor_of(settings), tmp_path / "rpe"))
+    folder = str(saved.save(model, models.processor_of(settings), tmp_path / "rpe"))
     plain = models.build(tiny(rpe="none"), [str(digit) for digit in range(10)])
-    without = str(models.save(plain, models.processor_of(settings), tmp_path / "plain"))
+    without = str(saved.save(plain, models.processor_of(settings), tmp_path / "plain"))
     ids = {str(digit): digit + 1 for digit in range(10)}
     classes = models.known_classes(tiny(pretrained=folder, rpe=None), ids)
     assert classes == [str(digit) for digit in range(10)]
@@ -903,7 +903,7 @@ def test_classes_of_the_release_are_matched_by_name_whatever_their_ids(tmp_path)
 
 def test_some_known_classes_keep_their_rows(tmp_path):
     model = models.build(tiny(rpe="none"), ["cat", "dog", "N/A", "cow", "N/A"])
-    folder = str(models.save(model, models.processor_of(tiny()), tmp_path / "model"))
+    folder = str(saved.save(model, models.processor_of(tiny()), tmp_path / "model"))
     said = []
     new = models.build(tiny(pretrained=folder, rpe=None), ["helmet", "cow", "N/A", "cat"], said.append)
     old, head = model.class_labels_classifier, new.class_labels_classifier
@@ -911,7 +911,7 @@ def test_some_known_classes_keep_their_rows(tmp_path):
         assert torch.equal(head.weight[row], old.weight[from_row]) and torch.equal(head.bias[row], old.bias[from_row])
     assert said[-1].startswith("helmet, N/A are not among the classes of ") and "and 2 keep theirs" in said[-1]
     assert new.config.id2label == {0: "helmet", 1: "cow", 2: "N/A", 3: "cat"} and new.config.num_labels == 4
-    again = models.load(models.save(new, models.processor_of(tiny()), tmp_path / "again"))
+    again = models.load(saved.save(new, models.processor_of(tiny()), tmp_path / "again"))
     assert torch.equal(again.class_labels_classifier.weight, head.weight)
 
 

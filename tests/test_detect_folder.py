@@ -14,10 +14,11 @@ from train_tiny import irpe
 
 from irpe.detect import model as models
 from irpe.detect import run as job
+from irpe.detect import saved
 from irpe.detect.loop import Trainer
 from irpe.detect.settings import settings_from
-from irpe.train import checkpoint, folder, tensors
-from irpe.train.loader import RunError
+from irpe.runs import checkpoint, folder, tensors
+from irpe.runs.workers import RunError
 
 TINY = [
     *("--train-scenes", 8, "--val-scenes", 4, "--d-model", 16, "--layers", 1, "--queries", 4, "--batch-size", 4),
@@ -130,7 +131,7 @@ def test_branches(run, tmp_path):
     first = checkpoint.checkpoints(run)[0]
     assert irpe("detect", "digits", *TINY, "--resume", first, "--max-steps", 2).exit_code == 0
     assert [one.name for one in checkpoint.checkpoints(run)] == ["step-000000001.pt", "step-000000002.pt"]
-    assert models.saved_at(run / "best") == 2  # in place of that of a later step
+    assert saved.saved_at(run / "best") == 2  # in place of that of a later step
     assert "goes on after step 2 of 4" in detect(tmp_path, "--resume", "auto").output
 
 
@@ -187,7 +188,7 @@ def test_a_gradient_that_is_not_finite_is_not_saved(tmp_path, monkeypatch, accum
     step = Trainer._step
 
     def spoiled(self, batches):
-        if self.step == 2:
+        if self.progress.step == 2:
             self.model.class_labels_classifier.bias.register_hook(lambda gradient: gradient * torch.inf)
         return step(self, batches)
 
@@ -205,7 +206,7 @@ def test_outputs_that_are_no_numbers_are_no_ap(tmp_path, part):
     chosen = settings()
     model = models.build(chosen, ["digit"])
     model.get_submodule(part).bias.data[0] = torch.nan
-    place = models.save(model, models.processor_of(chosen), tmp_path / "model")
+    place = saved.save(model, models.processor_of(chosen), tmp_path / "model")
     given = ["detect", "digits", "--val-scenes", 5, "--pretrained", place, "--evaluate-only", "--device", "cpu"]
     result = irpe(*given, "--size", 0, "--out", tmp_path, "--name", "x")
     assert result.exit_code == 1 and "the outputs are not numbers on 5 of 5 pictures" in words(result)
@@ -217,7 +218,7 @@ def test_a_detector_that_becomes_none_in_training_ends_the_run(tmp_path, monkeyp
 
     def spoiled(self, batches):
         norm = step(self, batches)
-        if self.step == 4:
+        if self.progress.step == 4:
             self.model.class_labels_classifier.bias.data[0] = torch.nan
         return norm
 

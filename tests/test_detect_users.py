@@ -19,10 +19,10 @@ from train_tiny import irpe
 
 from irpe.detect import model as models
 from irpe.detect import run as job
-from irpe.detect import scenes
+from irpe.detect import saved, scenes
 from irpe.detect.batches import Transform, collate, piece, train_batches
 from irpe.detect.data import open_part, turned
-from irpe.train.loader import RunError
+from irpe.runs.workers import RunError
 
 QUICK = ["--size", 0, "--d-model", 16, "--layers", 1, "--queries", 4, "--batch-size", 2, "--epochs", 1, "--draw", 0]
 QUICK += ["--device", "cpu", "--hflip", 0, "--rpe", "none", "--max-steps", 1]
@@ -295,7 +295,7 @@ def test_a_batch_has_at_least_the_size_of_a_token():
 
 
 def test_options_that_the_model_does_not_use_are_refused(folder, tmp_path):
-    place = models.save(models.build(tiny(), ["digit"]), models.processor_of(tiny()), tmp_path / "model")
+    place = saved.save(models.build(tiny(), ["digit"]), models.processor_of(tiny()), tmp_path / "model")
     given = ["detect", folder, "--pretrained", place, "--device", "cpu", "--out", tmp_path]
     for more, option in (
         (["--queries", 50], "--queries"), (["--layers", 4, "--d-model", 32], "--d-model, --layers"),
@@ -358,7 +358,7 @@ FETCHING = {
 
 @pytest.mark.parametrize("name", [*FETCHING, "adapter"])
 def test_folders_of_models_fetch_and_run_nothing(tmp_path, name, monkeypatch):
-    place = models.save(models.build(tiny(), ["digit"]), models.processor_of(tiny()), tmp_path / "model")
+    place = saved.save(models.build(tiny(), ["digit"]), models.processor_of(tiny()), tmp_path / "model")
     if name == "adapter":
         (place / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/evil"}')
     else:
@@ -374,7 +374,7 @@ def test_folders_of_models_fetch_and_run_nothing(tmp_path, name, monkeypatch):
 
 
 def test_damaged_folders_of_models_end_in_a_sentence(tmp_path):
-    place = models.save(models.build(tiny(), ["digit"]), models.processor_of(tiny()), tmp_path / "model")
+    place = saved.save(models.build(tiny(), ["digit"]), models.processor_of(tiny()), tmp_path / "model")
     given = [
         "detect",
         "digits",

@@ -8,7 +8,8 @@ from conftest import ROOT
 
 THIRD_PARTY = {"timm", "transformers", "matplotlib", "sklearn", "typer", "rich", "numpy", "PIL", "click", "safetensors"}
 THIRD_PARTY.add("onnxruntime")
-ABOVE = {"irpe", "irpe.irpe", "irpe.equip", "irpe._version", "rpe_ops", *THIRD_PARTY}
+RUNS = {"irpe.runs", "irpe.viz", "irpe._version", *THIRD_PARTY}
+ABOVE = RUNS | {"irpe.equip", "irpe.config_io", "irpe.digits"}  # train and detect
 # who may import what, by the longest prefix that fits; torch and the standard library are everyone's
 ALLOWED = {
     "rpe_ops": {"rpe_ops"},
@@ -42,9 +43,13 @@ ALLOWED = {
     "irpe.equip": {"irpe.irpe", "irpe.config_io", "irpe.integrations"},
     "irpe.models": {"timm", "irpe.equip"},
     "irpe.detr": {"transformers", "irpe.irpe", "irpe.equip"},
-    "irpe.train": ABOVE | {"irpe.train", "irpe.config_io", "irpe.digits", "irpe.viz"},  # and nothing of the command
-    "irpe.detect": ABOVE
-    | {"torchmetrics", "irpe.detect", "irpe.train", "irpe.config_io", "irpe.digits", "irpe.detr", "irpe.integrations"},
+    "irpe.digits": {"sklearn"},
+    "irpe.encodings": {"numpy", "irpe.irpe"},
+    "irpe.viz": {"matplotlib", "numpy", "irpe.irpe", "irpe.encodings"},
+    "irpe.demo": {"timm", "irpe._version", "irpe.digits", "irpe.encodings", "irpe.equip"},
+    "irpe.runs": RUNS,  # of train and detect nothing, and none of them knows the other
+    "irpe.train": ABOVE | {"irpe.train", "irpe.encodings"},
+    "irpe.detect": ABOVE | {"irpe.detect", "irpe.detr", "irpe.integrations", "torchmetrics"},
 }
 FILES = sorted([*(ROOT / "irpe").rglob("*.py"), *(ROOT / "rpe_ops").rglob("*.py")])
 
@@ -85,7 +90,8 @@ def test_import_direction(file):
         root = imported.split(".")[0]
         if root == "torch" or root in sys.stdlib_module_names:
             continue
-        allowed = ALLOWED[rule] if rule else ABOVE | {n for n in map(module_name, FILES) if n != "irpe.__main__"}
+        every = {"irpe", "rpe_ops", *THIRD_PARTY, *map(module_name, FILES)} - {"irpe.__main__"}
+        allowed = ALLOWED[rule] if rule else every
         assert within(imported, allowed), f"{name} imports {imported}"
         if name == "irpe.equip" and "integrations" in imported:
             assert not at_top, "equip imports adapters inside functions: a model's library may be absent"
@@ -97,6 +103,8 @@ def test_the_rules_see_what_they_forbid(tmp_path):
     found = dict(imports(file))
     assert found["irpe.irpe"] is True
     assert found["irpe.integrations.timm_vit"] is False
+    for first, second in (("train", "detect"), ("detect", "train"), ("runs", "train"), ("runs", "detect")):
+        assert not within(f"irpe.{second}.loop", ALLOWED[f"irpe.{first}"])
 
 
 def test_detection_stays_behind_its_command():

@@ -1,4 +1,4 @@
-"""irpe/train/checkpoint.py: whole or absent, kept and removed, read as plain data; and groups of the optimizer."""
+"""irpe/runs/checkpoint.py: whole or absent, kept and removed, read as plain data; and groups of the optimizer."""
 
 import builtins
 import os
@@ -9,8 +9,9 @@ import torch
 
 pytest.importorskip("timm")
 
-from irpe.train import checkpoint, model
-from irpe.train.options import changed
+from irpe.runs import checkpoint, files
+from irpe.runs.options import changed
+from irpe.train import model, pretrained
 from irpe.train.settings import RECIPES, Settings, settings_from, settings_from_dict
 
 STATE = {"step": 7, "settings": {}, "model": {"a": torch.arange(3.0)}}
@@ -25,16 +26,16 @@ def test_the_last_ones_are_kept(tmp_path):
 
 
 def test_nothing_new_is_there_when_writing_fails(tmp_path):
-    path = checkpoint.write_json(tmp_path / "a.json", {"old": 1})
+    path = files.write_json(tmp_path / "a.json", {"old": 1})
 
     def half(file):
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(checkpoint.WriteError, match=r"a.json could not be written: No space left on device; what was"):
-        checkpoint.write_whole(path, half)
+    with pytest.raises(files.WriteError, match=r"a.json could not be written: No space left on device; what was"):
+        files.write_whole(path, half)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.write_whole(path, lambda file: (_ for _ in ()).throw(KeyboardInterrupt))
+        files.write_whole(path, lambda file: (_ for _ in ()).throw(KeyboardInterrupt))
     assert path.read_text() == '{\n "old": 1\n}\n'
     assert [one.name for one in tmp_path.iterdir()] == ["a.json"]
 
@@ -44,7 +45,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     checkpoint.save(tmp_path, STATE, keep=1)
     real = builtins.open
     monkeypatch.setattr(builtins, "open", lambda path, mode="r": real("/dev/full" if "w" in mode else path, mode))
-    with pytest.raises(checkpoint.WriteError, match="No space left on device"):
+    with pytest.raises(files.WriteError, match="No space left on device"):
         checkpoint.save(tmp_path, STATE | {"step": 8}, keep=1)
     monkeypatch.undo()
     (path,) = checkpoint.checkpoints(tmp_path)
@@ -79,7 +80,7 @@ def test_nothing_but_plain_data_is_loaded(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
         checkpoint.read(tmp_path / "one.pt")
     with pytest.raises(ValueError, match="holds Python objects besides weights, which are not loaded"):
-        model.read_weights(tmp_path / "one.pt")
+        pretrained.read_weights(tmp_path / "one.pt")
     (tmp_path / "two.pt").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
         checkpoint.read(tmp_path / "two.pt")

@@ -17,6 +17,8 @@ from train_tiny import SMALL, environment, log, pictures, process
 from typer.testing import CliRunner
 
 from irpe.__main__ import app
+from irpe.runs import seeds
+from irpe.runs.workers import RunError
 from irpe.train import data, loader
 from irpe.train.settings import settings_from
 
@@ -287,7 +289,7 @@ def test_a_source_of_nothing_but_bad_images_gives_up():
 @pytest.mark.parametrize(("size", "accumulate"), [(1, 1), (2, 1), (1, 3), (2, 3), (3, 2)])
 def test_shares_of_processes_make_up_the_batch_of_one(size, accumulate):
     for step in range(3):
-        parts = [loader.Share(rank, size, 18, accumulate).places(step) for rank in range(size)]
+        parts = [seeds.Share(rank, size, 18, accumulate).places(step) for rank in range(size)]
         assert all(len(places) == 18 // size // accumulate for part in parts for places in part)
         assert sorted(place for part in parts for places in part for place in places) == list(
             range(18 * step, 18 * step + 18)
@@ -324,7 +326,7 @@ def test_what_an_augmentation_draws_depends_on_the_place_in_the_epoch_alone(fold
     transform = loader.Transform(options, loader.Shape((8, 12), (0.5,), (0.5,), 1.0), training=True)
 
     def batches(rank=0, size=1, first=0, epoch=3, **more):
-        share = loader.Share(rank, size, 4, 1)
+        share = seeds.Share(rank, size, 4, 1)
         given = settings_from("deit", {"data": str(folder), "batch_size": 4, **NO_WORKERS, **more})
         return [one.images for one in loader.train_loader(source, transform, given, share, epoch=epoch, first=first)]
 
@@ -394,9 +396,9 @@ def test_square_images_are_trained_on_as_timm_does():
             scale=(scale, 1.0), hflip=0.5, auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.25, re_mode="pixel",
         )  # fmt: skip
         for seed in range(8):
-            loader.seed_all(seed)
+            seeds.seed_all(seed)
             one = ours(noise)
-            loader.seed_all(seed)
+            seeds.seed_all(seed)
             assert torch.equal(one, theirs(noise))
 
 
@@ -503,5 +505,5 @@ def test_labels_that_the_model_does_not_have_are_told():
 
     check_labels(torch.tensor([0, 3]), 4)
     for strange in (4, -1):
-        with pytest.raises(loader.RunError, match=f"an image is of class {strange}, and there are 4, numbered from 0"):
+        with pytest.raises(RunError, match=f"an image is of class {strange}, and there are 4, numbered from 0"):
             check_labels(torch.tensor([0, strange]), 4)

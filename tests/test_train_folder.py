@@ -1,4 +1,4 @@
-"""irpe/train/folder.py: whose a folder is, who writes there, and that nothing of anybody else is lost."""
+"""irpe/runs/folder.py: whose a folder is, who writes there, and that nothing of anybody else is lost."""
 
 import json
 import os
@@ -15,7 +15,7 @@ pytest.importorskip("sklearn")
 from safetensors.torch import load_file
 from train_tiny import SMALL, STILL, environment, irpe, log, pictures
 
-from irpe.train import checkpoint, folder, tensors
+from irpe.runs import checkpoint, folder, tensors
 
 GIVEN = [*SMALL, *STILL, "--epochs", "2", "--log-every", "1", "--batch-size", "20", "--keep", "9", "--save-every", "1"]
 
@@ -262,7 +262,7 @@ def test_a_kill_between_the_checkpoint_and_the_best_weights_loses_nothing(data, 
 HOLDING = """
 import sys, time
 from pathlib import Path
-from irpe.train.folder import locked
+from irpe.runs.folder import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(3600)
@@ -443,7 +443,7 @@ def test_a_measurement_that_is_no_number_ends_the_run(data, tmp_path, monkeypatc
 
 
 def test_json_has_null_for_what_is_no_number(tmp_path):
-    from irpe.train import files
+    from irpe.runs import files
 
     path = files.write_json(tmp_path / "a.json", {"a": [float("nan"), 1.0, (float("inf"),)], "b": {"c": -float("inf")}})
 

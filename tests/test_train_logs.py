@@ -1,4 +1,4 @@
-"""irpe/train/logs.py and report.py: the bar, lines that are written again, TensorBoard, pictures of encodings."""
+"""irpe/runs/logs.py and report.py: the bar, lines that are written again, TensorBoard, pictures of encodings."""
 
 import io
 
@@ -13,8 +13,8 @@ from rich.console import Console
 from train_tiny import pictures
 
 from irpe import viz
+from irpe.runs.logs import Log, read_log
 from irpe.train import data, loader, model, report
-from irpe.train.logs import Log, read_log
 from irpe.train.settings import settings_from
 
 SCORE = {"loss": 1.5, "top1": 50.0, "top5": 90.0, "images": 10, "bad": 0, "per_class": [50.0, None]}
@@ -31,7 +31,7 @@ def test_the_bar_tells_images_their_rate_and_the_time_that_is_left(tmp_path):
     for _ in range(2):
         log.advance(100)
     log.step(step=2, epoch=1, loss=2.0, lr=0.1)
-    log.epoch(epoch(1, 2), is_best=True)
+    log.epoch(epoch(1, 2), "val 1.5000, top-1 50.00", is_best=True)
     log.close()
     shown = text.getvalue()
     assert "200/400" in shown and "/s" in shown and "left" in shown
@@ -47,7 +47,7 @@ def test_lines_that_will_be_written_again_are_removed(tmp_path):
     for step in range(1, 7):
         log.step(step=step, epoch=1, loss=1.0, lr=0.1)
         if step % 3 == 0:
-            log.epoch(epoch(step // 3, step), is_best=False)
+            log.epoch(epoch(step // 3, step), "", is_best=False)
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"kind": "step", "st')
     Log(tmp_path, console, step=6, measured=3)  # stopped while the second epoch was measured
@@ -65,7 +65,7 @@ def test_tensorboard(tmp_path):
 
     log = Log(tmp_path, Console(file=io.StringIO()), tensorboard=True)
     log.step(step=1, epoch=1, loss=2.5, lr=0.1)
-    log.epoch(epoch(1, 1), is_best=True)
+    log.epoch(epoch(1, 1), "", is_best=True)
     log.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
@@ -89,7 +89,7 @@ def test_encodings_are_what_the_attention_adds(tmp_path, rpe):
             torch.nn.init.normal_(parameter)
     learned = report.encodings(vit, settings, shape, found.val)
     assert learned.mean.shape == (2, 3, 7, 11)  # 4 x 6 tokens
-    assert "tables" not in vars(vit.blocks[0].attn.rpe_k)
+    assert not vit.blocks[0].attn.rpe_k._forward_pre_hooks
     block, head = learned.shown[0]
     attention = vit.blocks[block].attn
     heard = []
@@ -105,7 +105,3 @@ def test_encodings_are_what_the_attention_adds(tmp_path, rpe):
     drawn = learned.single[0, 0, 3 - row : 7 - row, 5 - column : 11 - column]
     np.testing.assert_allclose(drawn - drawn.mean(), y - y.mean(), atol=1e-5)
     viz.draw_encodings(tmp_path / "one.png", learned)
-
-
-def test_a_model_without_encodings_has_no_picture():
-    assert report.encodings(torch.nn.Linear(2, 2), None, None, None) is None

@@ -1,4 +1,4 @@
-"""irpe/train/pictures.py: which files are read, how a file becomes an image, what is said about the others."""
+"""irpe/train/pictures.py, irpe/runs/picture.py: which files are read, what each becomes, what is said of the others."""
 
 import io
 import tarfile
@@ -15,6 +15,7 @@ from train_tiny import SMALL, pictures
 from typer.testing import CliRunner
 
 from irpe.__main__ import app
+from irpe.runs import picture
 from irpe.train import data
 from irpe.train import pictures as reading
 from irpe.train.settings import settings_from
@@ -49,12 +50,12 @@ def test_16_bits_keep_their_grey_levels(kind, mode):
     wide, narrow = ramp()
     file = io.BytesIO()
     Image.fromarray(wide).save(file, kind)
-    found = np.asarray(reading.converted(Image.open(file), mode))
+    found = np.asarray(picture.converted(Image.open(file), mode))
     assert np.array_equal(found, narrow if mode == "L" else np.stack([narrow] * 3, -1))
 
 
 def test_16_bits_between_two_levels_go_to_the_nearer_one():
-    found = reading.converted(Image.fromarray(np.array([[128, 129, 65535 - 128, 65535 - 129]], np.uint16)), "L")
+    found = picture.converted(Image.fromarray(np.array([[128, 129, 65535 - 128, 65535 - 129]], np.uint16)), "L")
     assert np.asarray(found).tolist() == [[0, 1, 255, 254]]
 
 
@@ -106,7 +107,7 @@ def test_32_bits_are_refused_as_unreadable(mode, tmp_path):
 def test_files_that_are_no_pictures_have_words_of_their_own(tmp_path):
     (tmp_path / "text.jpg").write_text("no picture")
     with pytest.raises(ValueError, match="^its bytes are of no image format that Pillow knows$"):
-        reading.read_picture(tmp_path / "text.jpg", "RGB")
+        picture.read_picture(tmp_path / "text.jpg", "RGB")
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "YCbCr"])
@@ -117,7 +118,7 @@ def test_modes_of_8_bits_become_grey_or_colour_without_a_warning(mode):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for wanted in ("RGB", "L"):
-            found = reading.converted(image, wanted)
+            found = picture.converted(image, wanted)
             assert found.mode == wanted and np.asarray(found).min() == 255
 
 
@@ -125,7 +126,7 @@ def test_exif_orientation_is_left_alone(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     Image.new("L", (6, 4)).save(tmp_path / "one.jpg", exif=exif)
-    assert reading.read_picture(tmp_path / "one.jpg", "L").size == (6, 4)
+    assert picture.read_picture(tmp_path / "one.jpg", "L").size == (6, 4)
 
 
 FORMATS = ("png", "jpg", "JPEG", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "jp2", "tga")

@@ -12,7 +12,7 @@ pytest.importorskip("sklearn")
 from test_train_folder import words
 from train_tiny import SMALL, irpe, pictures
 
-from irpe.train import files, tensors
+from irpe.runs import files, tensors
 
 LONG = "n" * 300
 

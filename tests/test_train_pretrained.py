@@ -4,9 +4,9 @@ import pytest
 import timm
 import torch
 
+from irpe.runs.tensors import write_weights
 from irpe.train import model as models
 from irpe.train.settings import settings_from
-from irpe.train.tensors import write_weights
 
 SMALL = {
     "vit_tiny_patch16_224": ("depth=2", "embed_dim=24", "num_heads=3", "patch_size=8"),

@@ -18,13 +18,13 @@ from fresh import PATIENCE
 from safetensors.torch import load_file
 from train_tiny import SMALL, STILL, command, environment, log, pictures, process
 
-from irpe.train import checkpoint
+from irpe.runs import checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")]
 LONG = [*SMALL, "--epochs", "4", "--log-every", "1", "--batch-size", "8", "--save-every", "2", "--lr", "1e-2"]
 SLOWLY = """
 import sys, time
-from irpe.train import checkpoint
+from irpe.runs import checkpoint
 from irpe.__main__ import main
 whole = checkpoint.write_whole
 def slow(path, write):
@@ -211,7 +211,7 @@ def test_a_full_disk_is_a_sentence(folder, tmp_path):
     """Lines of the log go to /dev/full, where every write fails as on a full disk."""
     arguments = ["train", folder, *LONG, "--out", tmp_path, "--name", "run", "--resume", "auto"]
     assert process(*arguments, "--max-steps", "2").returncode == 0
-    code = "from irpe.train import logs; logs.open = lambda path, mode: open('/dev/full', mode);"
+    code = "from irpe.runs import logs; logs.open = lambda path, mode: open('/dev/full', mode);"
     code += "from irpe.__main__ import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],

@@ -13,8 +13,8 @@ pytest.importorskip("sklearn")
 from safetensors.torch import load_file
 from train_tiny import MODEL, RPE, SMALL, STILL, irpe, log, pictures, words
 
-from irpe.train import checkpoint
-from irpe.train.logs import Log, epochs_of
+from irpe.runs import checkpoint
+from irpe.runs.logs import Log, epochs_of
 from irpe.train.settings import RECIPES, settings_from
 
 ALL_ON = [
@@ -167,7 +167,7 @@ def test_a_signal_while_images_are_measured_saves_and_measures_again(whole, fold
     monkeypatch.setattr("irpe.train.run.signals", signals)
     common = ["train", folder, *ALL_ON, "--out", tmp_path, "--name", "run", "--resume", "auto"]
     with monkeypatch.context() as patch:
-        patch.setattr(Log, "measuring", lambda self, images: asked.__setitem__(0, 15))
+        patch.setattr(Log, "measuring", lambda self: asked.__setitem__(0, 15))
         result = irpe(*common)
     assert result.exit_code == 143 and "stopped after step 2" in result.output
     assert log(tmp_path / "run", "epoch") == []

@@ -19,8 +19,9 @@ from test_train_folder import content, words
 from train_tiny import SMALL, irpe, pictures
 
 from irpe.cli.common import Terminal, new_folder, sentence
-from irpe.train import checkpoint, data, files, shards
-from irpe.train.model import read_weights
+from irpe.runs import checkpoint, files
+from irpe.train import data, shards
+from irpe.train.pretrained import read_weights
 from irpe.train.settings import Settings, settings_from, settings_from_dict
 
 STRINGS = [name for name, kind in Settings.__annotations__.items() if "str" in str(kind)]

@@ -7,6 +7,7 @@ import torch
 pytest.importorskip("matplotlib")
 
 from irpe import METHOD, get_bucket_ids_2d, viz
+from irpe.encodings import Encodings
 
 
 @pytest.mark.parametrize(("method", "count"), [("euc", 20), ("quant", 51), ("cross", 56), ("product", 50)])
@@ -77,12 +78,12 @@ def test_pictures_of_a_training_can_be_drawn(tmp_path):
         for title in ("one", "other")
         for seed in range(3)
     ]
-    learned = viz.Encodings(
+    learned = Encodings(
         "a title", rng.normal(size=(2, 3, 7, 7)), rng.normal(size=(1, 4, 7, 7)), rng.random((4, 8, 8)),
         [(0, 0), (1, 3), (3, 3), (2, 0)], [(1, 2)], 2,
     )  # fmt: skip
     paths = [
-        viz.draw_curves(tmp_path / "curves.png", results, 8),
+        viz.draw_accuracy(tmp_path / "curves.png", results, 8),
         viz.draw_samples(tmp_path / "samples.png", [("8×8", torch.rand(5, 8, 8)), ("8×12", torch.rand(5, 8, 12))]),
         viz.draw_encodings(tmp_path / "encodings.png", learned),
         viz.draw_overview(tmp_path / "irpe.png", learned),

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from ..train.files import printable, reason_of
+from ..runs.files import printable, reason_of
 
 T = TypeVar("T")
 OUT = Path("runs")  # the folder of all results, where none is named
@@ -51,7 +51,7 @@ def checked(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
 @contextmanager
 def checked_lock(folder: Path) -> Iterator[None]:
     """Keeps other runs out of a folder, or says that one is there."""
-    from ..train.folder import locked
+    from ..runs.folder import locked
 
     stack = ExitStack()
     checked(stack.enter_context, locked(folder))
@@ -82,11 +82,11 @@ def check_place(*files: Path | None) -> None:
 
 def write_json(file: Path, values: Any) -> None:
     """Writes plain values, and makes the folder where there is none."""
-    from ..train import checkpoint
+    from ..runs import files
 
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(file, values)
+        files.write_json(file, values)
     except OSError as error:
         raise typer.BadParameter(sentence(words_of(error))) from None
 
@@ -121,10 +121,10 @@ def folder_of_run(
 
     Args:
         usual: the name where none was given.
-        kind: what the command writes there, an `irpe.train.folder.Kind`.
+        kind: what the command writes there, an `irpe.runs.folder.Kind`.
     """
     if resume not in (None, "auto"):
-        from ..train.folder import resumed, run_of
+        from ..runs.folder import resumed, run_of
 
         own = run_of(resumed(resume, kind), kind)
         if own is not None:

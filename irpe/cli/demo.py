@@ -55,7 +55,7 @@ def run(options: Options) -> None:
         for rate in ([lr] if lr is not None else job.GRID if tune else [job.rate_of(side)])
     ]
     folder = checked(new_folder, options.out, options.name or ("digits-tune" if tune else "digits"), options.overwrite)
-    from ..train.folder import check_results
+    from ..runs.folder import check_results
 
     checked(check_results, folder, "results.json", {"quick", "model", "recipe", "summary"}, "the demo")
     with checked_lock(folder):
@@ -157,7 +157,7 @@ def _pictures(folder: Path, results: Sequence[dict[str, Any]]) -> list[Path]:
     from .. import digits, viz
 
     titled = [one | {"title": job.title_of(one["side"])} for one in results]
-    paths = [viz.draw_curves(folder / "accuracy.png", titled, digits.HEIGHT)]
+    paths = [viz.draw_accuracy(folder / "accuracy.png", titled, digits.HEIGHT)]
     test = digits.splits()["test"]
     canvases = [(f"{digits.HEIGHT}×{width}", digits.on_canvas(test, width).images[:8, 0]) for width in digits.WIDTHS]
     paths.append(viz.draw_samples(folder / "samples.png", canvases))
@@ -166,8 +166,7 @@ def _pictures(folder: Path, results: Sequence[dict[str, Any]]) -> list[Path]:
     overview = True
     for one in (one for one in titled if one["seed"] == 0):
         paths.append(job.save(folder / f"{one['side']}-seed0.pt", one))
-        if (learned := job.encodings(one)) is not None:
-            encodings = viz.Encodings(**learned)
+        if (encodings := job.encodings(one)) is not None:
             paths.append(viz.draw_encodings(folder / f"encodings-{one['side']}.png", encodings))
             if overview:
                 paths.append(viz.draw_overview(folder / "irpe.png", encodings))

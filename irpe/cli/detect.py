@@ -58,8 +58,8 @@ def _detect(
     _ask_for_packages()
     with sentences() as printer:
         from ..detect import run as job
-        from ..train.data import refuse_two_digits
-        from ..train.folder import locked
+        from ..runs.folder import locked
+        from ..runs.settings import refuse_two_digits
 
         if data is not None:
             refuse_two_digits(data)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..train.options import flag
+from ..runs.options import flag
 from ..train.settings import RECIPES, Settings, settings_from, settings_from_dict
 from .options import given, sentences, with_settings
 

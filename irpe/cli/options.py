@@ -99,8 +99,8 @@ def given(options: Mapping[str, Any]) -> dict[str, Any]:
 @contextmanager
 def sentences() -> Iterator[Console]:
     """Gives the console of this process, and makes errors and signals what the first process prints, and a status."""
-    from ..train.loader import RunError
-    from ..train.loop import Stopped
+    from ..runs.trainer import Stopped
+    from ..runs.workers import RunError
 
     first = os.environ.get("RANK", "0") == "0"
     printer = console if first else Terminal(quiet=True)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import click
 import typer
 
-from ..train.options import flag
+from ..runs.options import flag
 from ..train.settings import RECIPES, Settings, settings_from, settings_from_dict
 from . import demo
 from .common import OUT, check_place, folder_of_run, write_json
@@ -166,8 +166,9 @@ def _evaluate(
 
     irpe evaluate runs/RUN, or irpe evaluate --model NAME --pretrained FILE --data DATA.
     """
+    from ..runs.settings import refuse_two_digits
     from ..train import run as job
-    from ..train.data import elsewhere, refuse_two_digits, same_data
+    from ..train.data import elsewhere, same_data
 
     options = given(settings | {"data": data, "val_split": split, "rpe": rpe})
     with sentences() as printer:

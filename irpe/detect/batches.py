@@ -10,7 +10,8 @@ from PIL import Image
 from torch import Tensor
 from transformers.image_transforms import get_size_with_aspect_ratio
 
-from ..train.loader import Careful, Loader, mixed
+from ..runs.seeds import mixed
+from ..runs.workers import Careful, Loader
 from .data import Coco
 from .settings import Settings
 

@@ -12,11 +12,12 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..train.files import read_json, reason_of
-from ..train.loader import RunError
-from ..train.pictures import converted, open_picture, orientation, orientation_of
+from ..runs.files import read_json, reason_of
+from ..runs.picture import converted, open_picture, orientation, orientation_of
+from ..runs.settings import DIGITS
+from ..runs.workers import RunError
 from . import scenes
-from .settings import DIGITS, Settings
+from .settings import Settings
 
 NONE = "N/A"  # name of a class that no category has; COCO's numbers have holes
 Box = tuple[float, float, float, float]

@@ -7,8 +7,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from ..train.drawing import plain_text
-from ..train.files import printable
+from ..runs.files import printable
+from ..viz import plain_text
 from .data import Coco
 from .evaluation import Prediction
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
 
-from ..train.evaluation import Interrupted, autocast, not_numbers
-from ..train.world import World
+from ..runs.trainer import Interrupted, autocast, not_numbers
+from ..runs.world import World
 from .batches import Transform, eval_batches
 from .data import Coco
 from .settings import Settings
@@ -92,6 +92,3 @@ def words(score: dict[str, Any]) -> str:
     return ", ".join(
         f"{name} {'-' if score[name] is None else format(score[name], '.1f')}" for name in ("AP", "AP50", "AP75")
     )
-
-
-__all__ = ["Interrupted", "Prediction", "average_precision", "predict", "words"]

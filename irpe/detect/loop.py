@@ -1,59 +1,57 @@
-"""The training loop of detection, and all that it needs to go on where it was."""
+"""The loop of detection: what a step, a measurement and a checkpoint of `irpe detect` are."""
 
 import functools
 import json
 import math
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
-from ..train import checkpoint
-from ..train.evaluation import autocast
-from ..train.files import reason_of
-from ..train.loader import RunError, seed_all
-from ..train.logs import Log
-from ..train.loop import Stopped
-from ..train.tensors import not_finite
-from ..train.world import World, wrapped
+from ..runs import progress as of_runs
+from ..runs import trainer
+from ..runs.logs import Log
+from ..runs.progress import Sums
+from ..runs.seeds import seed_all
+from ..runs.trainer import Interrupted, Measured, Stop, autocast
+from ..runs.world import World, wrapped
 from . import model as models
 from .batches import Batch, train_batches, transform_of
 from .data import Coco
-from .evaluation import Interrupted, Prediction, average_precision, predict, words
+from .evaluation import Prediction, average_precision, predict, words
+from .saved import save, saved_at
 from .settings import Settings
 
-Stop = Callable[[], int]  # the number of the signal that asked for an end, or 0
+
+@dataclass
+class Progress(of_runs.Progress):
+    """Where a run is; also the step of the best weights, and the last score."""
+
+    best_step: int = 0
+    score: dict[str, Any] = field(default_factory=dict)
+
+    def forget_best(self) -> None:
+        super().forget_best()
+        self.best_step = 0
 
 
-class DetectionLog(Log):
-    """The log of irpe train, with lines of AP."""
-
-    def score(self, *, step: int, epoch: int, score: dict[str, Any], seconds: float) -> None:
-        """The line of a measurement."""
-        if self.folder is not None:
-            self._write({"kind": "epoch", "step": step, "epoch": epoch, "seconds": seconds, "val": score})
-            self.console.print(f"epoch {epoch}, step {step}: {words(score)}", soft_wrap=True)
-
-
-class Trainer:
+class Trainer(trainer.Trainer):
     """A DETR under training. Every process of the world has one."""
 
+    settings: Settings
+    progress: Progress
+    model: Any
+    advice = "A lower --lr, more --warmup-steps or a smaller --clip-grad often helps"
+
     def __init__(self, settings: Settings, train: Coco, val: Coco, model: Any, processor: Any, world: World) -> None:
-        if settings.batch_size % (world.size * settings.accumulate):
-            batches = f" and {settings.accumulate} batches of each" * (settings.accumulate > 1)
-            raise ValueError(f"--batch-size {settings.batch_size} cannot be shared by {world.size} processes{batches}")
-        if len(train) < settings.batch_size:
-            raise ValueError(f"--batch-size {settings.batch_size}, but there are {len(train)} images to train on")
-        self.settings, self.train, self.val, self.processor, self.world = settings, train, val, processor, world
-        self.steps_per_epoch = len(train) // settings.batch_size
-        self.schedule = self.steps_per_epoch * settings.epochs
-        self.total_steps = min(self.schedule, settings.max_steps) if settings.max_steps else self.schedule
+        super().__init__(settings, len(train), world)
+        self.train, self.val, self.processor = train, val, processor
+        self.measure_every = settings.eval_every
         self.model = model.to(world.device)
         self.model.loss_function = in_float32(self.model.loss_function)
         self.wrapped = wrapped(self.model, world, "ddp")
@@ -62,46 +60,24 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             models.parameter_groups(self.model, settings), lr=settings.lr, weight_decay=settings.weight_decay
         )
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=settings.amp == "fp16")
-        self.step = self.measured = 0
-        self.best, self.best_step, self.seconds = -1.0, 0, 0.0
-        self.score: dict[str, Any] = {}
+        self.progress = Progress()
         self.predictions: list[Prediction] = []  # of the last measurement
-        self._losses: list[Tensor] = []  # of the last steps, still on the device
 
-    # ---- state
+    def batches(self, epoch: int, first: int) -> Iterator[Batch]:
+        """What this process takes of an epoch, from step `first` of it on."""
+        transform, world = transform_of(self.settings, self.processor, training=True), self.world
+        return train_batches(self.train, transform, self.settings, world.rank, world.size, epoch=epoch, first=first)
 
     def state(self) -> dict[str, Any]:
         """Everything that decides how the run goes on. Random numbers follow from the step, so they are not in it."""
-        progress = {name: getattr(self, name) for name in _PROGRESS}
+        progress = json.dumps(asdict(self.progress))
         return {
-            "settings": asdict(self.settings), "step": self.step, "progress": json.dumps(progress),
+            "settings": asdict(self.settings), "step": self.progress.step, "progress": progress,
             "images": len(self.train), "classes": self.train.classes, "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "losses": self._sum(),
+            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
         }  # fmt: skip
 
-    def load(self, state: dict[str, Any], *, elsewhere: bool = False) -> None:
-        """Goes to where `state` was taken.
-
-        Args:
-            elsewhere: whether the run goes on in another folder, which has no best weights yet.
-
-        Raises:
-            ValueError: the data has changed since then, or the state holds numbers that are not finite.
-        """
-        try:
-            self._load(state)
-        except (KeyError, AttributeError, RuntimeError, TypeError) as error:
-            raise ValueError(f"the checkpoint is not of this run: {type(error).__name__} {reason_of(error)}") from None
-        if elsewhere:
-            self.best, self.best_step, self.measured = -1.0, 0, 0
-
     def _load(self, state: dict[str, Any]) -> None:
-        if bad := not_finite(state["model"]):
-            raise ValueError(
-                f"the checkpoint of step {state['step']} holds numbers that are not finite, in {', '.join(bad[:3])}; "
-                "remove it, and go on from one before it"
-            )
         if state["images"] != len(self.train) or state["classes"] != self.train.classes:
             raise ValueError(
                 f"the data has changed: there were {state['images']} images of {len(state['classes'])} classes, now "
@@ -110,60 +86,28 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        progress = json.loads(state["progress"])
-        for name in _PROGRESS:
-            setattr(self, name, progress[name])
-        self._losses = list(state["losses"]) if self.world.first else []
+        values = json.loads(state["progress"])
+        if "sums" in values:
+            sums = Sums(**values["sums"])
+        else:  # of a version that kept the losses since the last line, and knew the best step alone
+            images = self.settings.batch_size * len(state["losses"])
+            loss = self.settings.batch_size * float(state["losses"].sum())
+            sums = Sums(loss, images, loss, images)
+            values["best_epoch"] = math.ceil(values["best_step"] / self.steps_per_epoch)
+        self.progress = Progress(**values | {"sums": sums})
 
-    def _sum(self) -> Tensor:
-        """The losses since the last line, on the CPU."""
-        return torch.stack(self._losses).cpu() if self._losses else torch.zeros(0)
-
-    # ---- the loop
-
-    def run(self, folder: Path, log: DetectionLog, stop: Stop) -> None:
-        """Trains to the end of the schedule, measuring and saving on the way.
-
-        Raises:
-            Stopped: a signal came, and a checkpoint was written.
-            RunError: the loss is not finite, or an image cannot be read.
-            WriteError: a file could not be written.
-        """
-        per_epoch, every = self.steps_per_epoch, self.settings.eval_every
-        while self.step < self.total_steps:
-            epoch = self.step // per_epoch
-            end = min((epoch + 1) * per_epoch, self.total_steps)
-            self._epoch(epoch, end, folder, log, stop)
-            ended = self.step == self.total_steps
-            if ended or (epoch + 1) % every == 0:
-                self._measure(epoch + 1, folder, log, stop)
-            if not ended:
-                self.save(folder)
-        if not self.predictions:  # the run had ended before
-            self._measure(-(-self.step // per_epoch), folder, log, stop)
-
-    def _epoch(self, epoch: int, end: int, folder: Path, log: DetectionLog, stop: Stop) -> None:
-        settings, world = self.settings, self.world
-        transform = transform_of(settings, self.processor, training=True)
-        first = self.step - epoch * self.steps_per_epoch
-        batches = train_batches(self.train, transform, settings, world.rank, world.size, epoch=epoch, first=first)
-        self.wrapped.train()
-        while self.step < end:
-            began = time.perf_counter()
-            norm = self._step(batches)
-            self.seconds += time.perf_counter() - began
-            log.advance(settings.batch_size)
-            if self.step % settings.log_every == 0 or self.step == self.total_steps:
-                self._line(epoch + 1, norm, log)
-            signal = world.any(stop())
-            if signal:
-                self._leave(folder, signal)
-            if settings.save_every and self.step % settings.save_every == 0 and self.step < end:
-                self.save(folder)
+    def run(self, folder: Path, console: Console, stop: Stop) -> None:
+        """Trains to the end of the schedule; there are predictions then, also where the run had ended before."""
+        super().run(folder, console, stop)
+        if not self.predictions:
+            try:
+                self._predict(stop)
+            except Interrupted:
+                self._leave(folder, self.world.any(stop()))
 
     def _step(self, batches: Iterator[Batch]) -> float:
         """One step of the optimizer over `accumulate` batches; the norm of the gradient."""
-        settings, device = self.settings, self.world.device
+        settings, device, step = self.settings, self.world.device, self.progress.step
         parts = [next(batches) for _ in range(settings.accumulate)]
         totals = Totals.of(parts, self.model.config, self.world)
         for group in self.optimizer.param_groups:
@@ -171,16 +115,16 @@ class Trainer:
         self.optimizer.zero_grad()
         losses = []
         for micro, batch in enumerate(parts):
-            seed_all(settings.seed, "step", self.step, self.world.rank, micro)
-            labels = [{name: value.to(device) for name, value in one.items()} for one in batch.labels]
-            with self._without_sync(last=micro + 1 == len(parts)):
+            seed_all(settings.seed, "step", step, self.world.rank, micro)
+            labels = [{name: value.to(device) for name, value in picture.items()} for picture in batch.labels]
+            with self.without_sync(last=micro + 1 == len(parts)):
                 try:
                     with autocast(settings.amp, device):
                         output = self.wrapped(batch.images.to(device), pixel_mask=batch.mask.to(device), labels=labels)
                 except ValueError as error:
                     if "corner" not in str(error):  # transformers' word on boxes that are not numbers
                         raise
-                    raise self._not_finite("boxes are not numbers", self.step) from None
+                    raise self.not_finite("boxes are not numbers", step) from None
                 loss = whole_loss(output.loss_dict, batch, self.model.config, totals)
                 self.scaler.scale(loss).backward()
             losses.append(loss.detach())
@@ -190,100 +134,48 @@ class Trainer:
         if not self.scaler.is_enabled() and not math.isfinite(norm):
             total = float(torch.stack(losses).sum())
             what = "the gradient is not finite" if math.isfinite(total) else f"the loss is {total}"
-            raise self._not_finite(what, self.step + 1)
+            raise self.not_finite(what, step + 1)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.step += 1
-        self._losses.append(torch.stack(losses).sum())
+        self.progress.step += 1
+        self.losses.append((torch.stack(losses).sum(), self.share.local * settings.accumulate, step + 1))
         return norm
-
-    def _without_sync(self, last: bool) -> Any:
-        """Gradients are exchanged in the last of the accumulated batches only."""
-        if isinstance(self.wrapped, nn.parallel.DistributedDataParallel) and not last:
-            return self.wrapped.no_sync()
-        return nullcontext()
 
     def _factor(self) -> float:
         """Of the peak learning rates: linear warm-up, then a step down to a tenth, or half a cosine down to zero."""
-        warmup = min(self.settings.warmup_steps, self.schedule // 2)
-        if self.step < warmup:
-            return (self.step + 1) / warmup
+        step, warmup = self.progress.step, min(self.settings.warmup_steps, self.schedule // 2)
+        if step < warmup:
+            return (step + 1) / warmup
         if self.settings.lr_drop:
-            return 1.0 if self.step < self.settings.lr_drop * self.steps_per_epoch else 0.1
-        return 0.5 * (1 + math.cos(math.pi * (self.step - warmup) / max(1, self.schedule - warmup)))
+            return 1.0 if step < self.settings.lr_drop * self.steps_per_epoch else 0.1
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.schedule - warmup)))
 
-    def _not_finite(self, what: str, step: int) -> RunError:
-        return RunError(
-            f"{what} at step {step}; the last checkpoint is from before. A lower --lr, more --warmup-steps or a "
-            "smaller --clip-grad often helps"
-        )
-
-    def _line(self, epoch: int, norm: float, log: DetectionLog) -> None:
-        total = self.world.total(torch.tensor([float(self._sum().sum()), float(len(self._losses))]))
-        self._losses.clear()
-        loss = float(total[0] / total[1])
-        if not math.isfinite(loss):
-            raise self._not_finite(f"the loss is {loss}", self.step)
-        log.step(step=self.step, epoch=epoch, loss=loss, lr=self.settings.lr * self._factor(), grad_norm=norm)
-
-    def measure(self, stop: Stop = lambda: 0) -> dict[str, Any]:
+    def _predict(self, stop: Stop) -> None:
         """AP on the pictures to evaluate on, in every process."""
         transform = transform_of(self.settings, self.processor, training=False)
         self.predictions = predict(
             self.model, self.val, transform, self.processor, self.settings, self.world, lambda: bool(stop())
         )
-        return self.world.from_first(lambda: average_precision(self.predictions, self.val))
+        self.progress.score = self.world.from_first(lambda: average_precision(self.predictions, self.val))
 
-    def _measure(self, epoch: int, folder: Path, log: DetectionLog, stop: Stop) -> None:
-        """Measures, writes the line, and saves the best weights and a checkpoint."""
-        try:
-            self.score = self.measure(stop)
-        except Interrupted:
-            self._leave(folder, self.world.any(stop()))
-        log.score(step=self.step, epoch=epoch, score=self.score, seconds=self.seconds)
-        self.measured = self.step
-        is_best = (self.score["AP"] or 0.0) > self.best
-        if is_best:
-            self.best, self.best_step = self.score["AP"] or 0.0, self.step
-        # the checkpoint comes before the best weights, which `restore_best` takes from it after a kill between them
-        self.save(folder)
-        if is_best:
-            self._write_best(folder)
+    def measure(self, log: Log, stop: Stop) -> Measured:
+        """AP on the pictures to evaluate on."""
+        log.measuring()
+        self._predict(stop)
+        score = self.progress.score
+        figure = score["AP"] or 0.0
+        if figure > self.progress.best:
+            self.progress.best_step = self.progress.step
+        return Measured({"val": score}, figure, words(score))
 
-    def _write_best(self, folder: Path) -> None:
+    def write_best(self, folder: Path) -> None:
+        """Writes the weights as the best ones; called in every process."""
         if self.world.first:
-            models.save(self.model, self.processor, folder / models.BEST, {"step": str(self.best_step)})
+            save(self.model, self.processor, folder / models.BEST, {"step": str(self.progress.best_step)})
 
-    def restore_best(self, folder: Path) -> None:
-        """Makes the best weights in the folder those that this run knows of, where it goes on.
-
-        A kill may have come before they were written; or they are of a later step, from which the run does not go on.
-        """
-        if self.best < 0 or self.world.from_first(lambda: models.saved_at(folder / models.BEST)) == self.best_step:
-            return
-        if self.best_step == self.step:
-            self._write_best(folder)
-        else:
-            self.best, self.best_step = -1.0, 0
-
-    def save(self, folder: Path) -> None:
-        """Writes a checkpoint.
-
-        Raises:
-            RunError: weights are not finite; the checkpoints that are there stay.
-        """
-        if self.world.first:
-            state = self.state()
-            if bad := not_finite({name: state[name] for name in ("model", "optimizer")}):
-                raise self._not_finite(f"{bad[0]} is not finite", self.step)
-            checkpoint.save(folder, state, self.settings.keep, later=False)
-
-    def _leave(self, folder: Path, signal: int) -> None:
-        self.save(folder)
-        raise Stopped(signal, self.step, folder)
-
-
-_PROGRESS = ("step", "measured", "best", "best_step", "seconds", "score")
+    def has_best(self, folder: Path) -> bool:
+        """Whether the folder's best weights are those of the best step."""
+        return saved_at(folder / models.BEST) == self.progress.best_step
 
 
 @dataclass(frozen=True)
@@ -296,19 +188,19 @@ class Totals:
     @staticmethod
     def of(batches: Sequence[Batch], config: Any, world: World) -> "Totals":
         """The sums over the batches of all processes, so that the mean over processes is the loss of the whole step."""
-        boxes = sum(_boxes(one) for one in batches)
-        weights = sum(_weight(one, config) for one in batches)
+        boxes = sum(map(_boxes, batches))
+        weights = sum(_weight(batch, config) for batch in batches)
         total = world.total(torch.tensor([float(boxes), weights], dtype=torch.float64)).tolist()
         return Totals(max(1.0, total[0]) / world.size, total[1] / world.size)
 
 
 def _boxes(batch: Batch) -> int:
-    return sum(len(one["boxes"]) for one in batch.labels)
+    return sum(len(picture["boxes"]) for picture in batch.labels)
 
 
 def _weight(batch: Batch, config: Any) -> float:
     """Of the classes of all queries: 1 for those with a box, eos_coefficient for the others."""
-    matched = sum(min(len(one["boxes"]), config.num_queries) for one in batch.labels)
+    matched = sum(min(len(picture["boxes"]), config.num_queries) for picture in batch.labels)
     return matched + config.eos_coefficient * (len(batch.labels) * config.num_queries - matched)
 
 
@@ -338,6 +230,6 @@ def in_float32(loss: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(loss)
     def of(logits: Tensor, *arguments: Any, **options: Any) -> Any:
         with torch.autocast(logits.device.type, enabled=False):
-            return loss(wide(logits), *map(wide, arguments), **{name: wide(one) for name, one in options.items()})
+            return loss(wide(logits), *map(wide, arguments), **{name: wide(value) for name, value in options.items()})
 
     return of

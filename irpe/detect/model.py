@@ -15,12 +15,12 @@ from ..config_io import rpe_config_from_string, rpe_config_to_dict
 from ..detr import detr_r50, detr_state_dict
 from ..equip import equip, rpe_parameters
 from ..integrations import hf_vit
-from ..train.files import reason_of
-from ..train.loader import seed_all
-from ..train.tensors import read_torch
+from ..runs.files import reason_of
+from ..runs.seeds import seed_all
+from ..runs.tensors import read_torch
 from .coco_names import COUNT, NAMES
 from .data import NONE, named
-from .saved import check_folder, save, saved_at
+from .saved import check_folder
 from .settings import Settings
 
 FOLDER, BEST = "model", "best"  # of the weights at the end, and of those with the highest AP, in the folder of a run
@@ -290,6 +290,3 @@ def _load_backbone(model: Any, source: str) -> None:
         body.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"--backbone {source} does not fit: {' '.join(str(error).split())[:300]}") from None
-
-
-__all__ = ["BEST", "FOLDER", "build", "known_classes", "load", "parameter_groups", "processor_of", "save", "saved_at"]

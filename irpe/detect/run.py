@@ -1,54 +1,43 @@
 """`irpe detect` from end to end, in every process of a run."""
 
 import dataclasses
-import importlib.metadata
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from ..train import checkpoint
-from ..train.files import write_json
-from ..train.folder import (
-    SAVED,
-    SETTINGS,
-    Kind,
-    begin,
-    check_names,
-    check_results,
-    clean,
-    empty,
-    lies_in,
-    locked,
-    resumed,
-)  # fmt: skip
-from ..train.options import changed
-from ..train.run import say_to, signals, versions
-from ..train.world import World, started
+from ..runs.files import write_json
+from ..runs.folder import SAVED, SETTINGS, Kind, check_names, check_results, locked
+from ..runs.process import MakeFolder, Say, say_to, signals, start_of, versions, writing
+from ..runs.report import CARD, CURVES, RESULT
+from ..runs.world import World, started
 from . import model as models
 from .batches import transform_of
 from .data import Coco, named, open_part, turned
-from .draw import draw
-from .evaluation import Prediction, average_precision, predict, words
-from .loop import DetectionLog, Trainer
+from .evaluation import average_precision, predict, words
+from .loop import Trainer
+from .report import PICTURES, write_report, write_result
+from .saved import save
 from .scenes import write as write_scenes
 from .settings import Settings, settings_from_dict
 
-RESULT, RESULTS, PICTURES = "result.json", "results.json", "predictions.png"
+RESULTS = "results.json"
+_PACKAGES = ("transformers", "torchmetrics", "pycocotools", "scipy")  # whose versions are told
 _KEYS = {"settings", "score", "parameters", "versions"}
 KIND = Kind(
     "irpe detect",
-    files=(SETTINGS, "log.jsonl", RESULT, PICTURES),
+    files=(SETTINGS, "log.jsonl", RESULT, PICTURES, CURVES, CARD),
     results=(RESULT, PICTURES, models.FOLDER, models.BEST),
     # the settings themselves, of this version or of one that had fewer
     is_ours=lambda values: {"data", "recipe", "train_scenes", "digit_classes", "rpe", "queries"} <= set(values),
+    settings_from=settings_from_dict,
     folders={models.FOLDER: SAVED, models.BEST: SAVED},
+    signed={CARD: "Made with irpe "},
 )
-MakeFolder = Callable[[], Path]
 
 
 def default_name(settings: Settings) -> str:
@@ -63,7 +52,7 @@ def train(settings: Settings, make_folder: MakeFolder, resume: str | None, conso
     """Trains, measures and writes everything into the run's folder; returns what is in its result.json.
 
     The folder has the last weights in `model` and the best in `best` (both as `save_pretrained` writes them),
-    checkpoints, log.jsonl, result.json and predictions.png.
+    checkpoints, log.jsonl, result.json, predictions.png, curves.png and README.md.
 
     Args:
         make_folder: called in the first process, once the data and the model have turned out to be there.
@@ -76,67 +65,24 @@ def train(settings: Settings, make_folder: MakeFolder, resume: str | None, conso
     with signals() as stop, started(settings.device) as world:
         say = say_to(console, world)
         data, val = _data(settings, say)
-        start = resumed(resume, KIND) if resume not in (None, "auto") else None
-        state = _state(start, settings) if start else None
+        start = start_of(resume, settings, KIND)
         model, processor = models.build(settings, data.classes, say), models.processor_of(settings)
         if world.first:
             _say_notes((data, val), model, settings, say)
         trainer = Trainer(settings, data, val, model, processor, world)
-        folder = world.from_first(make_folder)
-        with ExitStack() as held:
-            world.from_first(lambda: held.enter_context(locked(folder)))
-            found = world.from_first(lambda: _begin(folder, settings, resume, start))
-            if found is not None and found != start:
-                start, state = found, _state(found, settings)
-            if start is not None and state is not None:
-                trainer.load(state, elsewhere=not lies_in(start, folder, KIND))
-                trainer.restore_best(folder)
-                say(f"goes on after step {trainer.step} of {trainer.total_steps}, from {start}")
+        sources = (settings.pretrained, settings.backbone)
+        with writing(trainer, KIND, start, make_folder, dataclasses.asdict(settings), say, sources) as folder:
+            trainer.run(folder, console, stop)
+            progress = trainer.progress
+            result = _result(settings, progress.score, model, world)
+            result |= {
+                "steps": progress.step, "seconds": progress.seconds, "best": progress.best,
+                "best_step": progress.best_step,
+            }  # fmt: skip
             if world.first:
-                clean(folder, KIND)
-                if start is None:
-                    empty(folder, KIND)
-                write_json(folder / SETTINGS, dataclasses.asdict(settings))
-            return _run(trainer, folder, console, stop, say)
-
-
-def _begin(folder: Path, settings: Settings, resume: str | None, start: Path | None) -> Path | None:
-    """The checkpoint to go on from, in the first process; see `irpe.train.folder.begin`."""
-    if start is not None and lies_in(start, folder, KIND):
-        check_names(folder, KIND)
-        return start
-    return begin(folder, KIND, auto=resume == "auto", sources=(settings.pretrained, settings.backbone)) or start
-
-
-def _state(path: Path, settings: Settings) -> dict[str, Any]:
-    state = checkpoint.read(path)
-    if differences := changed(settings_from_dict(state["settings"]), settings):
-        raise ValueError(f"{path} is of a run with other settings: {'; '.join(differences)}")
-    return state
-
-
-def _run(
-    trainer: Trainer, folder: Path, console: Console, stop: Callable[[], int], say: Callable[[str], None]
-) -> dict[str, Any]:
-    settings, model, world = trainer.settings, trainer.model, trainer.world
-    images, weights = settings.batch_size, sum(one.numel() for one in model.parameters())
-    say(f"{folder}: {trainer.total_steps:,} steps of {images:,} images, {weights:,} weights, on {world.device}")
-    log = DetectionLog(
-        folder if world.first else None, console, step=trainer.step, measured=trainer.measured,
-        total_images=(trainer.total_steps - trainer.step) * settings.batch_size,
-    )  # fmt: skip
-    try:
-        trainer.run(folder, log, stop)
-    finally:
-        log.close()
-    result = _result(settings, trainer.score, model, world)
-    result |= {
-        "steps": trainer.step, "seconds": trainer.seconds, "best": trainer.best, "best_step": trainer.best_step,
-    }  # fmt: skip
-    if world.first:
-        models.save(model, trainer.processor, folder / models.FOLDER)
-        _write(folder, result, trainer.val, trainer.predictions, settings)
-        say(f"{words(trainer.score)} on {len(trainer.val)} pictures; {folder}")
+                save(model, processor, folder / models.FOLDER)
+                write_report(folder, result, val, trainer.predictions, settings, say)
+                say(f"{words(progress.score)} on {len(val)} pictures; {folder}")
     return result
 
 
@@ -160,7 +106,7 @@ def measure(settings: Settings, make_folder: MakeFolder, console: Console) -> di
             score = world.from_first(lambda: average_precision(predictions, val))
             result = _result(settings, score, model, world)
             if world.first:
-                _write(folder, result, val, predictions, settings)
+                write_result(folder, result, val, predictions, settings)
                 say(f"{words(score)} on {len(val)} pictures; {folder}")
     return result
 
@@ -188,7 +134,7 @@ def compare(
             console.print(f"{side}, seed {seed}", soft_wrap=True)
             runs.append(train(one, _folder_of(out, one), resume, console))
     rows = [_row(side, [one for one in runs if one["settings"]["rpe"] == side]) for side in sides]
-    result = {"rows": rows, "runs": runs, "command": sys.argv[1:], "versions": _versions()}
+    result = {"rows": rows, "runs": runs, "command": sys.argv[1:], "versions": versions(*_PACKAGES)}
     write_json(out / RESULTS, result)
     return result
 
@@ -228,7 +174,7 @@ def make_digits(folder: Path, settings: Settings) -> Path:
     return write_scenes(folder, 0, counts, settings.digit_classes)
 
 
-def _data(settings: Settings, say: Callable[[str], None]) -> tuple[Coco, Coco]:
+def _data(settings: Settings, say: Say) -> tuple[Coco, Coco]:
     data = open_part(settings, "train")
     known = models.known_classes(settings)
     if known is not None and set(data.classes) <= set(named(known)):
@@ -241,7 +187,7 @@ def _data(settings: Settings, say: Callable[[str], None]) -> tuple[Coco, Coco]:
     return data, val
 
 
-def _say_notes(parts: Sequence[Coco], model: Any, settings: Settings, say: Callable[[str], None]) -> None:
+def _say_notes(parts: Sequence[Coco], model: Any, settings: Settings, say: Say) -> None:
     """What was found in the data, once, in the first process."""
     most = model.config.num_queries
     for data in parts:
@@ -258,21 +204,5 @@ def _result(settings: Settings, score: dict[str, Any], model: Any, world: World)
     return {
         "settings": dataclasses.asdict(settings), "score": score,
         "parameters": sum(one.numel() for one in model.parameters()),
-        "processes": world.size, "device": str(world.device), "command": sys.argv[1:], "versions": _versions(),
+        "processes": world.size, "device": str(world.device), "command": sys.argv[1:], "versions": versions(*_PACKAGES),
     }  # fmt: skip
-
-
-def _versions() -> dict[str, str]:
-    packages = ("transformers", "torchmetrics", "pycocotools", "scipy")
-    return versions() | {one: importlib.metadata.version(one) for one in packages}
-
-
-def _write(
-    folder: Path, result: dict[str, Any], val: Coco, predictions: Sequence[Prediction], settings: Settings
-) -> None:
-    write_json(folder / RESULT, result)
-    if settings.draw:
-        draw(folder / PICTURES, val, predictions, count=settings.draw)
-
-
-__all__ = ["compare", "default_name", "make_digits", "measure", "train"]

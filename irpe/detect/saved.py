@@ -10,9 +10,9 @@ from typing import Any
 import timm
 from transformers.utils import logging as silence
 
-from ..train.files import WriteError, read_json, reason_of, write_whole
-from ..train.folder import SAVED, give_back, remove_ours
-from ..train.tensors import notes_of, sealed
+from ..runs.files import WriteError, read_json, reason_of, write_whole
+from ..runs.folder import SAVED, give_back, remove_ours
+from ..runs.tensors import notes_of, sealed
 
 
 def save(model: Any, processor: Any, folder: Path, notes: Mapping[str, str] = MappingProxyType({})) -> Path:

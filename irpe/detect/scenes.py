@@ -14,7 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from ..digits import splits
-from ..train.files import write_json
+from ..runs.files import write_json
 
 HEIGHTS, WIDTHS = (40, 56), (56, 80)  # pixels of a scene: least and largest
 SIDES = (20, 36)  # pixels of a digit before it is cut to its ink

@@ -1,22 +1,20 @@
 """All settings of a detection run as one frozen dataclass: the options of the command, the recipes, a run's JSON."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ..config_io import rpe_config_from_string
-from ..train.options import check, flag, from_dict, option
+from ..runs.options import check, flag, from_dict, option
+from ..runs.settings import DATA, DIGITS, KEEP, MACHINE, MODEL, RECIPE, RunSettings
 
-DIGITS = "digits"  # the data that is built in
 RPE = "rpe-2.0-product-ctx-1-k"  # the paper's for DETR
-DATA, MODEL, RECIPE, MACHINE, KEEP = "Data", "Model", "Recipe", "Machine", "Checkpoints and logs"
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(RunSettings):
     """One run. The defaults fine-tune a DETR on a folder; `RECIPES` has others."""
 
-    data: str = field(metadata={"free": True})
     recipe: str = "finetune"
     train_json: str | None = option(None, DATA, "Annotations to train on, where they lie elsewhere.", free=True)
     val_json: str | None = option(None, DATA, "Annotations to evaluate on.", free=True)
@@ -63,11 +61,6 @@ class Settings:
     queries: int = option(100, MODEL, "Of --model small.", low=1)
     dropout: float = option(0.1, MODEL, "Of --model small.", low=0, high=0.99)
 
-    epochs: int = option(50, RECIPE, "Epochs of the schedule.", low=1)
-    batch_size: int = option(
-        8, RECIPE, "Images of one step, over all processes and accumulated batches together.", low=1
-    )
-    accumulate: int = option(1, RECIPE, "Batches whose gradients make one step.", low=1)
     lr: float = option(1e-4, RECIPE, "Peak learning rate.", low=0)
     backbone_lr: float = option(1e-5, RECIPE, "Peak learning rate of the backbone.", low=0)
     lr_drop: int = option(
@@ -76,27 +69,11 @@ class Settings:
     warmup_steps: int = option(100, RECIPE, "Steps of linear warm-up.", low=0)
     weight_decay: float = option(1e-4, RECIPE, "Of all weights but the tables of iRPE.", low=0)
     clip_grad: float = option(0.1, RECIPE, "Largest norm of the gradient; 0 is off.", low=0)
-    seed: int = option(0, RECIPE, "All random numbers follow from it.", low=0)
-    max_steps: int = option(0, RECIPE, "Stop after this many steps of the schedule; 0 is off.", low=0, free=True)
 
-    device: str = option("auto", MACHINE, "auto, cpu, cuda, cuda:1, mps.", free=True)
-    amp: str = option("none", MACHINE, "Mixed precision; losses are float32.", choices=("none", "bf16", "fp16"))
     loader_workers: int = option(0, MACHINE, "Processes that read images, for each training process.", low=0, free=True)
-    loader_timeout: int = option(
-        600,
-        MACHINE,
-        "Seconds to wait for a batch of these processes before giving up; 0 is for ever.",
-        low=0,
-        free=True,
-    )
     eval_batch_size: int = option(8, MACHINE, "Images of one batch of one process in evaluation.", low=1, free=True)
 
     eval_every: int = option(1, KEEP, "Epochs between measurements.", low=1, free=True)
-    save_every: int = option(0, KEEP, "Steps between checkpoints within an epoch; 0 is none.", low=0, free=True)
-    keep: int = option(
-        2, KEEP, "Checkpoints that are kept, the last ones; the best weights are kept besides.", low=1, free=True
-    )
-    log_every: int = option(50, KEEP, "Steps between lines of log.jsonl.", low=1, free=True)
     draw: int = option(8, KEEP, "Images in predictions.png.", low=0, free=True)
 
     def __post_init__(self) -> None:

@@ -4,19 +4,17 @@ import dataclasses
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from .drawing import plain_text
-from .files import printable
-from .logs import epochs_of, read_log
+from .. import viz
+from ..runs.files import printable
+from ..runs.logs import epochs_of, read_log
 from .run import read_record
 from .settings import Settings, settings_from_dict
-
-COLORS = ("#7f7f7f", "#d95f02", "#1b6ca8", "#6a3d9a", "#1b9e77", "#a6761d")
 
 
 @dataclass(frozen=True)
@@ -118,29 +116,15 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
 
 def draw(path: Path, groups: Sequence[Group]) -> Path:
     """Accuracy and training loss over epochs: the mean of the seeds as a line, their range as a band."""
-    with plain_text():
-        return _draw(path, groups)
+    found = []
+    for group in groups:
+        runs = [epochs_of(run.epochs) for run in group.runs]
+        top1 = np.array([[line["val"]["top1"] for line in lines] for lines in runs])
+        loss = np.array([[line["train_loss"] for line in lines] for lines in runs])
+        found.append((printable(group.title), [line["epoch"] for line in runs[0]], top1, loss))
 
+    def curves(which: int) -> list[viz.Curve]:
+        parts = zip(cycle(viz.COLORS), found, strict=False)
+        return [viz.Curve(title, epochs, values[which], color) for color, (title, epochs, *values) in parts]
 
-def _draw(path: Path, groups: Sequence[Group]) -> Path:
-    figure = Figure(figsize=(10, 4.2), dpi=130, layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for number, group in enumerate(groups):
-        color = COLORS[number % len(COLORS)]
-        epochs = [epochs_of(run.epochs) for run in group.runs]
-        x = [line["epoch"] for line in epochs[0]]
-        top1 = np.array([[line["val"]["top1"] for line in lines] for lines in epochs])
-        loss = np.array([[line["train_loss"] for line in lines] for lines in epochs])
-        for ax, values in ((left, top1), (right, loss)):
-            ax.plot(x, values.mean(0), color=color, lw=1.8, label=printable(group.title))
-            ax.fill_between(x, values.min(0), values.max(0), color=color, alpha=0.18, lw=0)
-    left.set_ylabel("top-1 in percent")
-    right.set_ylabel("training loss")
-    for ax in (left, right):
-        ax.set_xlabel("epoch")
-        ax.grid(alpha=0.25)
-        ax.spines[["top", "right"]].set_visible(False)
-    left.legend(fontsize=8, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
+    return viz.draw_panels(path, [viz.Panel("top-1 in percent", curves(0)), viz.Panel("training loss", curves(1))])

@@ -13,12 +13,13 @@ import torch
 from PIL import Image
 from torch.utils.data import IterableDataset
 
-from .files import read_text
-from .pictures import ReaderSource, converted, pictures, read_picture
+from ..runs.files import read_text
+from ..runs.picture import converted, read_picture
+from ..runs.settings import DIGITS, refuse_two_digits
+from .pictures import ReaderSource, pictures
 from .settings import Settings
 from .shards import check_pattern, check_shards, local_only, root_of
 
-DIGITS = "digits"  # the built-in ones
 TRAIN, VAL = ("train", "training"), ("val", "valid", "validation", "eval", "test")
 NAMED = ("torch/", "hfds/", "wds/", "hfids/", "tfds/")  # of timm.data.create_dataset
 STREAMS = ("wds/", "hfids/", "tfds/")  # read in their own order only
@@ -223,19 +224,6 @@ def check_card(name: str) -> None:
 def same_data(a: str, b: str) -> bool:
     """Whether both name the same data: pictures, ./pictures/ and /home/me/pictures do."""
     return a == b or (DIGITS not in (a, b) and Path(a).exists() and Path(b).exists() and os.path.samefile(a, b))
-
-
-def refuse_two_digits(data: str) -> None:
-    """Refuses `digits` where a folder has that name, too.
-
-    Raises:
-        ValueError: there is such a folder here.
-    """
-    if data == DIGITS and Path(DIGITS).is_dir():
-        raise ValueError(
-            "digits: there is a folder of this name here; write ./digits for the folder, and for the built-in digits "
-            "run irpe in another one"
-        )
 
 
 def _data(train: Any, val: Any, settings: Settings, notes: Sequence[str] = ()) -> Data:

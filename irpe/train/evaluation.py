@@ -1,5 +1,6 @@
 """Measuring a classifier on every image exactly once, with any number of processes."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -8,13 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from .loader import RunError, eval_loader
+from ..runs.trainer import Interrupted, autocast, not_numbers
+from ..runs.workers import RunError
+from ..runs.world import World
+from .loader import eval_loader
 from .settings import Settings
-from .world import World
-
-
-class Interrupted(Exception):  # noqa: N818 - nothing went wrong
-    """A signal asked for an end while images were measured."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +36,6 @@ class Score:
         return asdict(self) | {"per_class": [None if one != one else one for one in self.per_class]}
 
 
-def not_numbers(count: int, seen: int, what: str) -> RunError:
-    """The error for outputs that are not finite, whose figures would look like any others."""
-    return RunError(
-        f"the outputs are not numbers on {count:,} of {seen:,} {what}: the weights are damaged or training went wrong, "
-        "or --amp fp16 is too narrow for this model (--amp bf16 or none has the range)"
-    )
-
-
 def check_labels(targets: Tensor, num_classes: int) -> None:
     """Refuses numbers of classes that the model does not have; streams tell theirs picture by picture.
 
@@ -57,12 +48,6 @@ def check_labels(targets: Tensor, num_classes: int) -> None:
             f"an image is of class {int(strange[0])}, and there are {num_classes}, numbered from 0; --num-classes says "
             "how many"
         )
-
-
-def autocast(amp: str, device: torch.device) -> torch.autocast:
-    """The precision that --amp (none, bf16 or fp16) asks for."""
-    kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}[amp]
-    return torch.autocast(device.type, dtype=kind, enabled=kind is not None)
 
 
 def to_device(images: Tensor, settings: Settings, device: torch.device) -> Tensor:
@@ -79,8 +64,8 @@ def evaluate(
     world: World,
     *,
     num_classes: int,
-    interrupted: Any = lambda: False,
-    on_batch: Any = lambda images: None,
+    interrupted: Callable[[], bool] = lambda: False,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> tuple[Score, list[str]]:
     """(score, names of unreadable images) of a model on a source.
 
@@ -116,7 +101,7 @@ def evaluate(
         sums[1] += (first == targets[:, None]).any(1).sum()
         right += torch.bincount(targets[first[:, 0] == targets], minlength=num_classes)
         count += torch.bincount(targets, minlength=num_classes)
-        on_batch(len(targets))
+        on_batch()
     right, count, sums = world.total(right), world.total(count), world.total(sums)
     bad = world.gathered(bad)
     seen = int(count.sum())

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .._version import __version__
+from ..runs.files import write_json
 from . import model as models
-from .files import write_json
 from .settings import Settings
 
 FORMATS = {".pt2": "torch.export", ".onnx": "ONNX"}

@@ -1,14 +1,11 @@
 """From a source to batches: which image when, with which random numbers, on which process.
 
-Nothing here keeps random state. What an augmentation draws depends on (seed, epoch, place in the epoch) alone, and what
-a step draws on (seed, step, process, batch), so that a run that goes on draws what it would have drawn, whatever the
-number of loader workers.
+What an augmentation draws depends on (seed, epoch, place in the epoch) alone, and what a step draws on (seed, step,
+process, batch), whatever the number of loader workers.
 """
 
-import hashlib
 import math
 import os
-import random
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,18 +13,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from ..runs.picture import converted
+from ..runs.seeds import Share, mixed, seed_all
+from ..runs.workers import BadImageError, Careful, Loader
 from .data import Source
-from .pictures import converted
 from .settings import Settings
 from .shards import local_only
-from .workers import BadImageError, Careful, Loader
-from .workers import RunError as RunError
 
 TRIES = 20  # pictures in a row that may be unreadable before a run gives up
 
@@ -48,51 +44,6 @@ class Sample(NamedTuple):
     target: int
     real: bool
     bad: tuple[str, ...]
-
-
-def mixed(*parts: Any) -> int:
-    """A number of 63 bits that depends on all parts."""
-    text = ",".join(str(one) for one in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
-
-
-def seed_all(*parts: Any) -> None:
-    """Python's, numpy's and torch's random numbers start from a function of the parts."""
-    number = mixed(*parts)
-    random.seed(number)
-    np.random.seed(number % 2**32)
-    # torch.manual_seed does the same half a millisecond slower where a GPU has not been used yet
-    torch.default_generator.manual_seed(number)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(number)
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one process takes of every step: batch `micro` has the places rank, rank + size, ... of its images."""
-
-    rank: int
-    size: int
-    batch_size: int  # of all processes and accumulated batches
-    accumulate: int
-
-    def __post_init__(self) -> None:
-        parts = self.size * self.accumulate
-        if self.batch_size % parts:
-            raise ValueError(
-                f"--batch-size {self.batch_size} cannot be shared by {self.size} processes x {self.accumulate} "
-                f"accumulated batches; expected a multiple of {parts}"
-            )
-
-    @property
-    def local(self) -> int:
-        """Images of one batch of one process."""
-        return self.batch_size // (self.size * self.accumulate)
-
-    def places(self, step: int) -> list[range]:
-        """For each accumulated batch of a step of the epoch, the places in the epoch."""
-        mine = range(step * self.batch_size + self.rank, (step + 1) * self.batch_size, self.size)
-        return [mine[k * self.local : (k + 1) * self.local] for k in range(self.accumulate)]
 
 
 class Samples(Careful[Sample]):

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from ..equip import equip, rpe_parameters
-from .loader import Shape, seed_all
-from .pretrained import WEIGHTS, find_weights, load_weights, read_weights, size_of_run
+from ..runs.seeds import seed_all
+from .loader import Shape
+from .pretrained import find_weights, load_weights, size_of_run
 from .settings import Settings
 
 
@@ -192,6 +193,3 @@ def make_mixup(settings: Settings, num_classes: int, local_batch: int) -> Any:
         mixup_alpha=settings.mixup, cutmix_alpha=settings.cutmix, prob=settings.mixup_prob,
         switch_prob=settings.mixup_switch, label_smoothing=settings.smoothing, num_classes=num_classes,
     )  # fmt: skip
-
-
-__all__ = ["WEIGHTS", "build", "find_weights", "load_weights", "make_loss", "read_weights", "shape_of"]

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .files import read_json, reason_of
-from .tensors import ObjectsError, read_safetensors, read_torch
+from ..runs.files import read_json, reason_of
+from ..runs.tensors import ObjectsError, read_safetensors, read_torch
 
-WEIGHTS = "model.safetensors"
+# of a run: at its end, of the highest top-1, and their moving average at the end
+WEIGHTS, BEST, AVERAGE = "model.safetensors", "best.safetensors", "ema.safetensors"
 _SHARED = "rel_pos_bias.relative_position_bias_table"  # of BEiT's pretraining: one table for all blocks
 _TABLE = ".relative_position_bias_table"
 
@@ -19,7 +20,7 @@ _TABLE = ".relative_position_bias_table"
 def find_weights(path: Path) -> Path:
     """The file of weights: the path itself, or that of a run's folder, its best before its last."""
     if path.is_dir():
-        for name in ("best.safetensors", WEIGHTS):
+        for name in (BEST, WEIGHTS):
             if (path / name).exists():
                 return path / name
         raise ValueError(f"{path} has no {WEIGHTS}: the run has not ended, or it is not the folder of a run")

@@ -1,34 +1,26 @@
 """`irpe train DATA` and `irpe evaluate` from end to end, in every process of a run."""
 
 import dataclasses
-import importlib.metadata
 import os
-import platform
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
 
-from .._version import __version__
-from . import checkpoint
+from ..runs.files import read_json
+from ..runs.folder import SETTINGS, Kind
+from ..runs.process import MakeFolder, Say, say_to, signals, start_of, versions, writing
+from ..runs.report import CARD, CURVES, RESULT
+from ..runs.world import World, started
 from . import model as models
 from .data import Data, Source, difference, located, open_data
 from .evaluation import Score, evaluate
-from .files import read_json
-from .folder import SETTINGS, Kind, begin, check_names, clean, empty, lies_in, locked, resumed
 from .loader import Transform, unreadable
-from .logs import Log
-from .loop import Stopped, Trainer
-from .options import changed
+from .loop import Trainer
+from .pretrained import AVERAGE, BEST, WEIGHTS, find_weights
+from .report import ENCODINGS, write_report
 from .settings import Settings, settings_from_dict
-from .world import World, started
-
-RESULT = "result.json"
 
 
 def _is_record(values: dict[str, Any]) -> bool:
@@ -46,35 +38,15 @@ def _is_record(values: dict[str, Any]) -> bool:
     )
 
 
-_RESULTS = (RESULT, "README.md", "best.safetensors", models.WEIGHTS, "ema.safetensors", "model.pt2", "model.pt2.json")
+_RESULTS = (RESULT, CARD, BEST, WEIGHTS, AVERAGE, "model.pt2", "model.pt2.json")
 KIND = Kind(
     "irpe train",
-    files=(SETTINGS, "log.jsonl", "curves.png", "encodings.png", *_RESULTS),
+    files=(SETTINGS, "log.jsonl", CURVES, ENCODINGS, *_RESULTS),
     results=_RESULTS,
     is_ours=_is_record,
-    signed={"README.md": "Made with irpe "},
+    settings_from=settings_from_dict,
+    signed={CARD: "Made with irpe "},
 )
-MakeFolder = Callable[[], Path]
-
-
-@contextmanager
-def signals() -> Iterator[Callable[[], int]]:
-    """SIGTERM and SIGINT are remembered, for a run to ask after; the second one ends the process at once."""
-    got = 0
-
-    def remember(number: int, frame: FrameType | None) -> None:
-        nonlocal got
-        if got:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        got = number
-
-    before = {one: signal.signal(one, remember) for one in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: got
-    finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
 
 
 def default_name(settings: Settings) -> str:
@@ -99,65 +71,23 @@ def train(settings: Settings, make_folder: MakeFolder, resume: str | None, conso
         say = say_to(console, world)
         data = _open(settings, world, say)
         if settings.verify:
-            _verify([data.train, data.val], settings, world, console)
-        start = resumed(resume, KIND) if resume not in (None, "auto") else None
-        state = _state(start, settings) if start else None
-        fresh = dataclasses.replace(settings, pretrained=None) if start else settings
-        model = models.build(fresh, len(data.classes), say)
-        trainer = Trainer(settings, data, model, world)
+            _verify([data.train, data.val], settings, world, say)
+        start = start_of(resume, settings, KIND)
+        fresh = dataclasses.replace(settings, pretrained=None) if start.path else settings
+        trainer = Trainer(settings, data, models.build(fresh, len(data.classes), say), world)
         Transform(settings, trainer.shape, training=True)  # refuses what timm cannot make, before there is a folder
-        folder = world.from_first(make_folder)
-        with ExitStack() as held:
-            world.from_first(lambda: held.enter_context(locked(folder)))
-            found = world.from_first(lambda: _begin(folder, settings, resume, start))
-            if found is not None and found != start:
-                start, state = found, _state(found, settings)
-            if start is not None and state is not None:
-                trainer.load(state, elsewhere=not lies_in(start, folder, KIND))
-                trainer.restore_best(folder)
-                say(f"goes on after step {trainer.progress.step} of {trainer.total_steps}, from {start}")
+        sources = (settings.pretrained,)
+        with writing(trainer, KIND, start, make_folder, record(trainer), say, sources) as folder:
+            trainer.run(folder, console, stop)
+            trainer.export(folder)
             if world.first:
-                clean(folder, KIND)
-                if start is None:
-                    empty(folder, KIND)
-                checkpoint.write_json(folder / SETTINGS, record(trainer))
-            _run(trainer, folder, console, stop, say)
+                # the weights of a sharded model are not all here
+                whole = trainer.model if settings.parallel == "ddp" else None
+                write_report(folder, whole, trainer.data.val, say)
     return folder
 
 
-def _begin(folder: Path, settings: Settings, resume: str | None, start: Path | None) -> Path | None:
-    """The checkpoint to go on from, in the first process; see `folder.begin`."""
-    if start is not None and lies_in(start, folder, KIND):
-        check_names(folder, KIND)
-        return start
-    return begin(folder, KIND, auto=resume == "auto", sources=(settings.pretrained,)) or start
-
-
-def _run(trainer: Trainer, folder: Path, console: Console, stop: Callable[[], int], say: Callable[[str], None]) -> None:
-    settings, progress, first = trainer.settings, trainer.progress, trainer.world.first
-    images, weights = settings.batch_size, sum(one.numel() for one in trainer.model.parameters())
-    say(f"{folder}: {trainer.total_steps:,} steps of {images:,} images, {weights:,} weights, on {trainer.world.device}")
-    log = Log(
-        folder if first else None, console, step=progress.step, measured=progress.measured,
-        total_images=(trainer.total_steps - progress.step) * settings.batch_size, tensorboard=settings.tensorboard,
-    )  # fmt: skip
-    try:
-        trainer.run(folder, log, stop)
-    finally:
-        log.close()
-    trainer.export(folder)
-    if first:
-        from .report import write_report
-
-        write_report(folder, trainer.model if settings.parallel == "ddp" else None, trainer.data.val, console)
-
-
-def say_to(console: Console, world: World) -> Callable[[str], None]:
-    """Prints lines as they are, in the first process."""
-    return lambda words: console.print(words, soft_wrap=True) if world.first else None
-
-
-def _open(settings: Settings, world: World, say: Callable[[str], None], *, train: bool = True) -> Data:
+def _open(settings: Settings, world: World, say: Say, *, train: bool = True) -> Data:
     """The data, in the first process before the others: it may download, or write an index beside large archives."""
     own: list[Data] = []
     world.from_first(lambda: own.append(open_data(settings, train=train)))
@@ -170,13 +100,6 @@ def _open(settings: Settings, world: World, say: Callable[[str], None], *, train
     for note in data.notes:
         say(note)
     return data
-
-
-def _state(path: Path, settings: Settings) -> dict[str, Any]:
-    state = checkpoint.read(path)
-    if differences := changed(settings_from_dict(state["settings"]), settings):
-        raise ValueError(f"{path} is of a run with other settings: {'; '.join(differences)}")
-    return state
 
 
 def record(trainer: Trainer) -> dict[str, Any]:
@@ -198,13 +121,6 @@ def record(trainer: Trainer) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def versions() -> dict[str, str]:
-    """What a run was made with."""
-    packages = ("torch", "timm", "torchvision", "numpy", "pillow")
-    found = {name: importlib.metadata.version(name) for name in packages}
-    return {"irpe": __version__, "python": platform.python_version(), **found}
-
-
 def read_record(folder: Path) -> dict[str, Any]:
     """What `record` wrote.
 
@@ -222,11 +138,11 @@ def read_record(folder: Path) -> dict[str, Any]:
     return values
 
 
-def _verify(sources: list[Source], settings: Settings, world: World, console: Console) -> None:
+def _verify(sources: list[Source], settings: Settings, world: World, say: Say) -> None:
     """Reads all images in the first process; says which cannot be read, and stops there unless they are skipped."""
 
     def look() -> list[str]:
-        return [words for one in sources if hasattr(one, "labels") for words in unreadable(one, settings)]
+        return [words for source in sources if hasattr(source, "labels") for words in unreadable(source, settings)]
 
     bad = world.from_first(look)
     if not bad:
@@ -234,8 +150,7 @@ def _verify(sources: list[Source], settings: Settings, world: World, console: Co
     words = f"{len(bad)} images cannot be read: {'; '.join(bad[:5])}{'; ...' if len(bad) > 5 else ''}"
     if settings.bad_images == "stop":
         raise ValueError(f"{words}; --bad-images skip goes on without them")
-    if world.first:
-        console.print(words, soft_wrap=True)
+    say(words)
 
 
 def measure(
@@ -278,8 +193,5 @@ def weights_of(folder: Path, which: str) -> Path:
     Raises:
         ValueError: there is no such file.
     """
-    named = {"best": "best.safetensors", "last": models.WEIGHTS, "ema": "ema.safetensors"}
-    return models.find_weights(folder / named[which] if which in named else Path(which))
-
-
-__all__ = ["Stopped", "default_name", "measure", "read_record", "settings_of", "train", "weights_of"]
+    named = {"best": BEST, "last": WEIGHTS, "ema": AVERAGE}
+    return find_weights(folder / named[which] if which in named else Path(which))

@@ -2,14 +2,11 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from .options import check, from_dict, option
-
-DATA, MODEL, RECIPE, AUGMENT, MACHINE, KEEP = (
-    "Data", "Model", "Recipe", "Augmentation", "Machine", "Checkpoints and logs",
-)  # fmt: skip
+from ..runs.options import check, from_dict, option
+from ..runs.settings import AUGMENT, DATA, MACHINE, MODEL, RECIPE, RunSettings, usually
 
 _OWN_OPTIONS = {
     "img_size": "--img-size", "in_chans": "--in-chans", "num_classes": "--num-classes",
@@ -25,14 +22,13 @@ _LOADING = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(RunSettings):
     """One run. The defaults are DeiT's recipe (Touvron et al., ICML 2021), which the paper of iRPE trains with.
 
     >>> settings_from("small", {"data": "digits", "epochs": 5}).batch_size
     64
     """
 
-    data: str = field(metadata={"free": True})
     recipe: str = "deit"
     data_dir: str | None = option(
         None, DATA, "Where data sets with a name (torch/, hfds/, wds/) lie or are kept.", free=True
@@ -74,11 +70,8 @@ class Settings:
         0.0, MODEL, "Share of the resized image that evaluation looks at; 0 is the model's own.", low=0, high=1
     )
 
-    epochs: int = option(300, RECIPE, "Epochs of the schedule.", low=1)
-    batch_size: int = option(
-        1024, RECIPE, "Images of one step, over all processes and accumulated batches together.", low=1
-    )
-    accumulate: int = option(1, RECIPE, "Batches whose gradients make one step.", low=1)
+    epochs: int = usually("epochs", 300)
+    batch_size: int = usually("batch_size", 1024)
     lr: float = option(0.0, RECIPE, "Peak learning rate; 0 is --base-lr x batch size / 512.", low=0)
     base_lr: float = option(5e-4, RECIPE, "Peak learning rate for 512 images.", low=0)
     min_lr: float = option(1e-5, RECIPE, "Learning rate at the end.", low=0)
@@ -99,8 +92,6 @@ class Settings:
     ema: float = option(
         0.99996, RECIPE, "Decay of the moving average of the weights; 0 is off.", low=0, high=0.999999999
     )
-    seed: int = option(0, RECIPE, "All random numbers follow from it.", low=0)
-    max_steps: int = option(0, RECIPE, "Stop after this many steps of the schedule; 0 is off.", low=0, free=True)
 
     mixup: float = option(0.8, AUGMENT, "Alpha of mixup; 0 is off.", low=0)
     cutmix: float = option(1.0, AUGMENT, "Alpha of cutmix; 0 is off.", low=0)
@@ -126,8 +117,6 @@ class Settings:
         "bicubic", AUGMENT, "Of the resizing.", choices=("bicubic", "bilinear", "nearest", "random")
     )
 
-    device: str = option("auto", MACHINE, "auto, cpu, cuda, cuda:1, mps.", free=True)
-    amp: str = option("none", MACHINE, "Mixed precision.", choices=("none", "bf16", "fp16"))
     compile: bool = option(False, MACHINE, "torch.compile, in training.")
     channels_last: bool = option(False, MACHINE, "Memory order of images and convolutions.")
     grad_checkpointing: bool = option(False, MACHINE, "Compute activations twice and keep fewer of them.")
@@ -139,24 +128,9 @@ class Settings:
         low=-1,
         free=True,
     )
-    loader_timeout: int = option(
-        600,
-        MACHINE,
-        "Seconds to wait for a batch of these processes before giving up; 0 is for ever.",
-        low=0,
-        free=True,
-    )
     eval_batch_size: int = option(
         0, MACHINE, "Images of one batch of one process in evaluation; 0 is that of training.", low=0, free=True
     )
-
-    save_every: int = option(0, KEEP, "Steps between checkpoints within an epoch; 0 is none.", low=0, free=True)
-    keep: int = option(
-        2, KEEP, "Checkpoints that are kept, the last ones; the best weights are kept besides.", low=1, free=True
-    )
-    log_every: int = option(50, KEEP, "Steps between lines of log.jsonl.", low=1, free=True)
-    plots: bool = option(True, KEEP, "Draw curves and learned encodings at the end.", free=True)
-    tensorboard: bool = option(True, KEEP, "Log for TensorBoard too, where its package is installed.", free=True)
 
     def __post_init__(self) -> None:
         check(self)

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .files import check_regular, reason_of
+from ..runs.files import check_regular, reason_of
 
 SCHEME = "irpe-shard"
 _MOST = 1_000_000  # shards that a pattern may stand for

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..runs.files import read_json
+from ..runs.options import changed
 from . import compare
-from .files import read_json
-from .options import changed
 from .run import RESULT, SETTINGS, read_record
 from .settings import Settings, settings_from_dict
 

@@ -1,11 +1,6 @@
-"""Where a run is, and which weights were the best so far."""
+"""Where a run is: steps, measurements, losses."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
-
-from .tensors import notes_of
-
-BEST = "best.safetensors"
 
 
 @dataclass
@@ -30,12 +25,6 @@ class Progress:
     seconds: float = 0.0
     sums: Sums = field(default_factory=Sums)
 
-
-def best_is(path: Path, progress: Progress) -> bool:
-    """Whether a file of best weights is of the epoch of the progress, and of no later step."""
-    try:
-        notes = notes_of(path)
-    except (ValueError, OSError):
-        return False
-    step = notes.get("step", "0")  # older files do not tell
-    return notes.get("epoch") == str(progress.best_epoch) and step.isdigit() and int(step) <= progress.step
+    def forget_best(self) -> None:
+        """The best weights are not in the folder: those of the next measurement will be."""
+        self.best, self.best_epoch = -1.0, 0

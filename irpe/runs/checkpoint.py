@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .files import WriteError, write_json, write_whole
-from .tensors import ObjectsError, as_torch, read_torch, write_weights
+from .files import WriteError, write_whole
+from .tensors import ObjectsError, as_torch, read_torch
 
 FOLDER = "checkpoints"
 _NAME = re.compile(r"step-(\d{9})\.pt")
@@ -71,5 +71,3 @@ def _before(path: Path) -> str:
     others = [one for one in checkpoints(path.parent.parent) if one < path] if path.parent.name == FOLDER else []
     return f"; remove it, and --resume auto goes on from {others[-1].name}" if others else ""
 
-
-__all__ = ["FOLDER", "WriteError", "checkpoints", "clean", "read", "save", "write_json", "write_weights", "write_whole"]

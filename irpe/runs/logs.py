@@ -50,7 +50,7 @@ def _is_line(line: Any) -> bool:
 
 
 def epochs_of(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The last line of each epoch: one that a run has ended in, and gone on with later, was measured twice."""
+    """The last line of each epoch: an epoch that a run has ended in, and gone on with later, was measured twice."""
     return list({line["epoch"]: line for line in lines if line["kind"] == "epoch"}.values())
 
 
@@ -102,7 +102,7 @@ class Log:
         if self.bar is not None:
             self.bar.update(self.task, description="training", advance=images, rate=f"{self.rate():,.0f}/s")
 
-    def measuring(self, images: int) -> None:
+    def measuring(self) -> None:
         """A batch was measured."""
         if self.bar is not None:
             self.bar.update(self.task, description="measuring")
@@ -124,16 +124,12 @@ class Log:
                 if values.get(name) is not None:
                     self.board.add_scalar(f"train/{name}", values[name], values["step"])
 
-    def epoch(self, values: dict[str, Any], is_best: bool) -> None:
-        """The line of an epoch."""
+    def epoch(self, values: dict[str, Any], words: str, *, is_best: bool) -> None:
+        """The line of a measured epoch; `words` say on the console what was measured."""
         if self.folder is None:
             return
         self._write({"kind": "epoch", **values})
-        score, average = values["val"], values.get("ema")
-        words = f"epoch {values['epoch']}: train {values['train_loss']:.4f}, val {score['loss']:.4f}"
-        words += f", top-1 {score['top1']:.2f}"
-        if average:
-            words += f", average {average['top1']:.2f}"
+        words = f"epoch {values['epoch']}: train {values['train_loss']:.4f}, {words}"
         if values["bad_images"]:
             words += f", {values['bad_images']} unreadable images"
         if self.done:
@@ -142,13 +138,14 @@ class Log:
         self.console.print(words + (", the best so far" if is_best else ""), soft_wrap=True)
         self.since, self.at_last_line = time.perf_counter(), self.done
         if self.board is not None:
-            for name, one in {"val": score, "ema": average or {}}.items():
-                for key in ("loss", "top1", "top5") if one else ():
-                    self.board.add_scalar(f"{name}/{key}", one[key], values["step"])
+            for part in ("val", "ema"):
+                for name, figure in values.get(part, {}).items():
+                    if isinstance(figure, float):
+                        self.board.add_scalar(f"{part}/{name.replace(' ', '_')}", figure, values["step"])
 
     def bad_images(self, names: list[str]) -> None:
         """Names the first unreadable images, once."""
-        if names and not self.reported:
+        if names and not self.reported and self.folder is not None:
             self.reported = len(names)
             self.console.print(
                 f"{len(names)} unreadable images to evaluate on, left out: {'; '.join(names[:3])}", soft_wrap=True

@@ -6,7 +6,7 @@ settings.json a run has written. Nothing is removed through a link.
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +34,7 @@ class Kind:
     files: tuple[str, ...]
     results: tuple[str, ...]  # files and folders that training has made, which a run without a checkpoint would lose
     is_ours: Callable[[dict[str, Any]], bool]
+    settings_from: Callable[[Mapping[str, Any]], Any]  # those of a checkpoint
     folders: dict[str, re.Pattern[str]] = field(default_factory=dict)  # name: names of the files inside
     signed: dict[str, str] = field(default_factory=dict)  # files of common names, with words that ours hold
 

@@ -1,0 +1,1 @@
+"""What every run has, whatever it trains: options, processes, a folder, a loop, a log, checkpoints, a report."""
