@@ -89,7 +89,7 @@ def _listening(modules: list[Any], found: dict[int, Block]) -> Iterator[None]:
     def hear(module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         queries, found[id(module)] = args[0], []
         for table, where in module.tables(*args, **options):
-            if isinstance(where, BucketMap):
+            if isinstance(where, BucketMap) and len(where.size) == 2:
                 answers = (table if module.mode == "bias" else queries @ table).detach()[:, :, where.skip :]
                 ids = where.grid().flip(0, 1).long().cpu()  # keys as the query in the middle sees them
                 found[id(module)].append((answers.float().cpu().expand(*queries.shape[:2], -1, -1), ids))

@@ -374,7 +374,9 @@ def get_bucket_map(
         for axis, n in enumerate(size):
             offsets = torch.cat([offsets.flip(axis).narrow(axis, 0, n - 1), offsets], axis)
     else:
-        offsets = torch.cat(_parts(method, [torch.arange(1 - n, n) for n in size], alpha, beta, gamma))
+        along = [torch.arange(1 - n, n).view(-1, *[1] * (len(size) - 1 - axis)) for axis, n in enumerate(size)]
+        parts = _parts(method, along, alpha, beta, gamma)
+        offsets = torch.cat([part.flatten() for part in parts]) if len(parts) > 1 else parts[0]
     return BucketMap(offsets.int(), size, skip, num_buckets, _columns(method, beta))
 
 

@@ -17,16 +17,12 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from .encodings import Encodings
-from .irpe import METHOD, get_bucket_ids_2d, get_offset_ids_2d, get_single_rpe_config
+from .irpe import METHOD, get_bucket_map, get_single_rpe_config
+from .irpe import BucketMap as OffsetMap
 
-RATIOS = {"euc": 20.0, "quant": 33.0, "cross": 20.0, "product": 1.9}  # the paper's, at 14x14 tokens
-_TITLES = {
-    METHOD.EUCLIDEAN: "Euclidean",
-    METHOD.QUANT: "Quantization",
-    METHOD.CROSS_ROWS: "Cross: rows",
-    METHOD.CROSS_COLS: "Cross: columns",
-    METHOD.PRODUCT: "Product",
-}
+RATIOS = {"euc": 20.0, "quant": 33.0, "cross": 20.0, "product": 1.9}  # the paper's, at 14x14 tokens; of others 1.9
+_TITLES = {METHOD.QUANT: "Quantization", METHOD.CROSS_ROWS: "Cross: rows", METHOD.CROSS_COLS: "Cross: columns"}
+_AXES = torch.floor_divide, torch.remainder  # of a bucket by the number of columns: its row and its column
 _SKIP_COLOR = (0.62, 0.62, 0.62)
 COLORS = ("#7f7f7f", "#d95f02", "#1b6ca8", "#6a3d9a", "#1b9e77", "#a6761d")  # of curves
 
@@ -47,40 +43,30 @@ class BucketMap(NamedTuple):
 
     def used(self) -> int:
         """Number of buckets that some pair of tokens falls in, the one of the skip tokens among them."""
-        offsets = get_offset_ids_2d(self.method, self.height, self.width, *self.piecewise)
-        return len(offsets.unique()) + (self.skip > 0)
+        return len(self.offsets().unique()) + (self.skip > 0)
 
     def around(self, query: tuple[int, int]) -> Tensor:
         """(h, w): the bucket of every key for the query token at (row, column)."""
-        ids, _ = get_bucket_ids_2d(self.method, self.height, self.width, self.skip, *self.piecewise)
         token = self.skip + query[0] * self.width + query[1]
-        return ids[token, self.skip :].view(self.height, self.width)
+        return self._map().ids(torch.long)[token, self.skip :].view(self.height, self.width)
 
     def offsets(self) -> Tensor:
         """(2h-1, 2w-1): the bucket of the key that lies (row, column) - (h-1, w-1) away from the query."""
-        return get_offset_ids_2d(self.method, self.height, self.width, *self.piecewise).flip(0, 1)
+        return self._map().grid().long().flip(0, 1)
+
+    def _map(self) -> OffsetMap:
+        return get_bucket_map(self.method, (self.height, self.width), self.skip, *self.piecewise)
 
     def colors(self, ids: Tensor) -> np.ndarray:
         """(rows, columns, 3) in [0, 1]: one color for each bucket, the same at every size."""
-        b = int(self.piecewise[1])
-        if self.method in (METHOD.EUCLIDEAN, METHOD.QUANT):
-            far = ids.double() - b  # 0 at the query
-            largest = max(1.0, float(self.offsets().max()) - b)
-            return _fade(far.numpy() / largest, (ids % 2).numpy())
-        if self.method == METHOD.PRODUCT:
-            row, column = ids // (2 * b + 1) - b, ids % (2 * b + 1) - b
-        else:
-            zero = torch.zeros_like(ids)
-            row, column = (ids - b, zero) if self.method == METHOD.CROSS_ROWS else (zero, ids - b)
-        largest = max(1.0, float(self._largest_step()))
+        every, columns = self.offsets(), self._map().columns
+        center = every[self.height - 1, self.width - 1]
+        if not columns:  # the mapping does not factor: by distance from the bucket of the query itself
+            far, farthest = (ids - center).abs(), (every - center).abs().max()
+            return _fade(far.numpy() / max(1, int(farthest)), (ids % 2).numpy())
+        row, column = (part(ids, columns) - part(center, columns) for part in _AXES)
+        largest = max(1, *(int((part(every, columns) - part(center, columns)).abs().max()) for part in _AXES))
         return _compass(row.numpy() / largest, column.numpy() / largest, ((row + column) % 2).numpy())
-
-    def _largest_step(self) -> int:
-        b = int(self.piecewise[1])
-        ids = self.offsets()
-        if self.method == METHOD.PRODUCT:
-            return int(torch.maximum((ids // (2 * b + 1) - b).abs(), (ids % (2 * b + 1) - b).abs()).max())
-        return int((ids - b).abs().max())
 
 
 def bucket_maps(
@@ -202,10 +188,14 @@ def draw_buckets(path: Path, groups: Sequence[tuple[BucketMap, ...]], query: tup
     return _save(figure, path)
 
 
+def _title(method: METHOD) -> str:
+    return _TITLES.get(method, method.name.capitalize())
+
+
 def _heading(one: BucketMap, group: tuple[BucketMap, ...]) -> str:
     total = sum(each.used() for each in group)
     count = f"{one.used()} buckets" if len(group) == 1 else f"{one.used()} of {total} buckets"
-    return f"{_TITLES[one.method]}, ratio {one.ratio:g}\n{count}"
+    return f"{_title(one.method)}, ratio {one.ratio:g}\n{count}"
 
 
 @contextmanager
@@ -372,7 +362,7 @@ def draw_overview(path: Path, one: Encodings, size: int = 14) -> Path:
     top.suptitle("Which bucket the offset of query (○) and key falls in", fontsize=12)
     for ax, table in zip(top.subplots(1, len(maps)), maps, strict=True):
         draw_bucket_map(ax, table, query)
-        ax.set_title(_TITLES[table.method], fontsize=11)
+        ax.set_title(_title(table.method), fontsize=11)
     count = min(4, len(one.images))
     block, head = one.shown[0]
     bottom.suptitle(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from methods import METHODS
 from torch import nn
 
 from irpe import (
@@ -108,7 +109,7 @@ def test_biases(old, new, on):
 
 
 @pytest.mark.parametrize("skip", [0, 1, 3])
-@pytest.mark.parametrize("method", ["euc", "quant", "cross", "product"])
+@pytest.mark.parametrize("method", METHODS)
 def test_there_and_back(method, skip):
     """Onto buckets of single offsets and back gives the first tables, but for buckets where no offset falls."""
     old, fine = config(method=method, skip=skip), config(ratio=7.0, skip=skip)

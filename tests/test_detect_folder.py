@@ -1,5 +1,6 @@
 """irpe detect: whose a folder is, resuming, numbers that are none; as tests/test_train_folder.py for irpe train."""
 
+import json
 import shutil
 
 import pytest
@@ -15,10 +16,13 @@ from train_tiny import irpe
 from irpe.detect import model as models
 from irpe.detect import run as job
 from irpe.detect import saved
+from irpe.detect.data import open_part
 from irpe.detect.loop import Trainer
-from irpe.detect.settings import settings_from
+from irpe.detect.settings import settings_from, settings_from_dict
 from irpe.runs import checkpoint, folder, tensors
+from irpe.runs.logs import read_log
 from irpe.runs.workers import RunError
+from irpe.runs.world import World
 
 TINY = [
     *("--train-scenes", 8, "--val-scenes", 4, "--d-model", 16, "--layers", 1, "--queries", 4, "--batch-size", 4),
@@ -70,8 +74,54 @@ def test_a_folder_of_somebody_else_is_left_as_it_is(tmp_path, files, option):
     assert content(tmp_path) == before
 
 
+def test_what_a_run_leaves_for_people(ended, tmp_path):
+    lines = read_log(ended)
+    epochs = [line for line in lines if line["kind"] == "epoch"]
+    assert [line["epoch"] for line in epochs] == [1, 2]
+    losses = [line["loss"] for line in lines if line["kind"] == "step"]
+    assert [line["train_loss"] for line in epochs] == pytest.approx([sum(losses[:2]) / 2, sum(losses[2:]) / 2])
+    card = (ended / "README.md").read_text()
+    result = json.loads((ended / "result.json").read_text())
+    assert "4 steps" in card and f"| last | 4 | {result['score']['AP']:.2f} |" in card and "Made with irpe" in card
+    for picture in ("curves.png", "predictions.png"):
+        assert f"({picture})" in card and (ended / picture).read_bytes().startswith(b"\x89PNG")
+    result = detect(tmp_path, "--no-plots", "--no-tensorboard", "--max-steps", 1)
+    assert result.exit_code == 0, result.output
+    assert not (tmp_path / "run" / "curves.png").exists() and not (tmp_path / "run" / "tensorboard").exists()
+    shown = words(result)
+    assert "epoch 1: train " in shown and ", AP 0.0, AP50 0.0, AP75 0.0" in shown and "the best so far" in shown
+
+
+def test_tensorboard(ended):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(ended / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
+    assert [event.step for event in events.Scalars("val/AP50")] == [2, 4]
+
+
+def test_a_checkpoint_of_a_version_without_sums_goes_on(ended):
+    """Losses since the last line were a tensor in it, and of the best weights the step alone was known."""
+    path = ended / "checkpoints" / "step-000000003.pt"
+    state = checkpoint.read(path)
+    progress = json.loads(state["progress"])
+    del progress["sums"], progress["best_epoch"]
+    assert progress["best_step"] == 2
+    old = state | {"progress": json.dumps(progress), "losses": torch.tensor([2.0, 4.0])}
+    chosen = settings_from_dict({name: value for name, value in state["settings"].items() if name != "tensorboard"})
+    model, processor = models.build(chosen, ["digit"]), models.processor_of(chosen)
+    data, val = (open_part(chosen, part) for part in ("train", "val"))
+    trainer = Trainer(chosen, data, val, model, processor, World(0, 1, torch.device("cpu")))
+    trainer.load(old)
+    assert trainer.progress.best_epoch == 1 and trainer.progress.sums.line_loss / trainer.progress.sums.line_images == 3
+
+
 @OPTIONS
-@pytest.mark.parametrize("part", ["model", "best", "checkpoints", "log.jsonl", "result.json", "predictions.png"])
+@pytest.mark.parametrize(
+    "part", [*"model best checkpoints log.jsonl result.json predictions.png README.md curves.png".split()]
+)
 def test_nothing_is_removed_or_written_through_a_link(run, tmp_path, part, option):
     shutil.move(run / part, tmp_path / "mine")
     (run / part).symlink_to(tmp_path / "mine")

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from methods import METHODS
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.library import opcheck
@@ -100,7 +101,7 @@ GRAPHS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["product", "cross", "euc", "quant"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("mode", ["ctx", "bias"])
 @pytest.mark.parametrize("shared", [True, False])
 def test_products_with_tables_are_those_of_the_formula(kernels, method, mode, shared):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import ROOT
 from equipped import QKV, Equipped, assert_same, fill, gradients, spread, tables_of
+from methods import METHODS
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -570,7 +571,7 @@ def test_some_blocks(family):
     assert snapshot(unequip(model)) == state
 
 
-@pytest.mark.parametrize("method", ["euc", "quant", "cross", "product"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("mode", "shared", "on"), [("ctx", False, "qkv"), ("ctx", True, "v"), ("bias", False, "qk")])
 def test_every_encoding_reaches_every_head(method, mode, shared, on):
     model = make("clip vision", get_rpe_config(1.9, method, mode, shared, 0, on))

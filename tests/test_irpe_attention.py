@@ -6,13 +6,13 @@ import torch.nn.functional as F
 from conftest import relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from methods import METHODS
 from torch import nn
 
 from irpe import RPEConfig, build_rpe, get_rpe_config, get_single_rpe_config, rpe_attention
 from rpe_ops import _native, reference
 
 NAMED = ["eager", "sdpa", "reference"] + ["cpu"] * ("cpu" in _native.LOADED)
-METHODS = ["euc", "quant", "product", "cross"]
 HEIGHT, WIDTH, SKIP, DIM, HEADS = 3, 4, 1, 8, 2
 TOKENS = SKIP + HEIGHT * WIDTH
 SIZE = dict(height=HEIGHT, width=WIDTH)

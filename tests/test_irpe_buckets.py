@@ -5,10 +5,9 @@ import torch
 from conftest import load_golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from methods import FORMULAS, TABLES
 
 from irpe import METHOD, get_bucket_ids_2d, get_num_buckets, get_offset_ids_2d, piecewise_index
-
-SINGLE = ["euc", "quant", "product", "cross_rows", "cross_cols"]
 
 
 def g(x, alpha, beta, gamma):
@@ -23,20 +22,11 @@ def loop_id(method, query, key, width, skip, ratio):
     """Bucket of one pair of tokens, straight from the definition."""
     alpha, beta, gamma = ratio, 2 * ratio, 8 * ratio
     b = int(beta)
-    last = (2 * b + 1) ** 2 if method == "product" else 2 * b + 1
     if query < skip or key < skip:
-        return last
+        return get_num_buckets(method, alpha, beta, gamma)
     dr = (query - skip) // width - (key - skip) // width
     dc = (query - skip) % width - (key - skip) % width
-    if method == "euc":
-        return g(round(math.sqrt(dr * dr + dc * dc)), alpha, beta, gamma) + b
-    if method == "quant":
-        return g(dr * dr + dc * dc, alpha, beta, gamma) + b
-    if method == "cross_rows":
-        return g(dr, alpha, beta, gamma) + b
-    if method == "cross_cols":
-        return g(dc, alpha, beta, gamma) + b
-    return (g(dr, alpha, beta, gamma) + b) * (2 * b + 1) + g(dc, alpha, beta, gamma) + b
+    return FORMULAS[method](dr, dc, lambda x: g(x, alpha, beta, gamma), b)
 
 
 def ids_of(method, height, width, skip, ratio, **kwargs):
@@ -56,7 +46,7 @@ def test_all_golden_ids_exactly():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    method=st.sampled_from(SINGLE),
+    method=st.sampled_from(TABLES),
     height=st.integers(1, 7),
     width=st.integers(1, 7),
     skip=st.integers(0, 5),
@@ -80,7 +70,7 @@ def test_used_ids_of_cross_are_the_count_of_the_paper_s_table_1():
     assert counts == [28, 28]
 
 
-@pytest.mark.parametrize("method", SINGLE)
+@pytest.mark.parametrize("method", TABLES)
 def test_offset_map_holds_the_ids_of_every_pair(method):
     height, width = 4, 7
     offsets = get_offset_ids_2d(method, height, width, 1.9, 3.8, 15.2)

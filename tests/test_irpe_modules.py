@@ -8,6 +8,7 @@ import torch
 from conftest import ROOT, load_golden, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from methods import METHODS
 from torch import nn
 
 from irpe import (
@@ -22,7 +23,6 @@ from irpe import (
 )
 from irpe.irpe import _rpe_bucket_sum, _rpe_index, get_bucket_map
 
-METHODS = ["euc", "quant", "product", "cross"]
 MODULES, CASES = load_golden("modules")
 HEIGHT, WIDTH, DIM, HEADS = 3, 4, 8, 2
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from methods import FORMULAS, TABLES
 
 from irpe import (
     RPEConfig,
@@ -16,7 +17,6 @@ from irpe import (
 )
 from rpe_ops import _native
 
-METHODS = ["euc", "quant", "cross_rows", "cross_cols", "product"]
 NUMBERS = (1.9, 3.8, 15.2)
 BACKENDS = ["eager", *["cpu"] * ("cpu" in _native.LOADED), "reference", None]
 
@@ -34,7 +34,7 @@ def modules(on, skip=0, method="product", mode="ctx", shared_head=False, dtype=t
     return rpe
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TABLES)
 @pytest.mark.parametrize("skip", [0, 2])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float32])
 def test_a_full_grid_has_the_ids_of_the_grid(method, skip, dtype):
@@ -46,28 +46,21 @@ def test_a_full_grid_has_the_ids_of_the_grid(method, skip, dtype):
     assert torch.equal(ids, expected[0]) and buckets == expected[1]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TABLES)
 def test_against_a_loop(method):
     rows = torch.rand(2, 5, 2) * 12
     columns = torch.rand(2, 4, 2) * 12
     rows[1, 3] = columns[0, 0] = -1
     ids, buckets = get_bucket_ids(method, rows, columns, 1, *NUMBERS)
-    b = 3
 
     def g(x):
-        return int(piecewise_index(x, *NUMBERS)) + b
+        return int(piecewise_index(torch.tensor(x, dtype=torch.float64), *NUMBERS))
 
     for n in range(2):
         for i in range(5):
             for j in range(4):
-                dr, dc = (rows[n, i].double() - columns[n, j].double()).unbind()
-                expected = {
-                    "euc": lambda dr, dc: g((dr**2 + dc**2).sqrt().round()),
-                    "quant": lambda dr, dc: g(dr**2 + dc**2),
-                    "cross_rows": lambda dr, _: g(dr),
-                    "cross_cols": lambda _, dc: g(dc),
-                    "product": lambda dr, dc: g(dr) * (2 * b + 1) + g(dc),
-                }[method](dr, dc)
+                dr, dc = (rows[n, i].double() - columns[n, j].double()).tolist()
+                expected = FORMULAS[method](dr, dc, g, 3)
                 skipped = (n, i) == (1, 3) or (n, j) == (0, 0)
                 assert ids[n, i, j] == (buckets - 1 if skipped else expected)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import load_golden, relative_error
+from methods import METHODS
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -211,7 +212,7 @@ def by_loops(attention, query, key, value, height, width, mask=None):
 
 
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("method", ["cross", "product", "euc", "quant"])
+@pytest.mark.parametrize("method", METHODS)
 def test_against_loops(method, shared):
     attention = make(get_rpe_config(1.9, method, "ctx", shared, 1, "qkv"))
     query, key, value = (tokens(2, 1 + 2 * 3, E, seed=n) for n in range(3))

@@ -5,6 +5,7 @@ import torch
 from attention_cases import assert_rule_9, make_mask, problem, run, strided
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from methods import METHODS, TABLES
 
 import rpe_ops.rpe_attention_cpu as cpu
 from irpe import build_rpe, get_bucket_ids_2d, get_rpe_config
@@ -45,7 +46,7 @@ def test_cpu_is_as_exact_as_the_formula(
 
 @needs_build
 @pytest.mark.parametrize("isa", ["avx512_bf16", "avx512", "avx2", "plain"])
-@pytest.mark.parametrize("method", ["euc", "quant", "product", "cross_rows", "cross_cols"])
+@pytest.mark.parametrize("method", TABLES)
 @pytest.mark.parametrize(("height", "width"), [(6, 9), (13, 17)])
 def test_maps_of_images_on_every_instruction_set(isa, method, height, width, monkeypatch):
     monkeypatch.setenv("RPE_OPS_CPU_ISA", isa)
@@ -316,7 +317,7 @@ def test_autocast(backend):
 
 
 @needs_build
-@pytest.mark.parametrize("method", ["euc", "quant", "product", "cross"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("mode", ["ctx", "bias"])
 def test_irpe_takes_it(method, mode):
     rpe = build_rpe(get_rpe_config(1.9, method, mode, False, 1, "qk" if mode == "bias" else "qkv"), 8, 2)

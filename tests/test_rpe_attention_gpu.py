@@ -6,6 +6,7 @@ import pytest
 import torch
 from attention_cases import assert_rule_9, make_mask, problem, run, strided
 from map_cases import check
+from methods import TABLES
 
 from irpe import build_rpe, get_bucket_ids_2d, get_bucket_map, get_rpe_config
 from irpe import rpe_attention as irpe_attention
@@ -58,7 +59,7 @@ def test_exact(shape, buckets, terms, dtype, layout, mask, dropout_p):
     assert_rule_9(arguments, dtype, "triton", **options)
 
 
-@pytest.mark.parametrize("method", ["euc", "quant", "product", "cross_rows", "cross_cols"])
+@pytest.mark.parametrize("method", TABLES)
 def test_exact_on_maps_of_images(method):
     with torch.device("cpu"):
         place = get_bucket_map(method, (9, 14), 1, 1.9, 3.8, 15.2)

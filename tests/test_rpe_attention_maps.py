@@ -8,15 +8,14 @@ import torch
 from attention_cases import make_mask, strided
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from methods import TABLES
 from torch.library import opcheck
 
-from irpe import get_bucket_ids_2d, piecewise_index
-from irpe.irpe import get_offset_ids_2d
+from irpe import get_bucket_ids_2d, get_bucket_map
 from rpe_ops import _native, reference
 
 pytestmark = pytest.mark.skipif("cpu" not in _native.LOADED, reason=_native.MISSING.get("cpu", ""))
 ISAS = ["avx512_bf16", "avx512", "avx2", "plain"]
-METHODS = ["euc", "quant", "product", "cross_rows", "cross_cols"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
@@ -24,25 +23,13 @@ def piecewise(ratio):
     return ratio, 2 * ratio, 8 * ratio
 
 
-def axes_of(method, height, width, ratio):
-    b = int(2 * ratio)
-    rows = piecewise_index(torch.arange(1 - height, height), *piecewise(ratio)) + b
-    cols = piecewise_index(torch.arange(1 - width, width), *piecewise(ratio)) + b
-    if method == "product":
-        rows = rows * (2 * b + 1)
-    return torch.cat([rows * (method != "cross_cols"), cols * (method != "cross_rows")]).int()
-
-
 def grid(method, height, width, skip, ratio=1.9, kind=None):
     """(map, sizes, ids) of a grid; ids are what the map stands for."""
     ids, buckets = get_bucket_ids_2d(method, height, width, skip, *piecewise(ratio))
     if kind == "free":
         return ids, [0, 0, 0, buckets], ids
-    if kind == "offsets" or method in ("euc", "quant"):
-        one = get_offset_ids_2d(method, height, width, *piecewise(ratio)).int()
-    else:
-        one = axes_of(method, height, width, ratio)
-    return one, [height, width, skip, buckets], ids
+    place = get_bucket_map(method, (height, width), skip, *piecewise(ratio))
+    return place.grid() if kind == "offsets" else place.offsets, [height, width, skip, buckets], ids
 
 
 def free(rows, columns, buckets, dtype=torch.int64):
@@ -132,7 +119,7 @@ def assert_right(maps, shape, dtype, weights=True, layout="timm", mask=None, dro
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TABLES)
 @pytest.mark.parametrize(("height", "width", "skip"), [(6, 9, 1), (9, 14, 0), (2, 33, 5), (40, 1, 1), (3, 2, 0)])
 def test_maps_of_images_on_every_instruction_set(isa, method, height, width, skip, monkeypatch):
     monkeypatch.setenv("RPE_OPS_CPU_ISA", isa)
@@ -158,9 +145,7 @@ def test_every_width(isa, width, monkeypatch):
 @given(
     isa=st.sampled_from(ISAS),
     size=st.tuples(st.integers(1, 9), st.integers(1, 11), st.sampled_from([0, 1, 5])),
-    terms=st.tuples(
-        *[st.lists(st.tuples(st.sampled_from(METHODS), st.sampled_from([1.9, 3.0, 20.0])), max_size=2)] * 3
-    ),
+    terms=st.tuples(*[st.lists(st.tuples(st.sampled_from(TABLES), st.sampled_from([1.9, 3.0, 20.0])), max_size=2)] * 3),
     kind=st.sampled_from([None, None, "offsets", "free"]),
     dim=st.sampled_from([1, 8, 24, 64, 72]),
     mask=st.sampled_from([None, "padding", "bool", "float"]),
@@ -261,7 +246,7 @@ def test_outputs_do_not_depend_on_uninitialised_memory(isa, monkeypatch):
     monkeypatch.setenv("RPE_OPS_CPU_ISA", isa)
     torch.use_deterministic_algorithms(True)  # fills what is allocated with NaN
     try:
-        for method in METHODS:
+        for method in TABLES:
             maps = [[grid(method, 3, 5, 1, ratio=20.0)] for _ in range(3)]
             for weights in (True, False):
                 assert_right(maps, (2, 2, 16, 16, 20), torch.float32, weights)

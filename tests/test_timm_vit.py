@@ -11,6 +11,7 @@ import torch
 from equipped import QKV, assert_same, fill, gradients, spread, tables_of
 from families import FAMILIES, SHARED, SMALL, images
 from family_matrix import Matrix
+from methods import METHODS
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -82,7 +83,7 @@ def test_zero_tables_in_float32_stay_within_the_gap_between_sdpa_backends(name):
         assert (equip(model, QKV)(image) - before).abs().max() <= 2 * gap
 
 
-@pytest.mark.parametrize("method", ["euc", "quant", "cross", "product"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("mode", "shared", "on"), [("ctx", False, "qkv"), ("ctx", True, "v"), ("bias", False, "qk")])
 def test_every_encoding_reaches_every_head(method, mode, shared, on):
     model = make(config=get_rpe_config(1.9, method, mode, shared, 0, on))

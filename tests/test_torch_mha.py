@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 from equipped import Equipped, fill, gradients, spread, tables_of
 from fresh import PATIENCE
+from methods import METHODS
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -223,7 +224,7 @@ def test_outputs_and_gradients_are_those_of_the_formula(family):
         assert got[name].abs().max() > 1e-9 or name.split(".rpe_")[0] == last.split(".rpe_")[0]
 
 
-@pytest.mark.parametrize("method", ["euc", "quant", "cross", "product"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("mode", "shared", "on"), [("ctx", False, "qkv"), ("ctx", True, "v"), ("bias", False, "qk")])
 def test_every_encoding_reaches_every_head(method, mode, shared, on):
     model, x = make("TransformerEncoder", get_rpe_config(1.9, method, mode, shared, 1, on))
