@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.image_transforms import get_size_with_aspect_ratio
 
 from ..runs.seeds import mixed
-from ..runs.workers import Careful, Loader
+from ..runs.workers import Careful, Loader, Reading
 from .data import Coco
 from .settings import Settings
 
@@ -149,17 +149,13 @@ def train_batches(
         for at in range(first * whole, len(order) // whole * whole, whole)
         for start in range(at + rank, at + stride, size)
     ]
-    return iter(_loader(Samples(data, transform), keys, settings))
+    reading = Reading(settings.loader_workers, settings.loader_timeout)
+    return iter(Loader(Samples(data, transform), collate, reading, batch_sampler=keys))
 
 
 def eval_batches(data: Coco, transform: Transform, settings: Settings, rank: int, size: int) -> Iterator[Batch]:
     """What one process takes of the pictures to evaluate on; each of them is in one batch of one process."""
     mine, step = [(number, 0) for number in range(rank, len(data), size)], settings.eval_batch_size
-    return iter(_loader(Samples(data, transform), [mine[at : at + step] for at in range(0, len(mine), step)], settings))
-
-
-def _loader(samples: Samples, keys: list[list[tuple[int, int]]], settings: Settings) -> Loader:
-    return Loader(
-        samples, collate, batch_sampler=keys, num_workers=settings.loader_workers,
-        pin_memory=torch.cuda.is_available(), timeout=settings.loader_timeout,
-    )  # fmt: skip
+    keys = [mine[at : at + step] for at in range(0, len(mine), step)]
+    reading = Reading(settings.loader_workers, settings.loader_timeout)
+    return iter(Loader(Samples(data, transform), collate, reading, batch_sampler=keys))

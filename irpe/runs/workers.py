@@ -7,8 +7,10 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 S = TypeVar("S")
@@ -36,6 +38,14 @@ class Careful(Dataset[S]):
             return error
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How a training process reads images: by this many processes (0 is by itself), waiting for them so many seconds."""
+
+    workers: int
+    timeout: int  # 0 is for ever
+
+
 class Loader(DataLoader[Any]):
     """A DataLoader of a `Careful` dataset that raises its RunError as it is.
 
@@ -43,10 +53,13 @@ class Loader(DataLoader[Any]):
     that does not answer, is one of a picture too.
     """
 
-    def __init__(self, dataset: Dataset[Any], collate: Callable[[Sequence[Any]], Any], **options: Any) -> None:
-        if not options.get("num_workers"):
-            options.pop("timeout", None)
-        super().__init__(dataset, collate_fn=functools.partial(_unless_error, collate), **options)
+    def __init__(
+        self, dataset: Dataset[Any], collate: Callable[[Sequence[Any]], Any], reading: Reading, **options: Any
+    ) -> None:
+        super().__init__(
+            dataset, collate_fn=functools.partial(_unless_error, collate), num_workers=reading.workers,
+            timeout=reading.timeout if reading.workers else 0, pin_memory=torch.cuda.is_available(), **options,
+        )  # fmt: skip
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         before, done = set(multiprocessing.active_children()), 0

@@ -50,9 +50,9 @@ def check_labels(targets: Tensor, num_classes: int) -> None:
         )
 
 
-def to_device(images: Tensor, settings: Settings, device: torch.device) -> Tensor:
+def to_device(images: Tensor, channels_last: bool, device: torch.device) -> Tensor:
     """Images where the model is, in the memory order that it is in."""
-    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+    layout = torch.channels_last if channels_last else torch.contiguous_format
     return images.to(device, non_blocking=True, memory_format=layout)
 
 
@@ -92,7 +92,7 @@ def evaluate(
         # not compiled: the last batch has another size, and --compile is for the many steps of training
         eager = torch.compiler.set_stance("force_eager")
         with eager, torch.no_grad(), autocast(settings.amp, world.device):
-            output = model(to_device(batch.images, settings, world.device))
+            output = model(to_device(batch.images, settings.channels_last, world.device))
         output, targets = output.float().cpu()[batch.real], batch.targets[batch.real]
         check_labels(targets, num_classes)
         sums[2] += (~output.isfinite()).any(1).sum()

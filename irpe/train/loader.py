@@ -20,7 +20,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ..runs.picture import converted
 from ..runs.seeds import Share, mixed, seed_all
-from ..runs.workers import BadImageError, Careful, Loader
+from ..runs.workers import BadImageError, Careful, Loader, Reading
 from .data import Source
 from .settings import Settings
 from .shards import local_only
@@ -201,7 +201,8 @@ def train_loader(source: Any, transform: Any, settings: Settings, share: Share, 
     if isinstance(source, IterableDataset):
         if hasattr(source, "set_epoch"):
             source.set_epoch(epoch)
-        return _stream(source, transform, settings, mixed(settings.seed, "stream", epoch), share.local, drop_last=True)
+        seed = mixed(settings.seed, "stream", epoch)
+        return _stream(source, transform, reading_of(settings), seed, share.local, drop_last=True)
     order = epoch_order(len(source), settings.repeats, settings.seed, epoch).tolist()
     batches = [
         [(order[place], mixed(settings.seed, "sample", epoch, place)) for place in places]
@@ -209,7 +210,7 @@ def train_loader(source: Any, transform: Any, settings: Settings, share: Share, 
         for places in share.places(step)
     ]
     samples = Samples(source, transform, True if settings.bad_images == "skip" else None)
-    return _loader(samples, settings, batch_sampler=batches)
+    return _loader(samples, reading_of(settings), batch_sampler=batches)
 
 
 def eval_loader(source: Any, transform: Any, settings: Settings, rank: int, size: int, batch_size: int) -> Any:
@@ -218,40 +219,32 @@ def eval_loader(source: Any, transform: Any, settings: Settings, rank: int, size
     Every process has as many batches; those at the end are filled with samples that are not real.
     """
     if isinstance(source, IterableDataset):  # which has no places to share out: the first process reads all of it
-        return [] if rank else _stream(source, transform, settings, 0, batch_size, drop_last=False)
+        return [] if rank else _stream(source, transform, reading_of(settings), 0, batch_size, drop_last=False)
     rounds = -(-len(source) // size)
-    mine = [one if (one := k * size + rank) < len(source) else -1 for k in range(rounds)]
+    mine = [index if (index := k * size + rank) < len(source) else -1 for k in range(rounds)]
     batches = [[(index, index) for index in mine[k : k + batch_size]] for k in range(0, rounds, batch_size)]
     samples = Samples(source, transform, False if settings.bad_images == "skip" else None)
-    return _loader(samples, settings, batch_sampler=batches)
+    return _loader(samples, reading_of(settings), batch_sampler=batches)
 
 
-def _stream(stream: Any, transform: Any, settings: Settings, seed: int, batch_size: int, *, drop_last: bool) -> Any:
+def _stream(stream: Any, transform: Any, reading: Reading, seed: int, batch_size: int, *, drop_last: bool) -> Any:
+    # its shuffling keeps a state from epoch to epoch, where a process of its own in each epoch begins anew
+    reading = Reading(max(1, reading.workers), reading.timeout)
     if hasattr(stream, "set_loader_cfg"):
-        stream.set_loader_cfg(num_workers=loader_workers(settings, stream=True))
+        stream.set_loader_cfg(num_workers=reading.workers)
     generator = torch.Generator().manual_seed(seed)
     samples = StreamSamples(stream, transform)
-    return _loader(samples, settings, batch_size=batch_size, drop_last=drop_last, generator=generator)
+    return _loader(samples, reading, batch_size=batch_size, drop_last=drop_last, generator=generator)
 
 
-def _loader(samples: Any, settings: Settings, **options: Any) -> Loader:
-    return Loader(
-        samples, collate, num_workers=loader_workers(settings, stream=isinstance(samples, StreamSamples)),
-        pin_memory=torch.cuda.is_available(), timeout=settings.loader_timeout,
-        worker_init_fn=_start_worker, **options,
-    )  # fmt: skip
+def _loader(samples: Any, reading: Reading, **options: Any) -> Loader:
+    return Loader(samples, collate, reading, worker_init_fn=_start_worker, **options)
 
 
-def loader_workers(settings: Settings, *, stream: bool = False) -> int:
-    """Processes that read images for one training process; at least one for a stream.
-
-    The shuffling of a stream keeps its state from epoch to epoch. A process of its own in each epoch begins anew.
-    """
-    if stream:
-        return max(1, loader_workers(settings))
-    if settings.loader_workers >= 0:
-        return settings.loader_workers
-    return min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+def reading_of(settings: Settings) -> Reading:
+    """How one training process reads images; by default with its part of the cores."""
+    usual = min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return Reading(usual if settings.loader_workers < 0 else settings.loader_workers, settings.loader_timeout)
 
 
 def _start_worker(worker: int) -> None:
@@ -267,7 +260,7 @@ def _start_worker(worker: int) -> None:
         source = getattr(source, "source", None)
 
 
-def unreadable(source: Source, settings: Settings) -> list[str]:
+def unreadable(source: Source, reading: Reading) -> list[str]:
     """Reads every image once; `name: reason` of each that cannot be."""
     samples = Samples(source, _nothing, False)
     batches = [
@@ -275,7 +268,7 @@ def unreadable(source: Source, settings: Settings) -> list[str]:
         for k in range(0, len(source), 64)
         if (part := range(len(source))[k : k + 64])
     ]
-    return [name for batch in _loader(samples, settings, batch_sampler=batches) for name in batch.bad]
+    return [name for batch in _loader(samples, reading, batch_sampler=batches) for name in batch.bad]
 
 
 def _nothing(image: Any) -> Tensor:

@@ -130,7 +130,8 @@ class Trainer(trainer.Trainer):
             progress.sums.bad += len(batch.bad)
             seed_all(settings.seed, "step", progress.step, self.world.rank, micro)
             check_labels(batch.targets, len(self.data.classes))
-            images, targets = to_device(batch.images, settings, device), batch.targets.to(device, non_blocking=True)
+            images = to_device(batch.images, settings.channels_last, device)
+            targets = batch.targets.to(device, non_blocking=True)
             if self.mixup is not None:
                 images, targets = self.mixup(images, targets)
             last = micro + 1 == settings.accumulate

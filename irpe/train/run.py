@@ -16,7 +16,7 @@ from ..runs.world import World, started
 from . import model as models
 from .data import Data, Source, difference, located, open_data
 from .evaluation import Score, evaluate
-from .loader import Transform, unreadable
+from .loader import Transform, reading_of, unreadable
 from .loop import Trainer
 from .pretrained import AVERAGE, BEST, WEIGHTS, find_weights
 from .report import ENCODINGS, write_report
@@ -142,7 +142,12 @@ def _verify(sources: list[Source], settings: Settings, world: World, say: Say) -
     """Reads all images in the first process; says which cannot be read, and stops there unless they are skipped."""
 
     def look() -> list[str]:
-        return [words for source in sources if hasattr(source, "labels") for words in unreadable(source, settings)]
+        return [
+            words
+            for source in sources
+            if hasattr(source, "labels")
+            for words in unreadable(source, reading_of(settings))
+        ]
 
     bad = world.from_first(look)
     if not bad:
