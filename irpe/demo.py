@@ -146,13 +146,13 @@ def fit(run: Run, on_epoch: Callable[[int], None] = lambda epoch: None) -> dict[
                 accuracies[width].append(accuracy(model, test))
         on_epoch(epoch)
     return asdict(run) | {
-        "parameters": sum(one.numel() for one in model.parameters()),
+        "parameters": sum(weight.numel() for weight in model.parameters()),
         "measured_at": measured_at,
         "accuracy": accuracies,
         "loss": losses,
         "seconds": time.perf_counter() - wall,
         "cpu_seconds": time.process_time() - cpu,
-        "state": {name: one.numpy() for name, one in model.state_dict().items()},
+        "state": {name: weight.numpy() for name, weight in model.state_dict().items()},
     }
 
 
@@ -229,19 +229,19 @@ def summarise(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     "seconds" and "cpu_seconds" are means of one run.
     """
     rows = []
-    for side, lr in dict.fromkeys((one["side"], one["lr"]) for one in results):
-        group = [one for one in results if (one["side"], one["lr"]) == (side, lr)]
-        final = {width: [one["accuracy"][width][-1] for one in group] for width in group[0]["accuracy"]}
+    for side, lr in dict.fromkeys((result["side"], result["lr"]) for result in results):
+        group = [result for result in results if (result["side"], result["lr"]) == (side, lr)]
+        final = {width: [result["accuracy"][width][-1] for result in group] for width in group[0]["accuracy"]}
         rows.append(
             {
                 "side": side,
                 "title": title_of(side),
                 "lr": lr,
-                "seeds": [one["seed"] for one in group],
+                "seeds": [result["seed"] for result in group],
                 "parameters": group[0]["parameters"],
                 "accuracy": {width: _spread(values) for width, values in final.items()},
-                "seconds": statistics.mean(one["seconds"] for one in group),
-                "cpu_seconds": statistics.mean(one["cpu_seconds"] for one in group),
+                "seconds": statistics.mean(result["seconds"] for result in group),
+                "cpu_seconds": statistics.mean(result["cpu_seconds"] for result in group),
             }
         )
     return rows
@@ -268,7 +268,7 @@ def best_rates(rows: Sequence[dict[str, Any]], slack: float = 1.0) -> dict[str, 
 
 def save(path: Path, result: dict[str, Any]) -> Path:
     """Writes the weights of a result as a plain state dict of tensors, for `build_model(side).load_state_dict`."""
-    torch.save({name: torch.from_numpy(one) for name, one in result["state"].items()}, path)
+    torch.save({name: torch.from_numpy(weight) for name, weight in result["state"].items()}, path)
     return path
 
 

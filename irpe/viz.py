@@ -86,7 +86,7 @@ def bucket_maps(
     ratio = RATIOS.get(method, 1.9) if ratio is None else ratio
     config = get_single_rpe_config(ratio, method, skip=skip)
     tables = (METHOD.CROSS_ROWS, METHOD.CROSS_COLS) if config.method == METHOD.CROSS else (config.method,)
-    maps = tuple(BucketMap(one, float(ratio), height, width, config.skip) for one in tables)
+    maps = tuple(BucketMap(table, float(ratio), height, width, config.skip) for table in tables)
     maps[0].offsets()  # raises for wrong sizes
     return maps
 
@@ -143,22 +143,22 @@ def _bare(ax: Axes) -> None:
         spine.set_visible(False)
 
 
-def draw_bucket_map(ax: Axes, one: BucketMap, query: tuple[int, int] | None) -> None:
+def draw_bucket_map(ax: Axes, table: BucketMap, query: tuple[int, int] | None) -> None:
     """The buckets of all keys for one query (row, column), marked by a ring; of all offsets for None."""
-    ids = one.offsets() if query is None else one.around(query)
-    center = (one.height - 1, one.width - 1) if query is None else query
-    ax.imshow(one.colors(ids), interpolation="nearest")
+    ids = table.offsets() if query is None else table.around(query)
+    center = (table.height - 1, table.width - 1) if query is None else query
+    ax.imshow(table.colors(ids), interpolation="nearest")
     _borders(ax, ids)
     size = min(ax.get_window_extent().width / ids.shape[1], ax.get_window_extent().height / ids.shape[0])
     ax.plot(center[1], center[0], "o", ms=max(2.5, 0.3 * size), mfc="white", mec="black", mew=1.2)
     _bare(ax)
-    if query is not None and one.skip:
-        shown = min(one.skip, one.width)
+    if query is not None and table.skip:
+        shown = min(table.skip, table.width)
         for k in range(shown):
             ax.add_patch(Rectangle((k - 0.5, -2.1), 0.94, 1.0, color=_SKIP_COLOR, lw=0))
-        words = "skip token" if one.skip == 1 else f"{one.skip} skip tokens"
+        words = "skip token" if table.skip == 1 else f"{table.skip} skip tokens"
         ax.text(shown - 0.2, -1.6, f"{words}: one bucket", va="center", ha="left", fontsize=8, color="0.35")
-        ax.set_ylim(one.height - 0.5, -2.3)
+        ax.set_ylim(table.height - 0.5, -2.3)
 
 
 def draw_buckets(path: Path, groups: Sequence[tuple[BucketMap, ...]], query: tuple[int, int] | None = None) -> Path:
@@ -173,16 +173,16 @@ def draw_buckets(path: Path, groups: Sequence[tuple[BucketMap, ...]], query: tup
     query = (height * 3 // 7, width * 3 // 7) if query is None else query
     if not (0 <= query[0] < height and 0 <= query[1] < width):
         raise ValueError(f"the query at row {query[0]}, column {query[1]} is not on the map of {height}x{width} tokens")
-    columns = [(one, group) for group in groups for one in group]
+    columns = [(table, group) for group in groups for table in group]
     cell = 2.7  # inches
     tall = cell * min(2.0, max(0.35, height / width))
     figure = Figure(figsize=(cell * max(2, len(columns)) + 0.4, 2 * tall + 1.5), dpi=150, layout="constrained")
     figure.suptitle(f"Buckets of image relative position encoding on a map of {height}×{width} tokens", fontsize=13)
     axes = figure.subplots(2, len(columns), squeeze=False)
-    for k, (one, group) in enumerate(columns):
-        draw_bucket_map(axes[0, k], one, query)
-        draw_bucket_map(axes[1, k], one, None)
-        axes[0, k].set_title(_heading(one, group), fontsize=10.5)
+    for k, (table, group) in enumerate(columns):
+        draw_bucket_map(axes[0, k], table, query)
+        draw_bucket_map(axes[1, k], table, None)
+        axes[0, k].set_title(_heading(table, group), fontsize=10.5)
     axes[0, 0].set_ylabel(f"one query (○), at\nrow {query[0]}, column {query[1]}", fontsize=9.5)
     axes[1, 0].set_ylabel(f"all offsets,\n{2 * height - 1}×{2 * width - 1}", fontsize=9.5)
     return _save(figure, path)
@@ -192,10 +192,10 @@ def _title(method: METHOD) -> str:
     return _TITLES.get(method, method.name.capitalize())
 
 
-def _heading(one: BucketMap, group: tuple[BucketMap, ...]) -> str:
+def _heading(table: BucketMap, group: tuple[BucketMap, ...]) -> str:
     total = sum(each.used() for each in group)
-    count = f"{one.used()} buckets" if len(group) == 1 else f"{one.used()} of {total} buckets"
-    return f"{_title(one.method)}, ratio {one.ratio:g}\n{count}"
+    count = f"{table.used()} buckets" if len(group) == 1 else f"{table.used()} of {total} buckets"
+    return f"{_title(table.method)}, ratio {table.ratio:g}\n{count}"
 
 
 @contextmanager
@@ -306,54 +306,56 @@ def _draw_response(ax: Axes, values: np.ndarray, limit: float) -> Any:
     return picture
 
 
-def _draw_query(ax: Axes, one: Encodings, k: int) -> None:
+def _draw_query(ax: Axes, learned: Encodings, k: int) -> None:
     """The image of example k with a box around the token that asks."""
-    ax.imshow(one.images[k], cmap="gray_r", vmin=0, vmax=1)
-    row, column = (place * one.patch for place in one.at[k])
-    ax.add_patch(Rectangle((column - 0.5, row - 0.5), one.patch, one.patch, fill=False, ec="#d95f02", lw=2.2))
-    ax.set_xlim(-1, one.images[k].shape[1])
-    ax.set_ylim(one.images[k].shape[0], -1)
+    ax.imshow(learned.images[k], cmap="gray_r", vmin=0, vmax=1)
+    row, column = (place * learned.patch for place in learned.at[k])
+    ax.add_patch(Rectangle((column - 0.5, row - 0.5), learned.patch, learned.patch, fill=False, ec="#d95f02", lw=2.2))
+    ax.set_xlim(-1, learned.images[k].shape[1])
+    ax.set_ylim(learned.images[k].shape[0], -1)
     _bare(ax)
 
 
-def draw_encodings(path: Path, one: Encodings) -> Path:
+def draw_encodings(path: Path, learned: Encodings) -> Path:
     """Left: every block and head, for the mean query. Right: single queries of real images and what they ask for."""
-    blocks, heads = one.mean.shape[:2]
-    count = len(one.images)
+    blocks, heads = learned.mean.shape[:2]
+    count = len(learned.images)
     widths = [1.6 * heads + 0.9, 1.6 * count + 0.9]
-    figure = Figure(figsize=(sum(widths), 1.6 * max(blocks, 1 + len(one.shown)) + 0.8), dpi=130, layout="constrained")
-    figure.suptitle(f"{one.title}: added to the attention score of a key, by its place around the query (○)")
+    figure = Figure(
+        figsize=(sum(widths), 1.6 * max(blocks, 1 + len(learned.shown)) + 0.8), dpi=130, layout="constrained"
+    )
+    figure.suptitle(f"{learned.title}: added to the attention score of a key, by its place around the query (○)")
     left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=widths)[0]
-    _draw_mean(left, one)
+    _draw_mean(left, learned)
     right.suptitle("single queries of test images, in the two heads where they differ most", fontsize=10)
-    axes = right.subplots(1 + len(one.shown), count, squeeze=False)
-    limit = float(np.abs(one.single).max()) or 1.0
+    axes = right.subplots(1 + len(learned.shown), count, squeeze=False)
+    limit = float(np.abs(learned.single).max()) or 1.0
     for k in range(count):
-        _draw_query(axes[0, k], one, k)
-        for line in range(len(one.shown)):
-            picture = _draw_response(axes[1 + line, k], one.single[line, k], limit)
+        _draw_query(axes[0, k], learned, k)
+        for line in range(len(learned.shown)):
+            picture = _draw_response(axes[1 + line, k], learned.single[line, k], limit)
     axes[0, 0].set_ylabel("query (□)", fontsize=9)
-    for line, (block, head) in enumerate(one.shown):
+    for line, (block, head) in enumerate(learned.shown):
         axes[1 + line, 0].set_ylabel(f"block {block + 1}, head {head + 1}", fontsize=9)
     right.colorbar(picture, ax=axes[1:].ravel().tolist(), fraction=0.03)
     return _save(figure, path)
 
 
-def _draw_mean(figure: Figure | SubFigure, one: Encodings) -> None:
-    blocks, heads = one.mean.shape[:2]
+def _draw_mean(figure: Figure | SubFigure, learned: Encodings) -> None:
+    blocks, heads = learned.mean.shape[:2]
     figure.suptitle("mean query of the test images", fontsize=10)
     axes = figure.subplots(blocks, heads, squeeze=False)
-    limit = float(np.abs(one.mean).max()) or 1.0
+    limit = float(np.abs(learned.mean).max()) or 1.0
     for b in range(blocks):
         for h in range(heads):
-            picture = _draw_response(axes[b, h], one.mean[b, h], limit)
+            picture = _draw_response(axes[b, h], learned.mean[b, h], limit)
             if b == 0:
                 axes[b, h].set_title(f"head {h + 1}", fontsize=9)
         axes[b, 0].set_ylabel(f"block {b + 1}", fontsize=9)
     figure.colorbar(picture, ax=axes.ravel().tolist(), fraction=0.04)
 
 
-def draw_overview(path: Path, one: Encodings, size: int = 14) -> Path:
+def draw_overview(path: Path, learned: Encodings, size: int = 14) -> Path:
     """The picture at the top of the README: bucket maps around one token, and encodings learned from digits."""
     maps = [table for method in RATIOS for table in bucket_maps(method, size, size, skip=0)]
     query = (size * 3 // 7, size * 3 // 7)
@@ -363,16 +365,16 @@ def draw_overview(path: Path, one: Encodings, size: int = 14) -> Path:
     for ax, table in zip(top.subplots(1, len(maps)), maps, strict=True):
         draw_bucket_map(ax, table, query)
         ax.set_title(_title(table.method), fontsize=11)
-    count = min(4, len(one.images))
-    block, head = one.shown[0]
+    count = min(4, len(learned.images))
+    block, head = learned.shown[0]
     bottom.suptitle(
-        f"What {one.title} learned from digits: added to the score of a key at that place, for the query in the box "
-        f"(block {block + 1}, head {head + 1})"
+        f"What {learned.title} learned from digits: added to the score of a key at that place, for the query in the "
+        f"box (block {block + 1}, head {head + 1})"
     )
     axes = bottom.subplots(1, 2 * count)
-    limit = float(np.abs(one.single[0, :count]).max()) or 1.0
+    limit = float(np.abs(learned.single[0, :count]).max()) or 1.0
     for k in range(count):
-        _draw_query(axes[2 * k], one, k)
-        picture = _draw_response(axes[2 * k + 1], one.single[0, k], limit)
+        _draw_query(axes[2 * k], learned, k)
+        picture = _draw_response(axes[2 * k + 1], learned.single[0, k], limit)
     bottom.colorbar(picture, ax=axes.tolist(), fraction=0.02)
     return _save(figure, path)

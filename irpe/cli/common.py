@@ -70,7 +70,7 @@ def check_place(*files: Path | None) -> None:
         if file is None:
             continue
         try:
-            folder = next(one for one in (file.parent, *file.parent.parents) if one.exists())
+            folder = next(place for place in (file.parent, *file.parent.parents) if place.exists())
             in_the_way = file if file.is_dir() else None if folder.is_dir() else folder
         except OSError as error:  # a name that is too long, a folder that may not be looked into
             raise typer.BadParameter(sentence(f"{file} cannot be a file: {reason_of(error)}")) from None

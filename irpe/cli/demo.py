@@ -72,7 +72,7 @@ def _run(folder: Path, runs: list[Any], options: Options, sides: Sequence[str], 
     order = {side: k for k, side in enumerate(sides)}
     rows = sorted(job.summarise(results), key=lambda row: (order[row["side"]], row["lr"]))
     console.print(_table(rows, tune))
-    paths = [] if tune else checked(_pictures, folder, sorted(results, key=lambda one: order[one["side"]]))
+    paths = [] if tune else checked(_pictures, folder, sorted(results, key=lambda result: order[result["side"]]))
     record = {
         "quick": quick,
         "command": sys.argv[1:],
@@ -85,9 +85,9 @@ def _run(folder: Path, runs: list[Any], options: Options, sides: Sequence[str], 
             **rest,
         },
         "wall_seconds": wall,
-        "cpu_seconds": sum(one["cpu_seconds"] for one in results),
+        "cpu_seconds": sum(result["cpu_seconds"] for result in results),
         "summary": rows,
-        "runs": [{key: value for key, value in one.items() if key != "state"} for one in results],
+        "runs": [{key: value for key, value in result.items() if key != "state"} for result in results],
     }
     if tune:
         record["chosen"] = job.best_rates(rows)
@@ -146,7 +146,7 @@ def _table(rows: Sequence[dict[str, Any]], tune: bool) -> Table:
     for title in (*(f"8×{width}" for width in rows[0]["accuracy"]), "weights", "lr", "s"):
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
-        scores = [f"{one['mean']:.1f}±{one['std']:.1f}" for one in row["accuracy"].values()]
+        scores = [f"{figure['mean']:.1f}±{figure['std']:.1f}" for figure in row["accuracy"].values()]
         table.add_row(row["title"], *scores, f"{row['parameters']:,}", f"{row['lr']:g}", f"{row['seconds']:.0f}")
     return table
 
@@ -156,7 +156,7 @@ def _pictures(folder: Path, results: Sequence[dict[str, Any]]) -> list[Path]:
     from .. import demo as job
     from .. import digits, viz
 
-    titled = [one | {"title": job.title_of(one["side"])} for one in results]
+    titled = [result | {"title": job.title_of(result["side"])} for result in results]
     paths = [viz.draw_accuracy(folder / "accuracy.png", titled, digits.HEIGHT)]
     test = digits.splits()["test"]
     canvases = [(f"{digits.HEIGHT}×{width}", digits.on_canvas(test, width).images[:8, 0]) for width in digits.WIDTHS]
@@ -164,10 +164,10 @@ def _pictures(folder: Path, results: Sequence[dict[str, Any]]) -> list[Path]:
     groups = [viz.bucket_maps(method, 14, 14, skip=1) for method in viz.RATIOS]
     paths.append(viz.draw_buckets(folder / "buckets.png", groups))
     overview = True
-    for one in (one for one in titled if one["seed"] == 0):
-        paths.append(job.save(folder / f"{one['side']}-seed0.pt", one))
-        if (encodings := job.encodings(one)) is not None:
-            paths.append(viz.draw_encodings(folder / f"encodings-{one['side']}.png", encodings))
+    for result in (result for result in titled if result["seed"] == 0):
+        paths.append(job.save(folder / f"{result['side']}-seed0.pt", result))
+        if (encodings := job.encodings(result)) is not None:
+            paths.append(viz.draw_encodings(folder / f"encodings-{result['side']}.png", encodings))
             if overview:
                 paths.append(viz.draw_overview(folder / "irpe.png", encodings))
                 overview = False

@@ -114,7 +114,7 @@ detect = with_settings(_detect, Settings, RECIPES)
 def _ask_for_packages() -> None:
     """Ends with one sentence where a package is missing, before anything is read: some would be missed late."""
     packages = ("transformers", "torchvision", "torchmetrics", "pycocotools", "scipy", "sklearn", "matplotlib", "timm")
-    if missing := [one for one in packages if importlib.util.find_spec(one) is None]:
+    if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
         remedy = 'install what irpe detect needs, in the folder of irpe: pip install ".[detect]"'
         raise SystemExit(f"irpe: no module named {', '.join(missing)}; {remedy}")
 
@@ -130,8 +130,8 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
         scores = [
-            f"{one['mean']:.1f}" + ("" if one["std"] is None else f"±{one['std']:.1f}")
-            for one in (row[key] for key in ("AP", "AP50", "AP75"))
+            f"{figure['mean']:.1f}" + ("" if figure["std"] is None else f"±{figure['std']:.1f}")
+            for figure in (row[key] for key in ("AP", "AP50", "AP75"))
         ]
         side = "without iRPE" if row["side"] == "none" else row["side"]
         table.add_row(side, *scores, f"{row['parameters']:,}", f"{row['seconds']:.0f}")

@@ -55,12 +55,15 @@ def _export(
         file = out or Path(str(run)) / "model.pt2"
         check_path(file)
         facts = export(chosen, path, classes, file, batch=batch, say=printer.print)
-        shape = "x".join(str(one) for one in facts["input"]["shape"]).replace("batch", "B")
+        shape = "x".join(str(side) for side in facts["input"]["shape"]).replace("batch", "B")
         words = f"{file}: {facts['format']}, images {shape}, {len(classes)} classes"
         printer.print(f"{words}, at most {facts['largest_difference']:.1e} from the model", soft_wrap=True)
         printer.print(str(file.with_name(file.name + ".json")), soft_wrap=True)
 
 
 export = with_settings(
-    _export, Settings, RECIPES, tuple(one.name for one in dataclasses.fields(Settings) if one.name not in _OF_MODEL)
+    _export,
+    Settings,
+    RECIPES,
+    tuple(field.name for field in dataclasses.fields(Settings) if field.name not in _OF_MODEL),
 )

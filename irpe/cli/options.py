@@ -46,22 +46,22 @@ def with_settings(
     Options that are not given are None. The help of each ends with its defaults.
     """
     signature = inspect.signature(function)
-    own = [one for one in signature.parameters.values() if one.kind != inspect.Parameter.VAR_KEYWORD]
+    own = [parameter for parameter in signature.parameters.values() if parameter.kind != inspect.Parameter.VAR_KEYWORD]
     more = []
-    for one in dataclasses.fields(settings):
-        if "help" not in one.metadata or one.name in without or one.name in signature.parameters:
+    for field in dataclasses.fields(settings):
+        if "help" not in field.metadata or field.name in without or field.name in signature.parameters:
             continue
-        kind: Any = one.type
+        kind: Any = field.type
         inner = [arg for arg in get_args(kind) if arg not in (type(None), Ellipsis)]
         several = getattr(kind, "__origin__", None) is tuple
         basic = list[inner[0]] if several else inner[0] if inner else kind  # type: ignore[valid-type]
-        option = typer.Option(help=_words(one, recipes), show_default=False, rich_help_panel=one.metadata["panel"])
+        option = typer.Option(help=_words(field, recipes), show_default=False, rich_help_panel=field.metadata["panel"])
         more.append(
             inspect.Parameter(
-                one.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[basic | None, option]
+                field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[basic | None, option]
             )
         )
-    keyword = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own[1:]]
+    keyword = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own[1:]]
     parameters = [own[0], *keyword, *more]
 
     def command(*args: Any, **options: Any) -> None:
@@ -69,17 +69,17 @@ def with_settings(
 
     command.__name__, command.__doc__ = function.__name__.removeprefix("_"), function.__doc__
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {one.name: one.annotation for one in parameters}
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
 
 
-def _words(one: "dataclasses.Field[Any]", recipes: Mapping[str, Mapping[str, Any]]) -> str:
+def _words(field: "dataclasses.Field[Any]", recipes: Mapping[str, Mapping[str, Any]]) -> str:
     """The help of an option with its default, and the values of recipes that have another."""
-    text: str = one.metadata["help"]
-    if isinstance(one.default, bool):
+    text: str = field.metadata["help"]
+    if isinstance(field.default, bool):
         return text
-    usual = _shown(one.default)
-    others = {recipe: _shown(values.get(one.name, one.default)) for recipe, values in recipes.items()}
+    usual = _shown(field.default)
+    others = {recipe: _shown(values.get(field.name, field.default)) for recipe, values in recipes.items()}
     shown = ", ".join(f"{value} ({recipe})" for recipe, value in others.items() if value != usual)
     return f"{text} Default: {'; '.join(filter(None, (usual, shown)))}." if usual or shown else text
 
@@ -124,7 +124,7 @@ def _words_of(error: BaseException) -> str | None:
     """The sentence for an error; None for one that is a mistake of ours, whose traceback is wanted."""
     words = str(error)
     memory = ("out of memory", "can't allocate memory", "not enough memory", "Unable to allocate")
-    if isinstance(error, MemoryError) or any(one in words for one in memory):
+    if isinstance(error, MemoryError) or any(phrase in words for phrase in memory):
         return (
             "there is not enough memory for this; a smaller --batch-size (or --accumulate, which keeps it) and fewer "
             f"--loader-workers need less: {words or 'MemoryError'}"

@@ -86,14 +86,14 @@ def _train(
     """
     only_demo = {"seeds": seeds, "workers": workers, "quick": quick or None, "tune": tune or None}
     if data is None:
-        if strange := [flag(one) for one in given(settings | {"recipe": recipe, "resume": resume})]:
+        if strange := [flag(name) for name in given(settings | {"recipe": recipe, "resume": resume})]:
             raise typer.BadParameter(f"{', '.join(strange)}: the demo has no such option; name the DATA to train on")
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise typer.BadParameter("the demo is one process with workers of its own; name the DATA to train on")
         place = out or OUT
         demo.run(demo.Options(seeds or 3, epochs or 60, rpe or [], lr, workers, place, name, overwrite, quick, tune))
         return
-    if strange := [flag(one) for one in given(only_demo)]:
+    if strange := [flag(name) for name in given(only_demo)]:
         raise typer.BadParameter(f"{', '.join(strange)}: only the demo, without DATA, has this option")
     if rpe and len(rpe) > 1:
         raise typer.BadParameter(f"--rpe was given {len(rpe)} times; a run has one encoding")
@@ -185,7 +185,7 @@ def _evaluate(
             if not other:
                 fixed += ["val_share", "split_seed"]  # others would hold pictures out that the run was trained on
                 options["data"] = old.data
-            if taken := [flag(one) for one in fixed if one in options]:
+            if taken := [flag(name) for name in fixed if name in options]:
                 raise ValueError(f"{', '.join(taken)}: the run has its own; leave it out")
             if other:
                 options = {"val_share": 0.0, "val_split": None, "train_split": None, **options}
@@ -215,10 +215,10 @@ def _evaluate(
 
 # what evaluation has no use for
 _TRAINING = tuple(
-    one.name
-    for one in dataclasses.fields(Settings)
-    if one.metadata.get("panel") in ("Recipe", "Augmentation", "Checkpoints and logs")
-    and one.name not in ("batch_size",)
+    field.name
+    for field in dataclasses.fields(Settings)
+    if field.metadata.get("panel") in ("Recipe", "Augmentation", "Checkpoints and logs")
+    and field.name not in ("batch_size",)
 )
 train = with_settings(_train, Settings, RECIPES)
 evaluate = with_settings(

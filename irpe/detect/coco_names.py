@@ -12,4 +12,4 @@ _NAMES = """
 75 remote, 76 keyboard, 77 cell phone, 78 microwave, 79 oven, 80 toaster, 81 sink, 82 refrigerator, 84 book,
 85 clock, 86 vase, 87 scissors, 88 teddy bear, 89 hair drier, 90 toothbrush
 """
-NAMES = {int(number): name for number, name in (one.strip().split(" ", 1) for one in _NAMES.split(","))}
+NAMES = {int(number): name for number, name in (entry.strip().split(" ", 1) for entry in _NAMES.split(","))}

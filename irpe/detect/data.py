@@ -67,7 +67,8 @@ class Coco:
             )
         self.name, self._read, self._stored = name, read, stored
         for part in _PARTS:
-            if (at := next((k for k, one in enumerate(document[part]) if not isinstance(one, dict)), None)) is not None:
+            strange = (k for k, entry in enumerate(document[part]) if not isinstance(entry, dict))
+            if (at := next(strange, None)) is not None:
                 raise ValueError(
                     f"{name}: number {at} of its {part} is {document[part][at]!r}; expected names and values"
                 )
@@ -77,58 +78,60 @@ class Coco:
             raise ValueError(f"{name} is not in COCO's detection format: {type(error).__name__} {error}") from None
 
     def _fill(self, document: dict[str, Any], classes: Sequence[str] | None) -> None:
-        categories = sorted(document["categories"], key=lambda one: one["id"])
-        names = [str(one["name"]) for one in categories]
+        categories = sorted(document["categories"], key=lambda category: category["id"])
+        names = [str(category["name"]) for category in categories]
         if not document["images"] or not names:
             raise ValueError(f"{self.name} has {len(document['images'])} images and {len(names)} categories")
-        if len(set(names)) < len(names) or len({one["id"] for one in categories}) < len(names):
+        if len(set(names)) < len(names) or len({category["id"] for category in categories}) < len(names):
             raise ValueError(f"{self.name} has two categories of one name or id, among {', '.join(names[:20])}")
         self.classes = list(names if classes is None else classes)
         known = named(self.classes)
-        if strange := [one for one in names if one not in known]:
+        if strange := [name for name in names if name not in known]:
             raise ValueError(
                 f"{self.name} has categories that the training set or the model does not have: {', '.join(strange[:5])}"
                 f"{' and others' * (len(strange) > 5)}; it has {', '.join(list(known)[:10])}"
             )
-        self.ids = {str(one["name"]): int(one["id"]) for one in categories}
-        label_of = {one["id"]: known[str(one["name"])] for one in categories}
-        sizes = {one["id"]: _size(one, self.name) for one in document["images"]}
+        self.ids = {str(category["name"]): int(category["id"]) for category in categories}
+        label_of = {category["id"]: known[str(category["name"])] for category in categories}
+        sizes = {image["id"]: _size(image, self.name) for image in document["images"]}
         if len(sizes) < len(document["images"]):
             raise ValueError(f"{self.name} has several images of one id")
-        found: dict[Any, list[Annotation]] = {one: [] for one in sizes}
+        found: dict[Any, list[Annotation]] = {number: [] for number in sizes}
         count = Counter[str]()
-        for one in document["annotations"]:
-            where = f"annotation {one.get('id')!r} of {self.name}"
+        for annotation in document["annotations"]:
+            where = f"annotation {annotation.get('id')!r} of {self.name}"
             for kind, key, ids in (("image", "image_id", sizes), ("category", "category_id", label_of)):
-                if one[key] not in ids:
+                if annotation[key] not in ids:
                     plural, other = "images" if kind == "image" else "categories", next(iter(ids))
                     raise ValueError(
-                        f"{where} is of {kind} {one[key]!r}, which is not among its {plural}, such as {other!r}"
+                        f"{where} is of {kind} {annotation[key]!r}, which is not among its {plural}, such as {other!r}"
                     )
-            if one.get("bbox") is None:
+            if annotation.get("bbox") is None:
                 raise ValueError(f"{where} has no bbox; expected [x, y, width, height] in pixels")
-            box, was_clipped = _corners(one["bbox"], sizes[one["image_id"]], where)
+            box, was_clipped = _corners(annotation["bbox"], sizes[annotation["image_id"]], where)
             count["clipped"] += was_clipped
             if box[2] <= box[0] or box[3] <= box[1]:
                 count["empty"] += 1
                 continue
-            area, was_given = _area(one.get("area"), box)
+            area, was_given = _area(annotation.get("area"), box)
             count["area"] += not was_given
-            crowd = one.get("iscrowd") or 0
+            crowd = annotation.get("iscrowd") or 0
             if crowd not in (0, 1):
                 raise ValueError(f"{where} has iscrowd {crowd!r}; expected 0 or 1")
-            found[one["image_id"]].append((box, label_of[one["category_id"]], area, int(crowd)))
-        self.pictures = [_picture(one, sizes[one["id"]], found[one["id"]], self.name) for one in document["images"]]
-        if not any(len(one.boxes) for one in self.pictures):
+            found[annotation["image_id"]].append((box, label_of[annotation["category_id"]], area, int(crowd)))
+        self.pictures = [
+            _picture(image, sizes[image["id"]], found[image["id"]], self.name) for image in document["images"]
+        ]
+        if not any(len(picture.boxes) for picture in self.pictures):
             raise ValueError(f"{self.name} has no boxes")
-        if all(one.crowd.all() for one in self.pictures):
+        if all(picture.crowd.all() for picture in self.pictures):
             raise ValueError(
                 f"{self.name} has boxes of crowds alone (iscrowd 1), which are not learned and not measured"
             )
         self.notes = self._notes(count) + _of_categories(categories, document["annotations"], self.name, classes)
 
     def _notes(self, count: Mapping[str, int]) -> list[str]:
-        files = Counter(one.name for one in self.pictures)
+        files = Counter(picture.name for picture in self.pictures)
         twice = [name for name, number in files.items() if number > 1]
         return [
             words
@@ -197,7 +200,7 @@ def named(classes: Sequence[str]) -> dict[str, int]:
 
 def _size(image: dict[str, Any], name: str) -> tuple[int, int]:
     size = image["width"], image["height"]
-    if not all(isinstance(one, (int, float)) and 0 < one <= _LARGEST and one == int(one) for one in size):
+    if not all(isinstance(side, (int, float)) and 0 < side <= _LARGEST and side == int(side) for side in size):
         raise ValueError(
             f"image {image['id']!r} of {name} has width and height {size}; expected whole numbers of pixels"
         )
@@ -207,7 +210,7 @@ def _size(image: dict[str, Any], name: str) -> tuple[int, int]:
 def _corners(bbox: Any, size: tuple[int, int], where: str) -> tuple[Box, bool]:
     """(x, y, x, y inside the image, whether something was cut off)."""
     try:
-        x, y, width, height = (float(one) for one in bbox)
+        x, y, width, height = (float(number) for number in bbox)
         finite = all(map(math.isfinite, (x, y, width, height))) and not isinstance(bbox, str)
     except (TypeError, ValueError, OverflowError):
         finite = False
@@ -243,20 +246,20 @@ def _of_categories(
     classes: Sequence[str] | None,
 ) -> list[str]:
     """What is kept of numbers with holes, and of a category that only stands above the others."""
-    ids, notes = [one["id"] for one in categories], []
+    ids, notes = [category["id"] for category in categories], []
     if classes is None and ids != list(range(ids[0], ids[0] + len(ids))):
-        names = ", ".join(str(one["name"]) for one in categories[:5]) + ", ..." * (len(categories) > 5)
+        names = ", ".join(str(category["name"]) for category in categories[:5]) + ", ..." * (len(categories) > 5)
         notes.append(
             f"{name}: the ids of its {len(ids)} categories, {ids[0]} to {ids[-1]}, have holes; classes are numbered "
             f"from 0 in their order: {names}"
         )
-    used = {one["category_id"] for one in annotations}
-    above = {str(one.get("supercategory")) for one in categories}
-    for one in categories:
-        if one["id"] not in used and str(one["name"]) in above and len(categories) > 1:
+    used = {annotation["category_id"] for annotation in annotations}
+    above = {str(category.get("supercategory")) for category in categories}
+    for category in categories:
+        if category["id"] not in used and str(category["name"]) in above and len(categories) > 1:
             notes.append(
-                f"{name}: category {one['name']} (id {one['id']}) has no boxes and stands above others; it is kept as "
-                "a class of its own"
+                f"{name}: category {category['name']} (id {category['id']}) has no boxes and stands above others; it "
+                "is kept as a class of its own"
             )
     return notes
 
@@ -288,8 +291,12 @@ def open_part(settings: Settings, part: str, classes: Sequence[str] | None = Non
         return Coco(document, _Scenes(part), f"digits ({part})", classes)
     file, folder = _places(settings, part)
     data = Coco(read_json(file), _Files(folder), str(file), classes, stored=settings.orientation == "stored")
-    present = {one.name for one in os.scandir(folder)}
-    lost = [one.name for one in data.pictures if one.name not in present and not (folder / one.name).is_file()]
+    present = {entry.name for entry in os.scandir(folder)}
+    lost = [
+        picture.name
+        for picture in data.pictures
+        if picture.name not in present and not (folder / picture.name).is_file()
+    ]
     if lost:
         raise ValueError(
             f"{len(lost)} of {len(data)} images that {file} names are not in {folder}: {', '.join(lost[:3])}"
@@ -321,9 +328,9 @@ def turned(data: Coco, settings: Settings) -> list[str]:
     """A line about pictures that EXIF turns, or none: how many, and what their boxes are taken to be drawn on."""
     if settings.data == DIGITS or not isinstance(data._read, _Files):
         return []
-    paths = [data._read.folder / one.name for one in data.pictures]
+    paths = [data._read.folder / picture.name for picture in data.pictures]
     with ThreadPoolExecutor(8) as threads:
-        count = sum(one != 1 for one in threads.map(orientation_of, paths))
+        count = sum(turn != 1 for turn in threads.map(orientation_of, paths))
     if not count:
         return []
     return [
@@ -341,17 +348,17 @@ def _places(settings: Settings, part: str) -> tuple[Path, Path]:
     named = settings.train_json if part == "train" else settings.val_json
     notes = root / "annotations"
     files = [Path(named)] if named else [
-        *(notes / f"{one}.json" for one in (f"instances_{year}", f"instances_{part}", part)),
-        *(root / one / "_annotations.coco.json" for one in (part, "valid" if part == "val" else part)),
+        *(notes / f"{name}.json" for name in (f"instances_{year}", f"instances_{part}", part)),
+        *(root / name / "_annotations.coco.json" for name in (part, "valid" if part == "val" else part)),
     ]  # fmt: skip
-    file = next((one for one in files if one.is_file()), None)
+    file = next((path for path in files if path.is_file()), None)
     if file is None:
         option = "" if named else f"; or name it with --{part}-json"
         raise ValueError(f"there is no annotation file for {part}: looked for {', '.join(map(str, files))}{option}")
     named = settings.train_images if part == "train" else settings.val_images
     beside = [file.parent] if file.name == "_annotations.coco.json" else []
     folders = [Path(named)] if named else [*beside, root / year, root / part, root / "images" / part, root / "images"]
-    folder = next((one for one in folders if one.is_dir()), None)
+    folder = next((path for path in folders if path.is_dir()), None)
     if folder is None:
         option = "" if named else f"; or name it with --{part}-images"
         raise ValueError(f"there is no folder of images for {part}: looked for {', '.join(map(str, folders))}{option}")

@@ -47,11 +47,11 @@ def predict(
             output = model(batch.images.to(world.device), pixel_mask=batch.mask.to(world.device))
         output.logits, output.pred_boxes = output.logits.float(), output.pred_boxes.float()
         strange += int((~(output.logits.isfinite().all(2) & output.pred_boxes.isfinite().all(2))).any(1).sum())
-        sizes = torch.tensor([[data.pictures[one].height, data.pictures[one].width] for one in batch.numbers])
+        sizes = torch.tensor([[data.pictures[number].height, data.pictures[number].width] for number in batch.numbers])
         found = processor.post_process_object_detection(output, threshold=0.0, target_sizes=sizes)
         mine += [
-            (one, {name: value.cpu() for name, value in what.items()})
-            for one, what in zip(batch.numbers, found, strict=True)
+            (number, {name: value.cpu() for name, value in what.items()})
+            for number, what in zip(batch.numbers, found, strict=True)
         ]
     both: Any = world.gathered(mine)  # type: ignore[arg-type]
     everything: dict[int, Prediction] = dict(both)
@@ -73,14 +73,16 @@ def average_precision(predictions: Sequence[Prediction], data: Coco) -> dict[str
     metric = MeanAveragePrecision(box_format="xyxy", iou_type="bbox", **options)
     metric.warn_on_many_detections = False  # more than 100, of which the best count
     targets = [
-        {"boxes": one.boxes, "labels": one.labels, "area": one.areas, "iscrowd": one.crowd} for one in data.pictures
+        {"boxes": picture.boxes, "labels": picture.labels, "area": picture.areas, "iscrowd": picture.crowd}
+        for picture in data.pictures
     ]
-    metric.update([dict(one) for one in predictions], targets)
+    metric.update([dict(prediction) for prediction in predictions], targets)
     values = metric.compute()
     found: dict[str, Any] = {name: _percent(values[key]) for key, name in NAMES.items()}
     numbers, each = values["classes"].reshape(-1).tolist(), values["map_per_class"].reshape(-1)
-    per_class = {data.classes[number]: _percent(one) for number, one in zip(numbers, each, strict=True)}
-    return {**found, "per_class": per_class, "images": len(data), "boxes": sum(len(one.boxes) for one in data.pictures)}
+    per_class = {data.classes[number]: _percent(ap) for number, ap in zip(numbers, each, strict=True)}
+    boxes = sum(len(picture.boxes) for picture in data.pictures)
+    return {**found, "per_class": per_class, "images": len(data), "boxes": boxes}
 
 
 def _percent(value: Tensor) -> float | None:

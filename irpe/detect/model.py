@@ -99,15 +99,15 @@ def processor_of(settings: Settings) -> Any:
 
 def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
     """Groups of AdamW: the backbone with its own learning rate, tables of iRPE without weight decay, the rest."""
-    named = [(name, one) for name, one in model.named_parameters() if one.requires_grad]
+    named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     groups: list[dict[str, Any]] = [
-        {"params": [one for name, one in named if _in_backbone(name)], "peak": settings.backbone_lr},
-        {"params": [one for name, one in named if not _in_backbone(name)], "peak": settings.lr},
+        {"params": [weight for name, weight in named if _in_backbone(name)], "peak": settings.backbone_lr},
+        {"params": [weight for name, weight in named if not _in_backbone(name)], "peak": settings.lr},
     ]
     if any(".lookup_table_" in name for name, _ in named):
         tables = rpe_parameters(model, peak=settings.lr)
-        own = {id(one) for one in tables["params"]}
-        groups[1]["params"] = [one for one in groups[1]["params"] if id(one) not in own]
+        own = {id(weight) for weight in tables["params"]}
+        groups[1]["params"] = [weight for weight in groups[1]["params"] if id(weight) not in own]
         groups.append(tables)
     return [group for group in groups if group["params"]]
 
@@ -192,7 +192,7 @@ def _released(name: str, wanted: str | None, classes: Sequence[str], say: Say) -
     try:
         found = read_torch(Path(name))
         state = found.get("model", found) if isinstance(found, dict) else found
-        if not isinstance(state, dict) or not all(isinstance(one, Tensor) for one in state.values()):
+        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
             raise ValueError("it holds no state dict under model")
         renamed = detr_state_dict(state)
         model.load_state_dict(renamed, strict=True)
@@ -210,21 +210,21 @@ def _set_classes(model: Any, known: Sequence[str], classes: Sequence[str], name:
     if list(known) == list(classes):
         return
     rows, old = named(known), model.class_labels_classifier
-    kept = [one for one in classes if one in rows]
+    kept = [label for label in classes if label in rows]
     new = nn.Linear(old.in_features, len(classes) + 1)
     with torch.no_grad():
         nn.init.normal_(new.weight, std=model.config.init_std)
         nn.init.zeros_(new.bias)
-        for number, one in enumerate(classes):
-            if one in rows:
-                new.weight[number], new.bias[number] = old.weight[rows[one]], old.bias[rows[one]]
+        for number, label in enumerate(classes):
+            if label in rows:
+                new.weight[number], new.bias[number] = old.weight[rows[label]], old.bias[rows[label]]
         if kept:  # beside known classes, "no object" means what it meant
             new.weight[-1], new.bias[-1] = old.weight[-1], old.bias[-1]
     model.class_labels_classifier = new
     if not kept:
         say(f"the classes are others than those of {name}: the classifier starts from random weights")
         return
-    made = [one for one in classes if one not in rows]
+    made = [label for label in classes if label not in rows]
     shown = ", ".join(made[:5]) + " and others" * (len(made) > 5)
     say(
         f"{shown} {'is' if len(made) == 1 else 'are'} not among the classes of {name}: "
@@ -248,9 +248,9 @@ def _small(settings: Settings, labels: dict[str, Any]) -> Any:
     model: Any = DetrForObjectDetection(DetrConfig(**options))
     # as the original DETR starts; transformers' 0.02 everywhere makes all queries alike, and this width learns nothing
     for part in (model.model.encoder, model.model.decoder, model.bbox_predictor, model.model.input_projection):
-        for one in part.parameters():
-            if one.dim() > 1:
-                nn.init.xavier_uniform_(one)
+        for weight in part.parameters():
+            if weight.dim() > 1:
+                nn.init.xavier_uniform_(weight)
     nn.init.normal_(model.model.query_position_embeddings.weight)
     nn.init.zeros_(model.bbox_predictor.layers[-1].weight)
     return model
@@ -264,9 +264,9 @@ def _choose_trained(model: Any) -> None:
     """Everything is trained but the stem and the first stage of a ResNet, as in the original DETR."""
     # transformers 5.18 freezes all of its own ResNet and nothing of timm's
     resnet = "resnet" in str(model.config.backbone_config.to_dict()).lower()
-    for name, one in model.named_parameters():
+    for name, weight in model.named_parameters():
         late = re.search(r"\b(layer[234]|stages\.[123])\.", name) is not None
-        one.requires_grad_(late or not (resnet and _in_backbone(name)))
+        weight.requires_grad_(late or not (resnet and _in_backbone(name)))
 
 
 def _load_backbone(model: Any, source: str) -> None:

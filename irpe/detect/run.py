@@ -130,10 +130,10 @@ def compare(
     runs = []
     for seed in range(seeds):
         for side in sides:
-            one = dataclasses.replace(settings, rpe=side, seed=seed)
+            own = dataclasses.replace(settings, rpe=side, seed=seed)
             console.print(f"{side}, seed {seed}", soft_wrap=True)
-            runs.append(train(one, _folder_of(out, one), resume, console))
-    rows = [_row(side, [one for one in runs if one["settings"]["rpe"] == side]) for side in sides]
+            runs.append(train(own, _folder_of(out, own), resume, console))
+    rows = [_row(side, [run for run in runs if run["settings"]["rpe"] == side]) for side in sides]
     result = {"rows": rows, "runs": runs, "command": sys.argv[1:], "versions": versions(*_PACKAGES)}
     write_json(out / RESULTS, result)
     return result
@@ -161,10 +161,10 @@ def _folder_of(out: Path, settings: Settings) -> MakeFolder:
 def _row(side: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     row: dict[str, Any] = {"side": side, "parameters": runs[0]["parameters"], "seeds": len(runs)}
     for name in ("AP", "AP50", "AP75"):
-        values = [one["score"][name] or 0.0 for one in runs]
+        values = [run["score"][name] or 0.0 for run in runs]
         spread = statistics.stdev(values) if len(values) > 1 else None
         row[name] = {"mean": statistics.mean(values), "std": spread, "values": values}
-    row["seconds"] = statistics.mean(one["seconds"] for one in runs)
+    row["seconds"] = statistics.mean(run["seconds"] for run in runs)
     return row
 
 
@@ -193,7 +193,7 @@ def _say_notes(parts: Sequence[Coco], model: Any, settings: Settings, say: Say) 
     for data in parts:
         for note in (*data.notes, *turned(data, settings)):
             say(note)
-        if many := sum(int((one.crowd == 0).sum()) > most for one in data.pictures):
+        if many := sum(int((picture.crowd == 0).sum()) > most for picture in data.pictures):
             say(
                 f"{data.name}: {many} of {len(data)} pictures have more boxes than the model has queries ({most}); "
                 "those over are neither learned nor found"
@@ -203,6 +203,6 @@ def _say_notes(parts: Sequence[Coco], model: Any, settings: Settings, say: Say) 
 def _result(settings: Settings, score: dict[str, Any], model: Any, world: World) -> dict[str, Any]:
     return {
         "settings": dataclasses.asdict(settings), "score": score,
-        "parameters": sum(one.numel() for one in model.parameters()),
+        "parameters": sum(weight.numel() for weight in model.parameters()),
         "processes": world.size, "device": str(world.device), "command": sys.argv[1:], "versions": versions(*_PACKAGES),
     }  # fmt: skip

@@ -31,10 +31,10 @@ def save(model: Any, processor: Any, folder: Path, notes: Mapping[str, str] = Ma
     try:
         model.save_pretrained(new)
         processor.save_pretrained(new)
-        for one in new.iterdir():
-            if one.suffix == ".safetensors":
-                write_whole(one, functools.partial(_seal, one.read_bytes(), notes))
-            with open(one, "rb") as file:
+        for path in new.iterdir():
+            if path.suffix == ".safetensors":
+                write_whole(path, functools.partial(_seal, path.read_bytes(), notes))
+            with open(path, "rb") as file:
                 os.fsync(file.fileno())
         if folder.exists():
             os.replace(folder, old)

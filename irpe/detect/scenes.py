@@ -28,7 +28,7 @@ _PARTS = {"train": ("train", 0, BORDER), "val": ("test", BORDER, 640)}
 
 @cache
 def _photographs() -> tuple[np.ndarray, ...]:
-    return tuple(np.asarray(one) for one in load_sample_images().images)
+    return tuple(np.asarray(image) for image in load_sample_images().images)
 
 
 def scene(part: str, seed: int, number: int) -> tuple[Image.Image, list[tuple[int, tuple[int, int, int, int]]]]:

@@ -27,7 +27,7 @@ def save(folder: Path, state: dict[str, Any], keep: int, *, later: bool = True) 
     data = as_torch(state)
     path = write_whole(place / f"step-{state['step']:09d}.pt", lambda file: file.write(data))
     found = checkpoints(folder)
-    branch = found if later else [one for one in found if one <= path]
+    branch = found if later else [step for step in found if step <= path]
     for old in set(found) - set(branch[-keep:]):
         old.unlink(missing_ok=True)
     return path
@@ -36,15 +36,15 @@ def save(folder: Path, state: dict[str, Any], keep: int, *, later: bool = True) 
 def clean(folder: Path) -> None:
     """Removes checkpoints that a killed process has left unfinished."""
     place = folder / FOLDER
-    for one in place.iterdir() if place.is_dir() else ():
-        if _UNFINISHED.fullmatch(one.name) and not one.is_dir():
-            one.unlink(missing_ok=True)
+    for entry in place.iterdir() if place.is_dir() else ():
+        if _UNFINISHED.fullmatch(entry.name) and not entry.is_dir():
+            entry.unlink(missing_ok=True)
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run, the last one at the end."""
     place = folder / FOLDER
-    return sorted(one for one in place.iterdir() if _NAME.fullmatch(one.name)) if place.is_dir() else []
+    return sorted(entry for entry in place.iterdir() if _NAME.fullmatch(entry.name)) if place.is_dir() else []
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -68,6 +68,6 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _before(path: Path) -> str:
-    others = [one for one in checkpoints(path.parent.parent) if one < path] if path.parent.name == FOLDER else []
+    others = [step for step in checkpoints(path.parent.parent) if step < path] if path.parent.name == FOLDER else []
     return f"; remove it, and --resume auto goes on from {others[-1].name}" if others else ""
 

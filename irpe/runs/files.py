@@ -29,12 +29,12 @@ def printable(text: object) -> str:
     words = str(text)
     if words.isascii() and words.isprintable():
         return words
-    return "".join(one if _shown(one) else one.encode("unicode_escape").decode() for one in words)
+    return "".join(letter if _shown(letter) else letter.encode("unicode_escape").decode() for letter in words)
 
 
-def _shown(one: str) -> bool:
+def _shown(letter: str) -> bool:
     # C: control, format, surrogates (bytes of a name that are no UTF-8), unassigned; Zl, Zp: other ends of lines
-    return unicodedata.category(one)[0] != "C" and unicodedata.category(one) not in ("Zl", "Zp")
+    return unicodedata.category(letter)[0] != "C" and unicodedata.category(letter) not in ("Zl", "Zp")
 
 
 def reason_of(error: BaseException) -> str:
@@ -96,9 +96,9 @@ def read_json(path: Path) -> Any:
 def plain(value: Any) -> Any:
     """Values for JSON, which has no word for numbers that are not finite: they become None, and tuples lists."""
     if isinstance(value, dict):
-        return {name: plain(one) for name, one in value.items()}
+        return {name: plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(one) for one in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -97,7 +97,7 @@ def begin(folder: Path, kind: Kind, *, auto: bool, sources: tuple[str | None, ..
     Raises:
         ValueError: the folder holds what no run of this kind wrote, or a run without a checkpoint.
     """
-    entries = sorted(one.name for one in folder.iterdir() if not _leftover(one.name, kind))
+    entries = sorted(entry.name for entry in folder.iterdir() if not _leftover(entry.name, kind))
     if entries and not is_run(folder, kind):
         shown = ", ".join(entries[:3]) + (" and others" if len(entries) > 3 else "")
         raise ValueError(
@@ -130,7 +130,7 @@ def check_results(folder: Path, name: str, keys: set[str], command: str) -> None
     Raises:
         ValueError: the folder has files, and none of this name that the command wrote.
     """
-    path, files = folder / name, sorted(one.name for one in folder.iterdir() if one.name != LOCK)
+    path, files = folder / name, sorted(entry.name for entry in folder.iterdir() if entry.name != LOCK)
     try:
         values = read_json(path) if name in files and not path.is_symlink() else None
     except ValueError:
@@ -174,33 +174,33 @@ def empty(folder: Path, kind: Kind) -> None:
 def clean(folder: Path, kind: Kind) -> None:
     """Removes what a killed process has left unfinished."""
     checkpoint.clean(folder)
-    for one in list(folder.iterdir()):
-        if one.is_symlink() or not _leftover(one.name, kind) or one.name == LOCK:
+    for entry in list(folder.iterdir()):
+        if entry.is_symlink() or not _leftover(entry.name, kind) or entry.name == LOCK:
             continue
-        if one.is_dir():
-            _restore(one, kind)
+        if entry.is_dir():
+            _restore(entry, kind)
         else:
-            _remove([one])
+            _remove([entry])
 
 
-def _restore(one: Path, kind: Kind) -> None:
+def _restore(entry: Path, kind: Kind) -> None:
     """A folder that was being written, or that was about to be replaced and comes back where nothing took its place."""
-    name = one.name[1:].rsplit(".", 2)[0]
+    name = entry.name[1:].rsplit(".", 2)[0]
     if name not in kind.folders:
         return
-    if one.name.endswith(".old") and not (one.parent / name).exists():
-        os.replace(one, one.parent / name)
-    elif one.name.endswith(".tmp"):
-        remove_ours(one, kind.inside[name])
+    if entry.name.endswith(".old") and not (entry.parent / name).exists():
+        os.replace(entry, entry.parent / name)
+    elif entry.name.endswith(".tmp"):
+        remove_ours(entry, kind.inside[name])
     else:
-        give_back(one, one.parent / name, kind.inside[name])
+        give_back(entry, entry.parent / name, kind.inside[name])
 
 
 def remove_ours(place: Path, pattern: re.Pattern[str]) -> None:
     """Removes the files of a folder whose whole names fit, and the folder where nothing is left in it."""
     if place.is_symlink() or not place.is_dir():
         return
-    _remove([one for one in place.iterdir() if pattern.fullmatch(one.name) and (one.is_file() or one.is_symlink())])
+    _remove([file for file in place.iterdir() if pattern.fullmatch(file.name) and (file.is_file() or file.is_symlink())])
     if not any(place.iterdir()):
         place.rmdir()
 
@@ -208,19 +208,19 @@ def remove_ours(place: Path, pattern: re.Pattern[str]) -> None:
 def give_back(old: Path, new: Path, pattern: re.Pattern[str]) -> None:
     """Removes our files of a folder that `new` has replaced; what somebody else put there moves into `new`."""
     remove_ours(old, pattern)
-    for one in list(old.iterdir()) if old.is_dir() else ():
-        if not (new / one.name).exists():
-            os.replace(one, new / one.name)
+    for file in list(old.iterdir()) if old.is_dir() else ():
+        if not (new / file.name).exists():
+            os.replace(file, new / file.name)
     if old.is_dir() and not any(old.iterdir()):
         old.rmdir()
 
 
 def _remove(paths: list[Path]) -> None:
-    for one in paths:
+    for path in paths:
         try:
-            one.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
         except OSError as error:
-            raise WriteError(f"{one} could not be removed: {reason_of(error)}") from error
+            raise WriteError(f"{path} could not be removed: {reason_of(error)}") from error
 
 
 def _leftover(name: str, kind: Kind) -> bool:

@@ -36,11 +36,11 @@ def check(settings: Any) -> None:
     Raises:
         ValueError: with the option, its value and what was expected.
     """
-    for one in dataclasses.fields(settings):
-        value, rules = getattr(settings, one.name), one.metadata
+    for field in dataclasses.fields(settings):
+        value, rules = getattr(settings, field.name), field.metadata
         if "help" not in rules or value is None:
             continue
-        said = f"{flag(one.name)} {value}; expected"
+        said = f"{flag(field.name)} {value}; expected"
         if rules["choices"] and value not in rules["choices"]:
             raise ValueError(f"{said} one of {', '.join(map(str, rules['choices']))}")
         for number in value if isinstance(value, tuple) else (value,):
@@ -60,14 +60,14 @@ def from_dict(cls: type[S], values: Mapping[str, Any]) -> S:
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"the settings are {type(values).__name__}; expected names and values")
-    known = {one.name for one in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     if strange := sorted(set(map(str, values)) - known):
         raise ValueError(f"unknown settings {', '.join(strange)}: they were written by another version")
-    plain = {name: tuple(one) if isinstance(one, list) else one for name, one in values.items()}
+    plain = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     hints = get_type_hints(cls)
-    for name, one in plain.items():
-        if not _fits(one, hints[name]):
-            raise ValueError(f"{flag(name)} is {one!r} in the file, which is damaged or not of irpe")
+    for name, value in plain.items():
+        if not _fits(value, hints[name]):
+            raise ValueError(f"{flag(name)} is {value!r} in the file, which is damaged or not of irpe")
     try:
         return cls(**plain)
     except TypeError as error:
@@ -80,9 +80,9 @@ def _fits(value: Any, kind: Any) -> bool:
     if kind is Any:
         return True
     if get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(_fits(one, inner[0]) for one in value)
+        return isinstance(value, tuple) and all(_fits(item, inner[0]) for item in value)
     if inner:  # X | None
-        return any(_fits(value, one) for one in inner)
+        return any(_fits(value, kind) for kind in inner)
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
@@ -91,7 +91,7 @@ def _fits(value: Any, kind: Any) -> bool:
 def changed(old: S, new: S) -> list[str]:
     """`--option was A, is B` for each setting that has to be the same when a run goes on, and is not."""
     return [
-        f"{flag(one.name)} was {getattr(old, one.name)}, is {getattr(new, one.name)}"
-        for one in dataclasses.fields(old)  # type: ignore[arg-type]
-        if getattr(old, one.name) != getattr(new, one.name) and not one.metadata.get("free", False)
+        f"{flag(field.name)} was {getattr(old, field.name)}, is {getattr(new, field.name)}"
+        for field in dataclasses.fields(old)  # type: ignore[arg-type]
+        if getattr(old, field.name) != getattr(new, field.name) and not field.metadata.get("free", False)
     ]

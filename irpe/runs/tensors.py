@@ -25,7 +25,7 @@ def write_weights(path: Path, state: dict[str, Tensor], notes: dict[str, str]) -
     """Writes safetensors; tensors that share memory become tensors of their own."""
     from safetensors.torch import save
 
-    data = save({name: one.detach().cpu().contiguous().clone() for name, one in state.items()}, metadata=notes)
+    data = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}, metadata=notes)
     return write_whole(path, lambda file: file.write(sealed(data)))
 
 
@@ -61,7 +61,7 @@ def notes_of(path: Path) -> dict[str, str]:
             raise ValueError("it is no file of safetensors")
         try:
             header = json.loads(file.read(length))
-            notes = {str(name): str(one) for name, one in header.pop("__metadata__", {}).items()}
+            notes = {str(name): str(note) for name, note in header.pop("__metadata__", {}).items()}
         except (ValueError, AttributeError, RecursionError):
             raise ValueError("it is no file of safetensors") from None
         if CHECKSUM in notes:
@@ -115,7 +115,7 @@ def read_torch(path: Path) -> Any:
         raise ValueError("there is not enough memory for it") from None
     except Exception as error:  # damaged files raise many kinds; torch's words advise what is never done here
         words = str(error)
-        if any(one in words.lower() for one in ("unsupported global", "unsupported class", "allowlisted")):
+        if any(phrase in words.lower() for phrase in ("unsupported global", "unsupported class", "allowlisted")):
             raise ObjectsError("it holds Python objects besides tensors, which are not loaded") from None
         raise ValueError("it is not what torch.save writes, or it is damaged") from None
 
@@ -125,9 +125,9 @@ def _check_zip(path: Path, size: int) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             inside = archive.infolist()
-            if any(one.compress_type != zipfile.ZIP_STORED for one in inside):
+            if any(record.compress_type != zipfile.ZIP_STORED for record in inside):
                 raise ValueError("it is a compressed archive, which torch.save does not write")
-            if sum(one.file_size for one in inside) > size:
+            if sum(record.file_size for record in inside) > size:
                 raise ValueError("it is damaged: its parts are larger than the file")
             if (bad := archive.testzip()) is not None:
                 raise ValueError(f"it is damaged: the checksum of {bad} is another one")
@@ -152,11 +152,11 @@ def not_finite(state: Any) -> list[str]:
             if local.is_floating_point() and not bool(torch.isfinite(local).all()):
                 found.append(name)
         elif isinstance(value, dict):
-            for key, one in value.items():
-                look(one, f"{name}.{key}" if name else str(key))
+            for key, item in value.items():
+                look(item, f"{name}.{key}" if name else str(key))
         elif isinstance(value, (list, tuple)):
-            for number, one in enumerate(value):
-                look(one, f"{name}.{number}")
+            for number, item in enumerate(value):
+                look(item, f"{name}.{number}")
 
     look(state, "")
     return found

@@ -47,7 +47,7 @@ class World:
             return values
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, values)
-        return [one for part in found for one in part]
+        return [value for part in found for value in part]
 
     def from_first(self, make: Callable[[], T]) -> T:
         """What the first process makes, in all of them; what it raises is raised in all of them too."""

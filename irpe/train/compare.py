@@ -57,7 +57,7 @@ def load(folder: Path) -> Run:
         numbers = [line.get("train_loss")]
         for part in (line["val"], line.get("ema", line["val"])):
             numbers += [part.get(name) if isinstance(part, dict) else None for name in ("loss", "top1", "top5")]
-        if not all(isinstance(one, (int, float)) for one in numbers):
+        if not all(isinstance(number, (int, float)) for number in numbers):
             raise ValueError(
                 f"{folder}: the line of epoch {line['epoch']} has no scores of a classifier; it is damaged"
             )
@@ -66,7 +66,9 @@ def load(folder: Path) -> Run:
 
 def _identity(run: Run) -> dict[str, Any]:
     """What runs of one row have in common: all settings that decide the result, but for the seed."""
-    names = [one.name for one in dataclasses.fields(Settings) if not one.metadata.get("free") and one.name != "seed"]
+    names = [
+        field.name for field in dataclasses.fields(Settings) if not field.metadata.get("free") and field.name != "seed"
+    ]
     return {"data": Path(run.settings.data).name, **{name: getattr(run.settings, name) for name in names}}
 
 

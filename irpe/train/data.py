@@ -66,10 +66,10 @@ class TorchvisionSource:
         if getattr(getattr(dataset, "loader", None), "__name__", "") == "default_loader":
             dataset.loader = functools.partial(read_picture, mode=mode)  # torchvision's spoils 16-bit pictures
         targets = getattr(dataset, "targets", None)
-        self._labels = None if targets is None else [int(one) for one in targets]
+        self._labels = None if targets is None else [int(target) for target in targets]
         names = getattr(dataset, "classes", None)
         count = len(names) if names is not None else max(self._labels or [0]) + 1
-        self.classes = [str(one) for one in names] if names is not None else [str(one) for one in range(count)]
+        self.classes = list(map(str, range(count) if names is None else names))
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -109,7 +109,7 @@ class DigitsSource:
         return f"digits {self.part}[{index}]"
 
     def labels(self) -> list[int] | None:
-        return [int(one) for one in self.digits.labels]
+        return [int(label) for label in self.digits.labels]
 
 
 class Subset:
@@ -129,7 +129,7 @@ class Subset:
 
     def labels(self) -> list[int] | None:
         labels = self.source.labels()
-        return None if labels is None else [labels[one] for one in self.indices]
+        return None if labels is None else [labels[index] for index in self.indices]
 
 
 def divided(source: Source, share: float, seed: int) -> tuple[Subset, Subset]:
@@ -152,7 +152,8 @@ def divided(source: Source, share: float, seed: int) -> tuple[Subset, Subset]:
             raise ValueError(f"class {source.classes[label]!r} has one image; --val-share needs at least two of each")
         held += indices[: min(len(indices) - 1, max(1, round(share * len(indices))))]
     chosen = set(held)
-    return Subset(source, [one for one in range(len(labels)) if one not in chosen]), Subset(source, sorted(chosen))
+    rest = [index for index in range(len(labels)) if index not in chosen]
+    return Subset(source, rest), Subset(source, sorted(chosen))
 
 
 def open_data(settings: Settings, *, train: bool = True) -> Data:
@@ -190,7 +191,7 @@ def located(settings: Settings, start: Path) -> Settings:
     """The settings with paths of data that are relative to the folder `start` made absolute, where they are there."""
 
     def there(text: str) -> str:
-        kind = next((one for one in NAMED if text.startswith(one)), "")
+        kind = next((prefix for prefix in NAMED if text.startswith(prefix)), "")
         path = start / text.removeprefix(kind)
         return kind + str(path.resolve()) if text != kind and path.exists() else text
 
@@ -201,7 +202,7 @@ def located(settings: Settings, start: Path) -> Settings:
 
 def elsewhere(data: str) -> bool:
     """Whether a name of data is one on the hub, or of a download: no folder or file here has it."""
-    kind = next((one for one in ("hfds/", "hfids/", "tfds/") if data.startswith(one)), None)
+    kind = next((prefix for prefix in ("hfds/", "hfids/", "tfds/") if data.startswith(prefix)), None)
     return kind is not None and not Path(data.removeprefix(kind)).exists()
 
 
@@ -310,7 +311,7 @@ def _named(settings: Settings, mode: str, train: bool) -> Data:
             raise ValueError(f"--parallel fsdp cannot evaluate on a stream ({settings.data}); use --parallel ddp")
         if settings.val_share:
             raise ValueError("--val-share needs data that can be read in any order; name a --val-split instead")
-        return Data(parts[0], parts[1], [str(one) for one in range(settings.num_classes)])
+        return Data(parts[0], parts[1], [str(number) for number in range(settings.num_classes)])
     return _data(parts[0], parts[1], settings)
 
 
@@ -357,7 +358,7 @@ def _create(settings: Settings, mode: str, split: str, training: bool) -> Any:
         labels = range(settings.num_classes)
         if not labels:
             raise ValueError(f"{settings.data} does not tell its classes; say how many with --num-classes")
-        return ReaderSource(reader, {str(one): one for one in labels}, mode)
+        return ReaderSource(reader, {str(label): label for label in labels}, mode)
     return ReaderSource(reader, reader.class_to_idx, mode)
 
 

@@ -33,7 +33,7 @@ class Score:
 
     def plain(self) -> dict[str, Any]:
         """For JSON: nan, which JSON lacks, is None."""
-        return asdict(self) | {"per_class": [None if one != one else one for one in self.per_class]}
+        return asdict(self) | {"per_class": [None if percent != percent else percent for percent in self.per_class]}
 
 
 def check_labels(targets: Tensor, num_classes: int) -> None:

@@ -120,6 +120,6 @@ def _onnx(program: Any, path: Path) -> Run:
 
 def _compare(model: nn.Module, run: Run, batches: list[Tensor]) -> tuple[float, float]:
     """(largest difference, largest logit) over the batches."""
-    found, expected = [run(one) for one in batches], [model(one) for one in batches]
-    differences = [float((one - other).abs().max()) for one, other in zip(found, expected, strict=True)]
-    return max(differences), max(float(one.abs().max()) for one in expected)
+    found, expected = [run(images) for images in batches], [model(images) for images in batches]
+    differences = [float((logits - other).abs().max()) for logits, other in zip(found, expected, strict=True)]
+    return max(differences), max(float(logits.abs().max()) for logits in expected)

@@ -160,7 +160,7 @@ def check_augment(words: str | None) -> None:
     """
     name, *parts = (words or "").split("-")
     sets = ("tweights", "t3a", "t3aw") if name == "rand" else ()
-    if strange := [one for one in parts if not re.fullmatch(r"[a-z]+\d+(\.\d*)?", one) and one not in sets]:
+    if strange := [part for part in parts if not re.fullmatch(r"[a-z]+\d+(\.\d*)?", part) and part not in sets]:
         raise ValueError(
             f"--auto-augment {words}: {', '.join(map(repr, strange))}; expected parts such as m9 or mstd0.5, as in "
             "rand-m9-mstd0.5-inc1"
@@ -180,10 +180,10 @@ class Shape:
 def collate(samples: Sequence[Sample]) -> Batch:
     """A batch of samples."""
     return Batch(
-        torch.stack([one.image for one in samples]),
-        torch.tensor([one.target for one in samples]),
-        torch.tensor([one.real for one in samples]),
-        [name for one in samples for name in one.bad],
+        torch.stack([sample.image for sample in samples]),
+        torch.tensor([sample.target for sample in samples]),
+        torch.tensor([sample.real for sample in samples]),
+        [name for sample in samples for name in sample.bad],
     )
 
 

@@ -148,8 +148,8 @@ class Trainer(trainer.Trainer):
             total = total.full_tensor() if hasattr(total, "full_tensor") else total
             norm = float(total)
         else:
-            grads = [one.grad for one in self.model.parameters() if one.grad is not None]
-            total = nn.utils.get_total_norm([one.to_local() if hasattr(one, "to_local") else one for one in grads])
+            grads = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
+            total = nn.utils.get_total_norm([grad.to_local() if hasattr(grad, "to_local") else grad for grad in grads])
         if not self.scaler.is_enabled():  # which leaves such steps out by itself
             self.norms.append((total.detach(), progress.step + 1))
         self.scaler.step(self.optimizer)

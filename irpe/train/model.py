@@ -133,14 +133,14 @@ def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any
         groups = param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=spared)
     found = []
     for group in groups:
-        mine = [one for one in group["params"] if one in tables]
-        others = [one for one in group["params"] if one not in tables]
+        mine = [weight for weight in group["params"] if weight in tables]
+        others = [weight for weight in group["params"] if weight not in tables]
         if others:
             found.append({**group, "params": others})
         if mine:
             scale = group.get("lr_scale", 1.0) * settings.rpe_lr_scale
             found.append({**group, "params": mine, "weight_decay": settings.rpe_weight_decay, "lr_scale": scale})
-    return [{name: one for name, one in group.items() if name != "param_names"} for group in found]
+    return [{name: value for name, value in group.items() if name != "param_names"} for group in found]
 
 
 def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:

@@ -59,12 +59,12 @@ class ReaderSource:
         """Forgets open archives: a process that was forked shares their place in the file with its parent."""
         states = getattr(self.reader, "tar_state", {})
         for state in states.values() if isinstance(states, dict) else [states]:
-            for one in (state, *state.children.values()):
-                one.tf = None
+            for archive in (state, *state.children.values()):
+                archive.tf = None
 
     def labels(self) -> list[int] | None:
         if hasattr(self.reader, "targets"):
-            return [int(one) for one in self.reader.targets]
+            return [int(target) for target in self.reader.targets]
         return None
 
 
@@ -74,7 +74,7 @@ def pictures(root: Path, mode: str) -> tuple[FolderSource | ReaderSource, list[s
     Raises:
         ValueError: there are none; a class has none; a picture has no class; two folders would be one class.
     """
-    if not root.is_dir() or (any(root.glob("*.tar")) and not any(one.is_dir() for one in root.iterdir())):
+    if not root.is_dir() or (any(root.glob("*.tar")) and not any(entry.is_dir() for entry in root.iterdir())):
         return _archives(root, mode)
     return _folders(root, mode)
 
@@ -100,12 +100,12 @@ def _folders(root: Path, mode: str) -> tuple[FolderSource, list[str]]:
             )
         name = os.path.basename(folder)
         places.add(folder)
-        if (parent := next((str(one) for one in Path(folder).parents if str(one) in places), None)) is not None:
+        if (parent := next((str(outer) for outer in Path(folder).parents if str(outer) in places), None)) is not None:
             raise ValueError(nested(parent, folder))
         if name in where:
             raise ValueError(f"two folders of the name {name!r} would be one class: {where[name]} and {folder}")
         where[name] = folder
-        found += [(os.path.join(folder, one), name) for one in mine]
+        found += [(os.path.join(folder, file), name) for file in mine]
     if empty and where:
         more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
         raise ValueError(
@@ -116,7 +116,7 @@ def _folders(root: Path, mode: str) -> tuple[FolderSource, list[str]]:
         raise ValueError(f"{root} has no pictures; expected a folder for each class, with its pictures inside")
     # the order of timm's reader of folders, whose epochs are the same then
     classes = sorted(where, key=natural_key)
-    found.sort(key=lambda one: natural_key(one[0]))
+    found.sort(key=lambda picture: natural_key(picture[0]))
     number = {name: k for k, name in enumerate(classes)}
     source = FolderSource(classes, [path for path, _ in found], [number[name] for _, name in found], mode)
     return source, _left_out(root, others)
@@ -138,7 +138,7 @@ def _archives(root: Path, mode: str) -> tuple[ReaderSource, list[str]]:
     _check_tars(paths)
     place = root.parent if root.is_file() else root
     index = place / f"_{root.stem if root.is_file() else root.name}_tarinfos.pickle"
-    indexed = index.exists() and sum(one.stat().st_size for one in paths) > _INDEXED
+    indexed = index.exists() and sum(path.stat().st_size for path in paths) > _INDEXED
     own = get_img_extensions()
     set_img_extensions(sorted(kinds()))  # the reader has no argument for them
     try:
@@ -173,7 +173,7 @@ def _name_classes(reader: Any, root: Path) -> None:
     where: dict[str, PurePosixPath] = {}
     files: Counter[str] = Counter()
     for number, (file, archive, inner) in enumerate(reader.samples):
-        parts = [PurePosixPath(one).with_suffix("").as_posix() for one in (archive, inner and inner.name) if one]
+        parts = [PurePosixPath(part).with_suffix("").as_posix() for part in (archive, inner and inner.name) if part]
         path = PurePosixPath(file.path)  # which has no ./ any more
         if any(map(_hidden, path.parts)):
             continue
@@ -190,7 +190,8 @@ def _name_classes(reader: Any, root: Path) -> None:
         shown.append(number)
         labels.append(place.name)
     for place in where.values():
-        if outer := next((one for one in place.parents if where.get(one.name) == one and one.name), None):
+        above = (folder for folder in place.parents if folder.name and where.get(folder.name) == folder)
+        if outer := next(above, None):
             raise ValueError(nested(f"{outer} in {root}", place))
     if twice := [name for name, count in files.items() if count > 1]:
         raise ValueError(
@@ -206,16 +207,16 @@ def _name_classes(reader: Any, root: Path) -> None:
 
 def _others(archive: tarfile.TarFile, within: str = "") -> Iterator[str]:
     """The names of the files of an archive, and of archives in it, that are no pictures."""
-    for one in archive:
-        if not one.isfile() or any(map(_hidden, PurePosixPath(one.name).parts)):
+    for member in archive:
+        if not member.isfile() or any(map(_hidden, PurePosixPath(member.name).parts)):
             continue
-        if _extension(one.name) == ".tar":
+        if _extension(member.name) == ".tar":
             if within:
-                raise ValueError(f"{within}/{one.name} is an archive in an archive in another; expected one level")
-            with tarfile.open(fileobj=archive.extractfile(one)) as inner:
-                yield from _others(inner, one.name)
-        elif _extension(one.name) not in kinds():
-            yield one.name
+                raise ValueError(f"{within}/{member.name} is an archive in an archive in another; expected one level")
+            with tarfile.open(fileobj=archive.extractfile(member)) as inner:
+                yield from _others(inner, member.name)
+        elif _extension(member.name) not in kinds():
+            yield member.name
 
 
 def _check_tars(paths: Sequence[Path]) -> None:

@@ -50,11 +50,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if isinstance(found, dict) and isinstance(found.get(name), dict):
             found = found[name]
             break
-    if not isinstance(found, dict) or not any(isinstance(one, Tensor) for one in found.values()):
+    if not isinstance(found, dict) or not any(isinstance(value, Tensor) for value in found.values()):
         raise ValueError(f"{path} holds no state dict; expected names and tensors, as model.state_dict() gives them")
     from timm.models import clean_state_dict
 
-    return clean_state_dict({str(name): one for name, one in found.items()})
+    return clean_state_dict({str(name): value for name, value in found.items()})
 
 
 def size_of_run(weights: Path) -> tuple[int, int] | None:
@@ -67,7 +67,7 @@ def size_of_run(weights: Path) -> tuple[int, int] | None:
     except (ValueError, KeyError, TypeError):  # somebody else's file of that name
         return None
     sides = (height, width)
-    return sides if all(isinstance(one, int) and 0 < one < 100_000 for one in sides) else None
+    return sides if all(isinstance(side, int) and 0 < side < 100_000 for side in sides) else None
 
 
 def load_weights(
@@ -87,20 +87,21 @@ def load_weights(
     _check_positions(raw, model, path)
     raw, shared = _own_biases(raw, own)
     # timm takes a table for that of a square window wherever it may be one
-    kept = {name: one for name, one in raw.items() if same_size and name.endswith(_TABLE) and _same(own, name, one)}
+    kept = {
+        name: weight for name, weight in raw.items() if same_size and name.endswith(_TABLE) and _same(own, name, weight)
+    }
     try:
-        state = _adapted({name: one for name, one in raw.items() if name not in kept}, model) | kept
+        state = _adapted({name: weight for name, weight in raw.items() if name not in kept}, model) | kept
     except Exception as error:  # timm's filters take for granted that the weights are of the model's family
         differences = _problems(raw, own, ()) or [reason_of(error)]
         if "old_window_size" in str(error):
             differences = ["its tables of relative positions are of a window that is not square, nor that of the model"]
         raise ValueError(f"{path} does not fit the model: {_some(differences)}") from None
-    dropped = (
-        [] if strict else [name for name, one in state.items() if name.startswith(head) and not _same(own, name, one)]
-    )
-    state = {name: one for name, one in state.items() if name not in dropped}
+    other_head = [name for name, weight in state.items() if name.startswith(head) and not _same(own, name, weight)]
+    dropped = [] if strict else other_head
+    state = {name: weight for name, weight in state.items() if name not in dropped}
     missing = [name for name in own if name not in state]
-    problems = _problems(state, own, () if strict else (*tables, *(one for one in own if one.startswith(head))))
+    problems = _problems(state, own, () if strict else (*tables, *(name for name in own if name.startswith(head))))
     if problems:
         more = ""
         if all("lookup_table" in words.split()[0] for words in problems):
@@ -122,8 +123,8 @@ def _adapted(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     return state if adapt is None else dict(adapt(state, model))
 
 
-def _same(own: dict[str, Tensor], name: str, one: Any) -> bool:
-    return name in own and isinstance(one, Tensor) and own[name].shape == one.shape
+def _same(own: dict[str, Tensor], name: str, weight: Any) -> bool:
+    return name in own and isinstance(weight, Tensor) and own[name].shape == weight.shape
 
 
 def _problems(state: dict[str, Any], own: dict[str, Tensor], optional: tuple[str, ...]) -> list[str]:
@@ -131,10 +132,10 @@ def _problems(state: dict[str, Any], own: dict[str, Tensor], optional: tuple[str
     found = [f"{name} is missing" for name in own if name not in state and name not in optional]
     found += [f"{name} is left over" for name in state if name not in own]
     found += [
-        f"{name} is {tuple(one.shape) if isinstance(one, Tensor) else type(one).__name__} in the file, "
+        f"{name} is {tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__} in the file, "
         f"{tuple(own[name].shape)} in the model"
-        for name, one in state.items()
-        if name in own and not _same(own, name, one)
+        for name, weight in state.items()
+        if name in own and not _same(own, name, weight)
     ]
     return found
 
@@ -148,7 +149,7 @@ def _own_biases(state: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[dict[
     wanted = [name for name in own if name.startswith("blocks.") and name.endswith(_TABLE)]
     if _SHARED not in state or _SHARED in own or not wanted:
         return state, False
-    rest = {name: one for name, one in state.items() if not name.startswith("rel_pos_bias.")}
+    rest = {name: weight for name, weight in state.items() if not name.startswith("rel_pos_bias.")}
     return rest | {name: state[_SHARED] for name in wanted if name not in rest}, True
 
 

@@ -31,10 +31,10 @@ def _is_record(values: dict[str, Any]) -> bool:
     size = values["shape"].get("size")
     return (
         {"data", "model", "rpe"} <= set(values["settings"])
-        and all(isinstance(one, str) for one in values["classes"])
+        and all(isinstance(name, str) for name in values["classes"])
         and isinstance(size, list)
         and len(size) == 2
-        and all(isinstance(one, int) and 0 < one < 100_000 for one in size)
+        and all(isinstance(side, int) and 0 < side < 100_000 for side in size)
     )
 
 
@@ -114,7 +114,7 @@ def record(trainer: Trainer) -> dict[str, Any]:
         del groups["tables of iRPE"]
     return {
         "settings": dataclasses.asdict(settings), "classes": trainer.data.classes,
-        "shape": dataclasses.asdict(trainer.shape), "parameters": sum(one.numel() for one in model.parameters()),
+        "shape": dataclasses.asdict(trainer.shape), "parameters": sum(weight.numel() for weight in model.parameters()),
         "parameter_groups": groups, "steps_per_epoch": trainer.steps_per_epoch, "processes": trainer.world.size,
         "device": str(trainer.world.device), "command": sys.argv[1:], "started_in": os.getcwd(),
         "versions": versions(),

@@ -185,10 +185,10 @@ def _value(text: str) -> Any:
         return words[text.lower()]
     inside = text.strip().removeprefix("(").removesuffix(")").removeprefix("[").removesuffix("]")
     if re.fullmatch(r"\d+(x\d+)+", inside):
-        return tuple(int(one) for one in inside.split("x"))
-    parts = [one.strip() for one in inside.removesuffix(",").split(",")]
-    if ("," in inside or inside != text.strip()) and not any(isinstance(_number(one), str) for one in parts):
-        return tuple(_number(one) for one in parts)
+        return tuple(int(side) for side in inside.split("x"))
+    parts = [part.strip() for part in inside.removesuffix(",").split(",")]
+    if ("," in inside or inside != text.strip()) and not any(isinstance(_number(part), str) for part in parts):
+        return tuple(_number(part) for part in parts)
     return _number(text)
 
 
