@@ -304,8 +304,7 @@ def _parts(method: METHOD, offsets: Sequence[Tensor], alpha: Number, beta: Numbe
     if method == METHOD.CROSS:
         raise ValueError("cross has a map for each axis: ask for METHOD.CROSS_ROWS, METHOD.CROSS_COLS, ...")
     if method == METHOD.PRODUCT:
-        parts: list[Tensor] = []
-        stride = 1
+        parts, stride = list[Tensor](), 1
         for axis in range(-1, -1 - len(offsets), -1):
             parts.insert(0, g(offsets[axis], axis) * stride)
             stride *= 2 * int(_of_axis(axis, beta)[0]) + 1

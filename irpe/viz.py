@@ -27,6 +27,17 @@ _SKIP_COLOR = (0.62, 0.62, 0.62)
 COLORS = ("#7f7f7f", "#d95f02", "#1b6ca8", "#6a3d9a", "#1b9e77", "#a6761d")  # of curves
 
 
+@contextmanager
+def plain_text() -> Iterator[None]:
+    """While the block runs, `$` in a text is a dollar, and letters that the font lacks are no warning.
+
+    Names of classes and of runs are no mathematics.
+    """
+    with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")
+        yield
+
+
 class BucketMap(NamedTuple):
     """The buckets of one table: which method and ratio, at which size."""
 
@@ -198,17 +209,6 @@ def _heading(table: BucketMap, group: tuple[BucketMap, ...]) -> str:
     return f"{_title(table.method)}, ratio {table.ratio:g}\n{count}"
 
 
-@contextmanager
-def plain_text() -> Iterator[None]:
-    """While the block runs, `$` in a text is a dollar, and letters that the font lacks are no warning.
-
-    Names of classes and of runs are no mathematics.
-    """
-    with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")
-        yield
-
-
 def _save(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
@@ -233,28 +233,28 @@ class Panel(NamedTuple):
     limits: tuple[float, float] | None = None
 
 
+@plain_text()
 def draw_panels(path: Path, panels: Sequence[Panel]) -> Path:
     """Panels side by side, with a legend in each whose curves have other titles than those before it."""
     figure = Figure(figsize=(4.6 * len(panels), 4.2), dpi=130, layout="constrained")
     told: list[str] = []
-    with plain_text():
-        for ax, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            for curve in panel.curves:
-                marker = "o" if len(curve.epochs) < 25 else None
-                style: dict[str, Any] = dict(color=curve.color, label=curve.title, lw=1.8, marker=marker, ms=3)
-                ax.plot(curve.epochs, curve.values.mean(0), **style)
-                if len(curve.values) > 1:
-                    low, high = curve.values.min(0), curve.values.max(0)
-                    ax.fill_between(curve.epochs, low, high, color=curve.color, alpha=0.18, lw=0)
-            ax.set_title(panel.title, fontsize=11)
-            ax.set_xlabel("epoch")
-            ax.set_ylabel(panel.label)
-            ax.set_ylim(panel.limits)
-            ax.grid(alpha=0.25)
-            ax.spines[["top", "right"]].set_visible(False)
-            if told != (told := [curve.title for curve in panel.curves]):
-                ax.legend(fontsize=9, frameon=False)
-        return _save(figure, path)
+    for ax, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for curve in panel.curves:
+            marker = "o" if len(curve.epochs) < 25 else None
+            style: dict[str, Any] = dict(color=curve.color, label=curve.title, lw=1.8, marker=marker, ms=3)
+            ax.plot(curve.epochs, curve.values.mean(0), **style)
+            if len(curve.values) > 1:
+                low, high = curve.values.min(0), curve.values.max(0)
+                ax.fill_between(curve.epochs, low, high, color=curve.color, alpha=0.18, lw=0)
+        ax.set_title(panel.title, fontsize=11)
+        ax.set_xlabel("epoch")
+        ax.set_ylabel(panel.label)
+        ax.set_ylim(panel.limits)
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+        if told != (told := [curve.title for curve in panel.curves]):
+            ax.legend(fontsize=9, frameon=False)
+    return _save(figure, path)
 
 
 def draw_accuracy(path: Path, results: Sequence[dict[str, Any]], height: int) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from irpe.detect.data import open_part
 from irpe.detect.loop import Trainer
 from irpe.detect.settings import settings_from, settings_from_dict
 from irpe.runs import checkpoint, folder, tensors
-from irpe.runs.logs import read_log
+from irpe.runs.logs import Log, read_log
 from irpe.runs.workers import RunError
 from irpe.runs.world import World
 
@@ -90,6 +91,27 @@ def test_what_a_run_leaves_for_people(ended, tmp_path):
     assert not (tmp_path / "run" / "curves.png").exists() and not (tmp_path / "run" / "tensorboard").exists()
     shown = words(result)
     assert "epoch 1: train " in shown and ", AP 0.0, AP50 0.0, AP75 0.0" in shown and "the best so far" in shown
+
+
+def test_a_signal_while_pictures_are_measured_saves_and_measures_again(ended, tmp_path, monkeypatch):
+    asked = [0]
+
+    @contextmanager
+    def signals():
+        yield lambda: asked[0]
+
+    monkeypatch.setattr("irpe.detect.run.signals", signals)
+    with monkeypatch.context() as patch:
+        patch.setattr(Log, "measuring", lambda self: asked.__setitem__(0, 15))
+        result = detect(tmp_path)
+    assert result.exit_code == 143 and "stopped after step 2" in result.output
+    run = tmp_path / "run"
+    assert not [line for line in read_log(run) if line["kind"] == "epoch"]
+    asked[0] = 0
+    assert detect(tmp_path, "--resume", "auto").exit_code == 0
+    lines = [[line["val"] for line in read_log(folder) if line["kind"] == "epoch"] for folder in (ended, run)]
+    assert len(lines[0]) == 2 and lines[0] == lines[1]
+    assert saved.saved_at(run / "best") == saved.saved_at(ended / "best")
 
 
 def test_tensorboard(ended):

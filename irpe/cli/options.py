@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_args
 import typer
 from rich.console import Console
 
+from ..runs.settings import PANELS
 from .common import Terminal, console, sentence, words_of
 
 FOLDER = "Folder and resuming"
@@ -48,8 +49,9 @@ def with_settings(
     signature = inspect.signature(function)
     own = [parameter for parameter in signature.parameters.values() if parameter.kind != inspect.Parameter.VAR_KEYWORD]
     more = []
-    for field in dataclasses.fields(settings):
-        if "help" not in field.metadata or field.name in without or field.name in signature.parameters:
+    options = [field for field in dataclasses.fields(settings) if "help" in field.metadata]
+    for field in sorted(options, key=lambda field: PANELS.index(field.metadata["panel"])):
+        if field.name in without or field.name in signature.parameters:
             continue
         kind: Any = field.type
         inner = [arg for arg in get_args(kind) if arg not in (type(None), Ellipsis)]

@@ -15,17 +15,13 @@ from .evaluation import Prediction
 _COLORS = ("#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#66a61e", "#e6ab02", "#a6761d", "#1f78b4", "#e31a1c", "#6a3d9a")
 
 
+@plain_text()
 def draw(path: Path, data: Coco, predictions: Sequence[Prediction], *, count: int = 8, threshold: float = 0.5) -> Path:
     """Writes a PNG with the first `count` pictures: what is there dashed, what was found in the colour of its class.
 
     Args:
         threshold: least score of a prediction that is drawn.
     """
-    with plain_text():
-        return _draw(path, data, predictions, count, threshold)
-
-
-def _draw(path: Path, data: Coco, predictions: Sequence[Prediction], count: int, threshold: float) -> Path:
     count = min(count, len(data))
     columns = min(4, count)
     rows = -(-count // columns)

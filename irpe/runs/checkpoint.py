@@ -70,4 +70,3 @@ def read(path: Path) -> dict[str, Any]:
 def _before(path: Path) -> str:
     others = [step for step in checkpoints(path.parent.parent) if step < path] if path.parent.name == FOLDER else []
     return f"; remove it, and --resume auto goes on from {others[-1].name}" if others else ""
-

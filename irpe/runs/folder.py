@@ -200,7 +200,9 @@ def remove_ours(place: Path, pattern: re.Pattern[str]) -> None:
     """Removes the files of a folder whose whole names fit, and the folder where nothing is left in it."""
     if place.is_symlink() or not place.is_dir():
         return
-    _remove([file for file in place.iterdir() if pattern.fullmatch(file.name) and (file.is_file() or file.is_symlink())])
+    _remove(
+        [file for file in place.iterdir() if pattern.fullmatch(file.name) and (file.is_file() or file.is_symlink())]
+    )
     if not any(place.iterdir()):
         place.rmdir()
 

@@ -40,7 +40,7 @@ class Careful(Dataset[S]):
 
 @dataclass(frozen=True)
 class Reading:
-    """How a training process reads images: by this many processes (0 is by itself), waiting for them so many seconds."""
+    """How a training process reads images: by so many processes (0: by itself), for which it waits so many seconds."""
 
     workers: int
     timeout: int  # 0 is for ever

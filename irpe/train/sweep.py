@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..runs.files import read_json
+from ..runs.folder import SETTINGS
 from ..runs.options import changed
+from ..runs.report import RESULT
 from . import compare
-from .run import RESULT, SETTINGS, read_record
+from .run import read_record
 from .settings import Settings, settings_from_dict
 
 
