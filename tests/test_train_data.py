@@ -451,13 +451,13 @@ def test_tuples_as_arguments_of_a_model():
 
 STRANGE = """
 import os, signal, sys, time
-from irpe.train import pictures
-own = pictures.open_picture
+from irpe.runs import picture
+own = picture.open_picture
 def strange(path):
     if str(path).endswith("digit2/3.png"):
         {action}
     return own(path)
-pictures.open_picture = strange
+picture.open_picture = strange
 from irpe.__main__ import main
 sys.argv = ["irpe", *sys.argv[1:]]
 main()
