@@ -70,9 +70,10 @@ def equip(
     for adapter, part, attentions in jobs:
         if attentions:
             adapter.equip(part, config, attentions, grid)
-    from .integrations.hf_missing import zero_missing_tables
+    from .integrations import hf_missing, timm_record
 
-    zero_missing_tables(model)
+    hf_missing.zero_missing_tables(model)
+    timm_record.record(model, every)
     return model
 
 
@@ -88,6 +89,9 @@ def unequip(model: Model) -> Model:
         raise ValueError(f"{type(model).__name__} has no iRPE: it was never equipped, or unequipped before")
     for adapter, part in equipped:
         adapter.unequip(part)
+    from .integrations import timm_record
+
+    timm_record.record(model)
     return model
 
 

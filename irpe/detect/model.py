@@ -116,7 +116,7 @@ def load(folder: str | os.PathLike[str], **options: Any) -> Any:
     """The DETR of a folder or of a name on the hub, with the tables that were saved with it."""
     _config(str(folder))  # refuses other models, and folders that name code or what would be fetched
     cls = DetrForObjectDetection
-    config, options = DetrConfig.from_pretrained(folder, return_unused_kwargs=True, **options)
+    config, options = hf_vit.read_config(DetrConfig, folder, return_unused_kwargs=True, **options)
     if hasattr(config.backbone_config, "use_pretrained_backbone"):
         config.backbone_config.use_pretrained_backbone = False  # its weights are in the folder
     without = config.position_embedding_type == "none"
@@ -155,7 +155,7 @@ def _config(name: str) -> Any:
     if (Path(name) / "config.json").exists():
         check_folder(Path(name))
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = hf_vit.read_config(AutoConfig, name, trust_remote_code=False)
     except Exception as error:  # what a configuration of somebody else can raise has no end
         if (Path(name) / FOLDER / "config.json").exists():
             raise ValueError(

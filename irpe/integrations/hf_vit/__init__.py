@@ -6,6 +6,7 @@ the attention function, and gradient checkpointing keeps the arguments of each c
 """
 
 from .adapter import attentions, equip, find, is_equipped, unequip, why_not
+from .on_disk import read_config
 from .saving import from_pretrained
 
-__all__ = ["attentions", "equip", "find", "from_pretrained", "is_equipped", "unequip", "why_not"]
+__all__ = ["attentions", "equip", "find", "from_pretrained", "is_equipped", "read_config", "unequip", "why_not"]

@@ -9,8 +9,10 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from ...irpe import _Encodings, rpe_attention
+from .on_disk import guard
 
 NAME = "irpe"
+guard()  # every process with an equipped model comes by here, also one that has unpickled it
 
 
 class Map(NamedTuple):

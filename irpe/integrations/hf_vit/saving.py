@@ -10,6 +10,9 @@ from typing import Any
 
 from ...config_io import rpe_config_from_dict
 from . import adapter
+from .on_disk import HUB, read_config
+
+_OF_WEIGHTS = ("dtype", "torch_dtype", "quantization_config", "trust_remote_code")  # no matter of the configuration
 
 
 def from_pretrained(cls: Any, folder: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
@@ -30,6 +33,8 @@ def from_pretrained(cls: Any, folder: str | os.PathLike[str], *args: Any, **kwar
             with `cls.from_pretrained`, and equip the model.
     """
     with_info = kwargs.pop("output_loading_info", False)
+    if kwargs.get("config") is None:
+        kwargs = _with_config(cls, folder, kwargs)
     model, info = _equipping(cls, folder).from_pretrained(folder, *args, output_loading_info=True, **kwargs)
     absent = sorted(key for key in info["missing_keys"] if ".lookup_table_" in key)
     if absent:
@@ -39,6 +44,17 @@ def from_pretrained(cls: Any, folder: str | os.PathLike[str], *args: Any, **kwar
             "call irpe.equip"
         )
     return (model, info) if with_info else model
+
+
+def _with_config(cls: Any, folder: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments with the configuration of the folder in them, and without those that it has taken."""
+    from transformers import AutoConfig
+
+    of_config = AutoConfig if hasattr(cls, "_model_mapping") else cls.config_class
+    told = {name: one for name, one in kwargs.items() if name not in _OF_WEIGHTS}
+    config, rest = read_config(of_config, folder, return_unused_kwargs=True, **told)
+    kept = {name: one for name, one in kwargs.items() if name in rest or name in (*HUB, *_OF_WEIGHTS)}
+    return kept | {"config": config}
 
 
 def _equipping(cls: Any, folder: Any) -> Any:
