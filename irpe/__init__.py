@@ -23,6 +23,8 @@ from .irpe import (
     rpe_attention,
 )
 from .multihead_attention import RPEMultiheadAttention
+from .publish import push_to_hub
+from .saving import load, save
 
 __all__ = [
     "METHOD",
@@ -43,12 +45,15 @@ __all__ = [
     "get_single_rpe_config",
     "iRPE",
     "iRPE_Cross",
+    "load",
     "piecewise_index",
+    "push_to_hub",
     "rpe_attention",
     "rpe_config_from_dict",
     "rpe_config_from_string",
     "rpe_config_to_dict",
     "rpe_config_to_string",
     "rpe_parameters",
+    "save",
     "unequip",
 ]

@@ -48,9 +48,17 @@ def record(model: nn.Module, attentions: Iterable[nn.Module] = ()) -> None:
     """
     attentions = list(attentions)
     for one in model.modules():
-        if "pretrained_cfg" not in vars(one):  # of what timm has created
+        of_timm, wrapper = "pretrained_cfg" in vars(one), hasattr(one, "timm_model") and hasattr(one, "config")
+        if not of_timm and not wrapper:
             continue
         inside = {id(part) for part in one.modules()}
         entries = entries_of(attention for attention in attentions if id(attention) in inside)
+        if wrapper:  # transformers', whose own configuration is what is saved
+            config: Any = one.config
+            if entries:
+                config.irpe = entries
+            else:
+                vars(config).pop("irpe", None)
+            continue
         arguments = {name: value for name, value in vars(one).get("_model_args", {}).items() if name != RECORD}
         one._model_args = arguments | ({RECORD: entries} if entries else {})  # type: ignore[assignment]

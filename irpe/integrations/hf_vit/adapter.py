@@ -71,6 +71,7 @@ def why_not(part: Any, config: RPEConfig, attentions: list[nn.Module], grid: tup
 def equip(part: Any, config: RPEConfig, attentions: list[nn.Module], grid: tuple[int, int] | None) -> None:
     """Adds rpe_q, rpe_k and rpe_v to attentions of a part, which `why_not` has no reason against."""
     from . import attention
+
     family = family_of(part)
     skip = family.prefix_tokens(part.config)
     config = RPEConfig(**{n: one and dataclasses.replace(one, skip=skip) for n, one in vars(config).items()})

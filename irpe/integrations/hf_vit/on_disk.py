@@ -2,7 +2,7 @@
 
 They would build the model without encodings, leave the tables in the file aside, and compute something else. No class,
 Auto class, pipeline or argument of them gets past a number of layers that is none: it is a sentence there, and the
-number stands beside it.
+number stands beside it. (Of timm's models in transformers it is the name of the model.)
 """
 
 import functools
@@ -15,7 +15,7 @@ from typing import Any
 SENTENCE = (
     "this model has iRPE, which transformers alone would leave out: load it with irpe.load(folder), of the package irpe"
 )
-_LAYERS = ("num_hidden_layers", "encoder_layers")  # of vision transformers, of DETR
+_LAYERS = ("num_hidden_layers", "encoder_layers", "architecture")  # of vision transformers, of DETR, of timm's models
 _KEPT = "irpe_"  # before the name, for the number itself
 HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 

@@ -1,0 +1,251 @@
+"""What a model says of pictures: `model.predict` of models that `irpe.load` gives."""
+
+import types
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Picture = Any  # a path, or an image of Pillow
+
+
+class Guess(NamedTuple):
+    """A class, and its share of the softmax."""
+
+    label: str
+    score: float
+
+
+class Found(NamedTuple):
+    """A box (x, y, x, y in pixels of the picture as it is displayed), its class (also as a number) and its score."""
+
+    label: str
+    score: float
+    box: tuple[float, float, float, float]
+    number: int
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How pictures become the images that a classifier was evaluated on.
+
+    The picture is resized so that it covers `size` / `crop_pct`, and the middle of `size` is cut out: of 224 pixels and
+    crop_pct 0.875 the shorter side becomes 256. Then (pixels in [0, 1] - mean) / std, channel by channel.
+    """
+
+    size: tuple[int, int]  # height, width
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_pct: float = 0.875
+    interpolation: str = "bicubic"
+
+    @classmethod
+    def from_dict(cls, values: Any, where: object) -> "Preprocessing":
+        """What `asdict` wrote, checked.
+
+        Raises:
+            ValueError: it is something else; `where` says of which file.
+        """
+        try:
+            size, mean, std = (tuple(values[name]) for name in ("size", "mean", "std"))
+            crop_pct, interpolation = float(values["crop_pct"]), str(values["interpolation"])
+            numbers = all(isinstance(one, (int, float)) for one in (*mean, *std)) and len(mean) == len(std) in (1, 3)
+            sides = len(size) == 2 and all(isinstance(one, int) and 0 < one < 100_000 for one in size)
+            known = interpolation in ("bicubic", "bilinear", "nearest", "lanczos", "hamming", "box")
+            if not (numbers and sides and known and 0 < crop_pct <= 10 and all(std)):
+                raise ValueError
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(
+                f"{where}: {values!r} is no preprocessing; expected size (height, width), mean and std of 1 or 3 "
+                "channels, crop_pct and interpolation"
+            ) from None
+        return cls((size[0], size[1]), mean, std, crop_pct, interpolation)
+
+    def transform(self) -> Callable[[Any], Tensor]:
+        """That of `irpe evaluate`: picture -> image (channels, height, width)."""
+        from .train.loader import Shape, Transform
+
+        settings: Any = types.SimpleNamespace(in_chans=len(self.mean), interpolation=self.interpolation)
+        return Transform(settings, Shape(self.size, self.mean, self.std, self.crop_pct), training=False)
+
+
+class Classifier:
+    """predict(picture) -> the likeliest classes, best first; of several pictures a list for each.
+
+    >>> irpe.load("runs/NAME").predict("cat.jpg")
+    [Guess(label='cat', score=0.93), Guess(label='dog', score=0.02), ...]
+
+    Args:
+        model: maps images (B, channels, height, width) to logits, or to what has `.logits`.
+        classes: names in the order of the logits.
+        prepare: how pictures become images; or transformers' image processor.
+        preprocessing: the same as plain values, where it is known; `irpe.save` keeps it.
+        batch: the number of images of each call, where the model takes no other (an exported one).
+    """
+
+    def __init__(
+        self, model: nn.Module, classes: Sequence[str], prepare: Callable[[Any], Tensor] | None, *,
+        preprocessing: Preprocessing | None = None, channels: int = 3, batch: int | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.classes, self.prepare = model, list(classes), prepare
+        self.preprocessing, self.channels, self.batch = preprocessing, channels, batch
+
+    def __call__(self, pictures: Picture | Sequence[Picture], *, top: int = 5, batch_size: int = 32) -> Any:
+        """Args:
+            pictures: a path or an image of Pillow, or a list of them.
+            top: how many classes of each.
+            batch_size: images at a time.
+
+        Raises:
+            ValueError: a file is no picture, or outputs are not numbers.
+        """
+        if isinstance(pictures, (list, tuple)):
+            return [guesses for batch in chunks(pictures, batch_size) for guesses in self.of(batch, top)]
+        return self.of([pictures], top)[0]
+
+    @torch.inference_mode()
+    def of(self, pictures: Sequence[Picture], top: int = 5) -> list[list[Guess]]:
+        """The guesses for a batch of pictures."""
+        if self.prepare is None:
+            raise ValueError(
+                "it is not known how pictures are prepared for this model: save it with irpe.save(model, folder, "
+                "processor=...), or load the folder of its run"
+            )
+        mode = "RGB" if self.channels == 3 else "L"
+        images = torch.stack([self.prepare(read(one, mode)) for one in pictures])  # (B, channels, height, width)
+        if self.batch is not None:
+            if len(images) > self.batch:
+                return [one for part in chunks(pictures, self.batch) for one in self.of(part, top)]
+            images = torch.cat([images, images.new_zeros(self.batch - len(images), *images.shape[1:])])
+        first = next(self.model.parameters(), None)
+        if first is not None:
+            images = images.to(first.device, first.dtype)
+        self.model.eval()
+        output = self.model(images)
+        logits = getattr(output, "logits", output)[: len(pictures)].float().cpu()  # (B, classes)
+        if logits.ndim != 2 or logits.shape[1] != len(self.classes):
+            raise ValueError(f"the model has outputs {tuple(logits.shape)}; expected {len(self.classes)} classes")
+        if not bool(logits.isfinite().all()):
+            raise ValueError("the outputs are not numbers: the weights are damaged, or training went wrong")
+        scores, order = logits.double().softmax(1).sort(dim=1, descending=True, stable=True)
+        return [
+            [Guess(self.classes[k], score) for k, score in zip(ids[:top], values[:top], strict=True)]
+            for ids, values in zip(order.tolist(), scores.tolist(), strict=True)
+        ]
+
+
+class Detector:
+    """predict(picture) -> what is found on it, best first; of several pictures a list for each.
+
+    >>> irpe.load("runs/detect-NAME").predict("street.jpg")
+    [Found(label='car', score=0.98, box=(12.1, 40.7, 95.3, 88.0), number=2), ...]
+
+    Args:
+        model: transformers' DETR.
+        classes: names in the order of the outputs.
+        processor: its image processor; sizes, mean and deviation are taken from it.
+    """
+
+    def __init__(self, model: nn.Module, classes: Sequence[str], processor: Any) -> None:
+        self.model, self.classes, self.processor = model, list(classes), processor
+
+    def __call__(self, pictures: Picture | Sequence[Picture], *, threshold: float = 0.5, batch_size: int = 4) -> Any:
+        """Args:
+            pictures: a path or an image of Pillow, or a list of them.
+            threshold: least score.
+            batch_size: images at a time.
+
+        Raises:
+            ValueError: a file is no picture, or outputs are not numbers.
+        """
+        if isinstance(pictures, (list, tuple)):
+            return [found for batch in chunks(pictures, batch_size) for found in self.of(batch, threshold)]
+        return self.of([pictures], threshold)[0]
+
+    @torch.inference_mode()
+    def of(self, pictures: Sequence[Picture], threshold: float = 0.5) -> list[list[Found]]:
+        """What is found on a batch of pictures."""
+        import numpy as np
+
+        from .detect.batches import Transform, collate
+
+        if self.processor is None:
+            raise ValueError(
+                "it is not known how pictures are prepared for this model: save it with irpe.save(model, folder, "
+                "processor=...)"
+            )
+        size = dict(getattr(self.processor, "size", None) or {}) if self.processor.do_resize else {}
+        short, longest = int(size.get("shortest_edge") or 0), int(size.get("longest_edge") or 1_000_000)
+        mean, std = tuple(self.processor.image_mean), tuple(self.processor.image_std)
+        transform = Transform((short,), longest, 0.0, mean, std)
+        images = [read(one, "RGB", turned=True) for one in pictures]
+        none, draw = torch.zeros(0, 4), np.random.default_rng(0)
+        batch = collate([(transform(image, none, draw)[0], {}, k) for k, image in enumerate(images)])
+        device = next(self.model.parameters()).device
+        self.model.eval()
+        output = self.model(batch.images.to(device), pixel_mask=batch.mask.to(device))
+        output.logits, output.pred_boxes = output.logits.float(), output.pred_boxes.float()
+        if not bool(output.logits.isfinite().all() and output.pred_boxes.isfinite().all()):
+            raise ValueError("the outputs are not numbers: the weights are damaged, or training went wrong")
+        sizes = torch.tensor([[one.height, one.width] for one in images])
+        found = self.processor.post_process_object_detection(output, threshold=threshold, target_sizes=sizes)
+        return [self._sorted(one) for one in found]
+
+    def _sorted(self, one: dict[str, Tensor]) -> list[Found]:
+        values = zip(one["scores"].tolist(), one["labels"].tolist(), one["boxes"].tolist(), strict=True)
+        boxes = [Found(self.classes[label], score, tuple(box), label) for score, label, box in values]
+        return sorted(boxes, key=lambda found: -found.score)
+
+
+def read(picture: Picture, mode: str, *, turned: bool = False) -> Any:
+    """The picture in RGB or L, turned as EXIF says where that is wanted (classifiers are trained on what is stored).
+
+    Raises:
+        ValueError: it is no picture, with its name.
+    """
+    from PIL import ImageOps
+
+    from .train.pictures import converted, open_picture
+
+    try:
+        image = open_picture(picture) if isinstance(picture, (str, Path)) else picture
+        return converted(ImageOps.exif_transpose(image) if turned else image, mode)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{picture}: {error}") from None
+
+
+def chunks(values: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """The values in pieces of at most `size`."""
+    for at in range(0, len(values), max(1, size)):
+        yield values[at : at + max(1, size)]
+
+
+def pictures_in(paths: Iterable[str | Path]) -> list[Path]:
+    """The files of pictures that paths name: files as they are, and all pictures in folders, in order of their names.
+
+    Raises:
+        ValueError: a path is not there, or a folder has no pictures.
+    """
+    from .train.pictures import kinds
+
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise ValueError(f"{path} does not exist; expected pictures, or folders of them")
+        inside = [path]
+        if path.is_dir():
+            inside = sorted(one for one in path.rglob("*") if one.suffix.lower() in kinds() and not _hidden(one, path))
+            if not inside:
+                raise ValueError(f"{path} has no pictures (.jpg, .png, .webp, ...)")
+        found += inside
+    return found
+
+
+def _hidden(file: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+
+__all__ = ["Classifier", "Detector", "Found", "Guess", "Preprocessing", "pictures_in", "read"]

@@ -1,0 +1,393 @@
+"""`irpe.save` and `irpe.load`: what was saved comes back, by nobody else without its tables, and runs nothing."""
+
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from train_tiny import RPE, SMALL, irpe, pictures
+
+import irpe as package
+from irpe import equip, rpe_parameters, unequip
+from irpe.prediction import Guess, Preprocessing
+
+timm = pytest.importorskip("timm")
+transformers = pytest.importorskip("transformers", minversion="5.18")
+torchvision = pytest.importorskip("torchvision")
+
+from timm.models import save_for_hf  # noqa: E402
+
+from irpe import models as _released  # noqa: E402, F401
+
+CROSS = "rpe-20-cross-ctx-0-qv"
+TIMM = {
+    "vit": ("vit_tiny_patch16_224", dict(img_size=(32, 48), depth=2, embed_dim=24)),
+    "distilled": ("deit_tiny_distilled_patch16_224", dict(img_size=(32, 48), depth=1, embed_dim=24)),
+    "eva": ("eva02_tiny_patch14_224", dict(img_size=(28, 42), depth=1, embed_dim=24)),
+    "beit": ("beit_base_patch16_224", dict(img_size=(32, 48), depth=1, embed_dim=24)),
+    "swin": ("swin_tiny_patch4_window7_224", dict(img_size=(56, 112), embed_dim=24, depths=(1, 1), num_heads=(3, 3))),
+}
+VIT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32)
+VIT |= dict(patch_size=8, num_labels=3)
+
+
+def filled(model):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for table in rpe_parameters(model)["params"]:
+            table.normal_(std=0.2)
+    return model.eval()
+
+
+def of_timm(family="vit", rpe=RPE, **options):
+    torch.manual_seed(0)
+    name, arguments = TIMM[family]
+    return filled(equip(timm.create_model(name, num_classes=7, **arguments, **options), rpe))
+
+
+def of_transformers(cls=transformers.ViTForImageClassification, rpe=RPE, **options):
+    torch.manual_seed(0)
+    return filled(equip(cls(cls.config_class(**VIT, **options)), rpe))
+
+
+def of_torchvision(rpe=RPE):
+    torch.manual_seed(0)
+    return filled(equip(torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=3), rpe))
+
+
+def same(one, other, shape):
+    image = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        outputs = [getattr(model(image), "logits", model(image)) for model in (one, other)]
+    return torch.equal(*outputs)
+
+
+@pytest.fixture
+def picture(tmp_path):
+    file = tmp_path / "picture.png"
+    pixels = torch.randint(0, 255, (40, 64, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save(file)
+    return file
+
+
+@pytest.mark.parametrize("family", TIMM)
+def test_timm(family, tmp_path):
+    model = of_timm(family)
+    assert package.save(model, tmp_path / "model", classes=list("abcdefg")) == tmp_path / "model"
+    again = package.load(tmp_path / "model")
+    size = TIMM[family][1]["img_size"]
+    assert type(again) is type(model) and same(again, model, (3, *size))
+    assert again.predict.classes == list("abcdefg")
+    assert again.predict.preprocessing.size == size
+    # once more, over its own folder
+    package.save(again, tmp_path / "model")
+    assert package.load(tmp_path / "model").predict.classes == list("abcdefg")
+    assert not (unequip(again)._model_args.keys() & {"saved_with_irpe_so_use_irpe_load"})
+
+
+@pytest.mark.parametrize("family", TIMM)
+@pytest.mark.parametrize("own", [False, True])
+def test_timm_alone_refuses(family, own, tmp_path):
+    """Also with a new head, where timm does not load strictly."""
+    model = of_timm(family)
+    if own:
+        package.save(model, tmp_path / "model")
+    else:
+        save_for_hf(model, tmp_path / "model", safe_serialization=True)
+    for options in ({}, dict(num_classes=3)):
+        with pytest.raises(TypeError, match="saved_with_irpe_so_use_irpe_load"):
+            timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True, **options)
+    assert same(package.load(tmp_path / "model"), model, (3, *TIMM[family][1]["img_size"]))
+    # and not the plain model
+    save_for_hf(unequip(model), tmp_path / "plain", safe_serialization=True)
+    plain = timm.create_model(f"local-dir:{tmp_path / 'plain'}", pretrained=True).eval()
+    assert same(plain, model, (3, *TIMM[family][1]["img_size"]))
+
+
+def test_some_blocks_and_several_encodings(tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=7, img_size=(32, 48), depth=4, embed_dim=24)
+    equip(model, RPE, blocks=[3])
+    equip(model, CROSS, blocks=[0, 1])
+    package.save(filled(model), tmp_path / "model")
+    again = package.load(tmp_path / "model")
+    assert repr(again) == repr(model) and same(again, model, (3, 32, 48))
+
+
+def test_the_released_deits(tmp_path):
+    name = "deit_tiny_patch16_224_ctx_product_50_shared_k"
+    model = filled(timm.create_model(name, num_classes=7, img_size=(32, 48), depth=1))
+    package.save(model, tmp_path / "model")
+    assert same(package.load(tmp_path / "model"), model, (3, 32, 48))
+    # timm knows them by name, tables included
+    assert same(timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True).eval(), model, (3, 32, 48))
+
+
+@pytest.mark.parametrize("rpe", [RPE, CROSS])
+def test_torchvision(rpe, tmp_path, picture):
+    model = of_torchvision(rpe)
+    preset = torchvision.models.ViT_B_16_Weights.DEFAULT.transforms(crop_size=32, resize_size=40)
+    package.save(model, tmp_path / "model", classes=["a", "b", "c"], processor=preset)
+    again = package.load(tmp_path / "model")
+    assert same(again, model, (3, 32, 32)) and repr(again) == repr(model)
+    with torch.no_grad():
+        scores = model(preset(Image.open(picture))[None]).softmax(1)[0]
+    guesses = dict(again.predict(picture))
+    assert [guesses[one] for one in "abc"] == pytest.approx(scores.tolist(), abs=2e-3)
+    package.save(model, tmp_path / "blind")
+    with pytest.raises(ValueError, match="it is not known how pictures are prepared"):
+        package.load(tmp_path / "blind").predict(picture)
+
+
+LOADERS = {
+    "class": lambda folder: transformers.ViTForImageClassification.from_pretrained(folder),
+    "arguments": lambda folder: transformers.ViTForImageClassification.from_pretrained(
+        folder, attn_implementation="eager", num_labels=5, ignore_mismatched_sizes=True, num_hidden_layers=2
+    ),
+    "Auto class": lambda folder: transformers.AutoModelForImageClassification.from_pretrained(folder),
+    "AutoModel": lambda folder: transformers.AutoModel.from_pretrained(folder),
+    "AutoConfig": lambda folder: transformers.AutoConfig.from_pretrained(folder),
+    "features": lambda folder: transformers.pipeline("image-feature-extraction", model=str(folder)),
+    "pipeline": lambda folder: transformers.pipeline("image-classification", model=str(folder)),
+    "remote code": lambda folder: transformers.AutoModel.from_pretrained(folder, trust_remote_code=True),
+}
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("own", [False, True])
+def test_transformers_alone_refuses(loader, own, tmp_path):
+    """The one silent wrong answer that there was: other scores, as the tables were left out."""
+    model = of_transformers()
+    if own:
+        package.save(model, tmp_path)
+    else:
+        model.save_pretrained(tmp_path)
+    with pytest.raises(Exception, match=r"this model has iRPE.*load it with irpe\.load\(folder\)"):
+        LOADERS[loader](tmp_path)
+
+
+def test_transformers(tmp_path, picture):
+    model = of_transformers()
+    assert "num_hidden_layers=2" in str(model.config.to_dict()).replace("': ", "=")  # in memory as it was
+    processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
+    package.save(model, tmp_path / "model", classes=["a", "b", "c"], processor=processor)
+    again = package.load(tmp_path / "model")
+    assert type(again) is type(model) and same(again, model, (3, 32, 32))
+    assert again.config.num_hidden_layers == 2
+    guesses = again.predict(picture, top=3)
+    pipeline = transformers.pipeline("image-classification", model=again, image_processor=processor)
+    told = {one["label"]: one["score"] for one in pipeline(str(picture), top_k=3)}
+    assert dict(guesses) == pytest.approx(told, abs=1e-6)
+    # and `save_pretrained` of what was loaded
+    again.save_pretrained(tmp_path / "again")
+    assert same(package.load(tmp_path / "again"), model, (3, 32, 32))
+
+
+def test_a_pair_of_towers(tmp_path):
+    tower = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    vision = dict(**tower, image_size=32, patch_size=8)
+    text = dict(**tower, vocab_size=99, max_position_embeddings=16, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    torch.manual_seed(0)
+    model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+    filled(equip(model, RPE))
+    package.save(model, tmp_path)
+    for cls in (transformers.CLIPModel, transformers.CLIPVisionModel, transformers.AutoModel):
+        with pytest.raises(Exception, match="this model has iRPE"):
+            cls.from_pretrained(tmp_path)
+    image = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        pooled = [one.vision_model(image).pooler_output for one in (model, package.load(tmp_path))]
+    assert torch.equal(*pooled)
+
+
+def test_a_class_that_equips_itself_reads_its_own_folder(tmp_path):
+    class Mine(transformers.ViTForImageClassification):
+        def __init__(self, config):
+            super().__init__(config)
+            equip(self, RPE)
+
+    model = filled(Mine(transformers.ViTConfig(**VIT)))
+    model.save_pretrained(tmp_path)
+    assert same(Mine.from_pretrained(tmp_path), model, (3, 32, 32))
+    for loader in ("Auto class", "AutoModel", "AutoConfig", "pipeline"):
+        with pytest.raises(ValueError, match="vit-with-irpe"):
+            LOADERS[loader](tmp_path)
+    with pytest.raises(ValueError, match=r"'Mine', which is no model of transformers.*from_pretrained"):
+        package.load(tmp_path)
+
+
+def test_timm_inside_transformers(tmp_path):
+    config = transformers.TimmWrapperConfig(
+        architecture="vit_tiny_patch16_224", model_args=dict(img_size=(32, 48), depth=2, embed_dim=24), num_labels=5
+    )
+    cls = transformers.TimmWrapperForImageClassification
+    torch.manual_seed(0)
+    model = filled(equip(cls(config), RPE))
+    model.save_pretrained(tmp_path)
+    for one in (cls, transformers.AutoModelForImageClassification):
+        with pytest.raises(Exception, match="this model has iRPE"):
+            one.from_pretrained(tmp_path)
+    assert same(package.load(tmp_path), model, (3, 32, 48))
+    unequip(model).save_pretrained(tmp_path / "plain")
+    assert same(cls.from_pretrained(tmp_path / "plain"), model, (3, 32, 48))
+
+
+def test_training_of_transformers_goes_on(tmp_path):
+    """Trainer reads the config.json of its own checkpoints as plain values."""
+    pytest.importorskip("accelerate")
+    data = [{"pixel_values": torch.randn(3, 32, 32), "labels": k % 3} for k in range(8)]
+    options = dict(output_dir=str(tmp_path), use_cpu=True, report_to=[], save_strategy="steps", save_steps=1)
+    options |= dict(per_device_train_batch_size=4, disable_tqdm=True, logging_strategy="no")
+    model = of_transformers()
+    trainer = transformers.Trainer(model, transformers.TrainingArguments(max_steps=1, **options), train_dataset=data)
+    trainer.train()
+    other = of_transformers()
+    trainer = transformers.Trainer(other, transformers.TrainingArguments(max_steps=2, **options), train_dataset=data)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 2
+    assert same(package.load(tmp_path / "checkpoint-2"), other.eval(), (3, 32, 32))
+
+
+def test_plain_models_are_saved_as_well(tmp_path):
+    plain = unequip(of_timm())
+    package.save(plain, tmp_path / "timm")
+    assert same(package.load(tmp_path / "timm"), plain, (3, 32, 48))
+    assert same(timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval(), plain, (3, 32, 48))
+    plain = unequip(of_transformers())
+    package.save(plain, tmp_path / "transformers")
+    assert same(package.load(tmp_path / "transformers"), plain, (3, 32, 32))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    place = tmp_path_factory.mktemp("run")
+    result = irpe("train", pictures(place / "data"), *SMALL, "--device", "cpu", "--out", place, "--name", "run")
+    assert result.exit_code == 0, result.output
+    return place / "run"
+
+
+def test_a_run(run, tmp_path):
+    from irpe.train.run import settings_of, weights_of
+    from irpe.train.tensors import read_safetensors
+
+    model = package.load(run)
+    best = read_safetensors(weights_of(run, "best"))
+    assert all(torch.equal(one, best[name]) for name, one in model.state_dict().items())
+    last = package.load(run, weights="last").state_dict()
+    assert any(not torch.equal(one, best[name]) for name, one in last.items())
+    _, classes = settings_of(run)
+    assert model.predict.classes == classes == [f"digit{k}" for k in range(4)]
+    files = sorted((run.parent / "data" / "val").rglob("*.png"))
+    guesses = model.predict(files, batch_size=7)
+    right = sum(one[0].label == file.parent.name for one, file in zip(guesses, files, strict=True))
+    evaluated = irpe("evaluate", run, "--device", "cpu", "--json", tmp_path / "score.json")
+    assert evaluated.exit_code == 0
+    assert 100 * right / len(files) == pytest.approx(json.loads((tmp_path / "score.json").read_text())["top1"])
+    assert all(sum(one.score for one in each) == pytest.approx(1) for each in guesses)
+    # one of several is the same alone, also as an image
+    assert model.predict(files[3])[0].label == guesses[3][0].label
+    assert model.predict(Image.open(files[3]), top=1)[0].score == pytest.approx(guesses[3][0].score, abs=1e-5)
+    # what is published is the same model
+    package.save(model, tmp_path / "saved")
+    again = package.load(tmp_path / "saved")
+    assert again.predict(files[:5]) == model.predict(files[:5])
+    assert again.predict.preprocessing == model.predict.preprocessing
+
+
+def test_predict_stays_with_its_model(run):
+    model = package.load(run)
+    twin = copy.deepcopy(model)
+    assert twin.predict.model is twin
+    assert pickle.loads(pickle.dumps(model)).predict.model is not model
+    assert "predict" not in "".join(model.state_dict())
+
+
+def test_preprocessing_is_what_evaluation_does():
+    image = Image.fromarray(torch.randint(0, 255, (30, 64), dtype=torch.uint8).numpy())
+    made = Preprocessing((8, 12), (0.5,), (0.25,), 0.5, "bilinear").transform()(image)
+    assert made.shape == (1, 8, 12)
+    assert Guess("a", 0.5)._asdict() == {"label": "a", "score": 0.5}
+    with pytest.raises(ValueError, match=r"here: .* is no preprocessing; expected size"):
+        Preprocessing.from_dict(
+            {"size": [8, -1], "mean": [0], "std": [1], "crop_pct": 1, "interpolation": "box"}, "here"
+        )
+
+
+def test_what_cannot_be_saved(tmp_path):
+    with pytest.raises(TypeError, match=r"model is a torch.nn.*Linear; expected a model of timm"):
+        package.save(nn.Linear(2, 3), tmp_path / "model")
+    with pytest.raises(TypeError, match="made by timm.create_model"):
+        package.save(timm.models.vision_transformer.VisionTransformer(img_size=(8, 12), depth=1), tmp_path / "model")
+    model = of_timm()
+    model.head = nn.Sequential(nn.Linear(24, 9), nn.Linear(9, 7))
+    with pytest.raises(ValueError, match="changed after it was built.*head"):
+        package.save(model, tmp_path / "model")
+    assert not (tmp_path / "model" / "config.json").exists()
+    vit = of_torchvision()
+    vit.heads = nn.Linear(16, 9)
+    with pytest.raises(ValueError, match="changed after it was built.*heads"):
+        package.save(vit, tmp_path / "vit")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text("mine")
+    with pytest.raises(ValueError, match="holds files that irpe.save has not written"):
+        package.save(of_timm(), tmp_path / "mine")
+    assert (tmp_path / "mine" / "config.json").read_text() == "mine"
+
+
+def test_folders_of_strangers(tmp_path):
+    """Names of files, of code and of places elsewhere are refused; nothing is fetched."""
+    package.save(of_timm(), tmp_path / "timm")
+    file = tmp_path / "timm" / "config.json"
+    config = json.loads(file.read_text())
+
+    def refuse(changed, words, place=file):
+        place.write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=words):
+            package.load(place.parent)
+
+    refuse(config | {"architecture": "hf-hub:user/name"}, "timm has no model 'hf-hub:user/name'")
+    refuse(config | {"architecture": "no_such_model"}, "timm has no model 'no_such_model'")
+    for name in ("checkpoint_path", "pretrained"):
+        refuse(config | {"model_args": config["model_args"] | {name: "x"}}, f"model_args has {name}")
+    refuse(config | {"model_args": {"depth": 3}}, "does not fit the model|damaged")
+    refuse(config | {"model_args": {"strange": 3}}, "damaged, or of another version.*strange")
+    file.write_text(json.dumps(config))
+    weights = tmp_path / "timm" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(ValueError, match="damaged: its checksum is another one"):
+        package.load(tmp_path / "timm")
+    weights.unlink()
+
+    class Code:
+        def __reduce__(self):
+            return (exec, ("raise SystemExit('code was run')",))
+
+    torch.save({"state_dict": Code()}, tmp_path / "timm" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="Python objects besides weights"):
+        package.load(tmp_path / "timm")
+
+    package.save(of_transformers(), tmp_path / "vit")
+    file = tmp_path / "vit" / "config.json"
+    config = json.loads(file.read_text())
+    refuse(config | {"auto_map": {"AutoModel": "code.Model"}}, "auto_map.*neither fetched nor run", file)
+    refuse(config | {"architectures": ["Trainer"]}, "'Trainer', which is no model of transformers", file)
+    refuse(config | {"architectures": None}, "None, which is no model of transformers", file)
+    refuse([1, 2], "holds no settings", file)
+
+
+def test_what_cannot_be_loaded(tmp_path):
+    with pytest.raises(ValueError, match="does not exist; expected a folder, an .onnx file, or a name on the hub"):
+        package.load(tmp_path / "absent" / "there")
+    with pytest.raises(ValueError, match="has neither config.json nor settings.json"):
+        package.load(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file"):
+        package.load(tmp_path / "file")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="is of no model of timm, transformers or torchvision"):
+        package.load(tmp_path)
