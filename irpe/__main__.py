@@ -1,4 +1,4 @@
-"""The command `irpe`: train, evaluate, export, compare, sweep, detect, show and info."""
+"""The command `irpe`: train, evaluate, predict, export, compare, sweep, detect, show and info."""
 
 import importlib.metadata
 import io
@@ -12,7 +12,7 @@ try:
     import typer
     from rich.table import Table
 
-    from .cli import compare, detect, export, sweep, train
+    from .cli import compare, detect, export, predict, sweep, train
     from .cli.common import checked, console, new_folder
 except ImportError as error:
     raise SystemExit(f"irpe: {error}; {REMEDY}") from None
@@ -30,6 +30,7 @@ app = typer.Typer(
 )
 app.command()(train.train)
 app.command()(train.evaluate)
+app.command()(predict.predict)
 app.command()(export.export)
 app.command()(compare.compare)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(sweep.sweep)

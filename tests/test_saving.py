@@ -264,7 +264,8 @@ def test_plain_models_are_saved_as_well(tmp_path):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     place = tmp_path_factory.mktemp("run")
-    result = irpe("train", pictures(place / "data"), *SMALL, "--device", "cpu", "--out", place, "--name", "run")
+    data = pictures(place / "data", per_class=8)
+    result = irpe("train", data, *SMALL, "--device", "cpu", "--out", place, "--name", "run")
     assert result.exit_code == 0, result.output
     return place / "run"
 

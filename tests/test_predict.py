@@ -1,0 +1,212 @@
+"""`irpe predict`: classifiers and detectors of runs, folders and ONNX files, on pictures that may be anything."""
+
+import csv
+import json
+
+import pytest
+import torch
+from PIL import Image
+from train_tiny import SMALL, irpe, pictures, words
+
+import irpe as package
+from irpe.drawing import with_boxes
+from irpe.prediction import Found
+
+pytest.importorskip("timm")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    place = tmp_path_factory.mktemp("run")
+    data = pictures(place / "data", per_class=8)
+    result = irpe("train", data, *SMALL, "--device", "cpu", "--out", place, "--name", "run")
+    assert result.exit_code == 0, result.output
+    return place / "run"
+
+
+@pytest.fixture
+def files(run):
+    return sorted((run.parent / "data" / "val").rglob("*.png"))
+
+
+def predict(*arguments):
+    return irpe("predict", *arguments, "--device", "cpu")
+
+
+def test_a_run_as_table_json_and_csv(run, files, tmp_path):
+    places = ("--json", tmp_path / "new" / "all.json", "--csv", tmp_path / "all.csv")
+    result = predict(run, run.parent / "data" / "val", "--top", 2, "--batch-size", 5, *places)
+    assert result.exit_code == 0, result.output
+    values = json.loads((tmp_path / "new" / "all.json").read_text())
+    assert [one["file"] for one in values] == [str(file) for file in files]
+    expected = package.load(run).predict(files, top=2)
+    for one, guesses in zip(values, expected, strict=True):
+        assert [guess["label"] for guess in one["predictions"]] == [guess.label for guess in guesses]
+        assert [guess["score"] for guess in one["predictions"]] == pytest.approx([one.score for one in guesses])
+    rows = list(csv.DictReader((tmp_path / "all.csv").open()))
+    assert len(rows) == 2 * len(files) and list(rows[0]) == ["file", "rank", "label", "score"]
+    assert [row["rank"] for row in rows[:4]] == ["1", "2", "1", "2"]
+    best = values[0]["predictions"][0]
+    assert f"{best['label']} {100 * best['score']:.1f} %" in words(result)
+
+
+def test_one_picture_of_any_kind(run, files, tmp_path):
+    """Formats, modes and sizes that the data did not have; the names of files are no markup."""
+    image = Image.open(files[0])
+    kinds = {"a.jpg": "L", "b.webp": "RGB", "c.bmp": "RGBA", "[red]d.gif": "P", "e.tiff": "I;16"}
+    for name, mode in kinds.items():
+        (image.resize((70, 31)) if mode != "I;16" else image.convert("I").convert("I;16")).convert(mode).save(
+            tmp_path / name
+        )
+    result = predict(run, *sorted(tmp_path.iterdir()), "--top", 1)
+    assert result.exit_code == 0, result.output
+    assert all(name in words(result).replace(" ", "") for name in kinds)
+
+
+def test_an_exported_file(run, files, tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    for batch in (0, 3):  # any number of images, and three of them
+        file = tmp_path / f"model{batch}.onnx"
+        assert irpe("export", run, "--out", file, "--batch", batch).exit_code == 0
+        places = [tmp_path / f"{batch}.json", tmp_path / "run.json"]
+        assert predict(file, *files[:7], "--json", places[0], "--batch-size", 4).exit_code == 0
+        assert predict(run, *files[:7], "--json", places[1]).exit_code == 0
+        found, expected = (json.loads(place.read_text()) for place in places)
+        for one, other in zip(found, expected, strict=True):
+            scores, others = (
+                {guess["label"]: guess["score"] for guess in part["predictions"]} for part in (one, other)
+            )
+            assert scores == pytest.approx(others, abs=1e-5)
+    (tmp_path / "model0.onnx.json").unlink()
+    assert "model0.onnx.json does not exist; expected what irpe export wrote" in words(
+        predict(file.with_name("model0.onnx"), files[0])
+    )
+    file.write_bytes(b"no ONNX")
+    assert "model3.onnx cannot be read" in words(predict(file, files[0]))
+
+
+def test_unreadable_pictures_are_named_and_the_others_told(run, files, tmp_path):
+    (tmp_path / "broken.png").write_bytes(files[0].read_bytes()[:60])
+    (tmp_path / "text.jpg").write_text("no picture")
+    result = predict(run, tmp_path, files[0])
+    assert result.exit_code == 1
+    text = words(result)
+    assert "unreadable:" in text and "broken.png" in text and "text.jpg" in text and "digit" in text
+    for options, sentence in (
+        ([run, tmp_path / "absent.png"], "absent.png does not exist"),
+        ([run, files[0], "--weights", "ema"], "does not exist"),
+        ([run, files[0], "--annotations", files[0]], "only detectors have boxes"),
+        ([tmp_path / "nothing" / "there", files[0]], "expected a folder, an .onnx file"),
+        ([tmp_path, files[0]], "has neither config.json nor settings.json"),
+        ([run, files[0], "--json", run], "cannot be a file"),
+    ):
+        result = predict(*options)
+        assert result.exit_code == 2 and sentence in words(result), result.output
+    assert "--device no; expected auto, cpu" in words(irpe("predict", run, files[0], "--device", "no"))
+    (tmp_path / "empty").mkdir()
+    assert "has no pictures" in words(predict(run, tmp_path / "empty"))
+
+
+def test_outputs_that_are_no_numbers(run, files):
+    model = package.load(run)
+    with torch.no_grad():
+        model.head.bias[0] = float("nan")
+    with pytest.raises(ValueError, match="the outputs are not numbers"):
+        model.predict(files[0])
+
+
+def test_boxes_are_where_they_were_found():
+    image = Image.new("RGB", (80, 50))
+    one = Found("digit", 0.9, (20.0, 15.0, 60.0, 40.0), 1)
+    drawn = with_boxes(image, [one])
+    assert drawn.size == image.size and not image.getbbox()
+    left, top, right, bottom = drawn.getbbox()
+    assert (left, right, bottom) == (20, 61, 41) and top < 15
+    assert not drawn.crop((22, 17, 58, 38)).getbbox()  # the middle is free
+    assert with_boxes(image, []).getbbox()  # it says that there is nothing
+
+
+@pytest.fixture(scope="module")
+def detection(tmp_path_factory):
+    """A small DETR with random weights, which finds something everywhere, in the folder of a run."""
+    pytest.importorskip("transformers", minversion="5.18")
+    pytest.importorskip("pycocotools")
+    import dataclasses
+
+    from irpe.detect.model import build, processor_of
+    from irpe.detect.saved import save
+    from irpe.detect.settings import settings_from
+
+    place = tmp_path_factory.mktemp("detection")
+    settings = settings_from({"data": "digits", "rpe": "rpe-2.0-product-ctx-1-k", "size": 64, "max_size": 96}, "digits")
+    model = build(settings, ["cat", "dog"])
+    (place / "run").mkdir()
+    (place / "run" / "settings.json").write_text(json.dumps(dataclasses.asdict(settings)))
+    save(model, processor_of(settings), place / "run" / "best")
+    torch.manual_seed(0)
+    for name, size in (("000000000139.png", (90, 60)), ("000000000285.png", (60, 90))):
+        Image.fromarray(torch.randint(0, 255, (size[1], size[0], 3), dtype=torch.uint8).numpy()).save(place / name)
+    return place
+
+
+def test_detection_in_the_format_of_coco(detection, tmp_path):
+    from pycocotools.coco import COCO
+
+    names = ["000000000139.png", "000000000285.png"]
+    files = [detection / name for name in names]
+    places = ("--json", tmp_path / "all.json", "--csv", tmp_path / "all.csv", "--out", tmp_path / "drawn")
+    result = predict(detection / "run", *files, "--threshold", 0.01, *places)
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "all.json").read_text())
+    model = package.load(detection / "run")
+    expected = [model.predict(file, threshold=0.01) for file in files]
+    assert len(rows) == sum(map(len, expected)) > 0
+    assert {row["image_id"] for row in rows} == {139, 285}
+    x, y, right, bottom = expected[0][0].box
+    assert rows[0]["bbox"] == pytest.approx([x, y, right - x, bottom - y], abs=0.02)
+    assert rows[0]["category_id"] == expected[0][0].number and rows[0]["score"] == pytest.approx(
+        expected[0][0].score, abs=1e-4
+    )
+    assert {one.name for one in (tmp_path / "drawn").iterdir()} == set(names)
+    assert Image.open(tmp_path / "drawn" / names[1]).size == (60, 90)
+    assert len(list(csv.DictReader((tmp_path / "all.csv").open()))) == len(rows)
+    # with the ids of annotations COCO's own reader takes them; nothing that was drawn is overwritten
+    categories = [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}]
+    images = [{"id": 40 + k, "file_name": name, "height": 1, "width": 1} for k, name in enumerate(names)]
+    (tmp_path / "a.json").write_text(json.dumps({"images": images, "categories": categories, "annotations": []}))
+    result = predict(detection / "run", *files, "--threshold", 0.01, *places, "--annotations", tmp_path / "a.json")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "drawn-2").is_dir()
+    loaded = COCO(str(tmp_path / "a.json")).loadRes(str(tmp_path / "all.json"))
+    assert {one["image_id"] for one in loaded.anns.values()} == {40, 41}
+    assert {one["category_id"] for one in loaded.anns.values()} <= {3, 7}
+    result = predict(detection / "run", *files, "--threshold", 1, *places)
+    assert "nothing found" in words(result) and json.loads((tmp_path / "all.json").read_text()) == []
+
+
+def test_a_turned_picture_is_found_as_it_is_displayed(detection, tmp_path):
+    image = Image.open(detection / "000000000139.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # displayed turned by a quarter
+    image.save(tmp_path / "turned.png", exif=exif)
+    model = package.load(detection / "run")
+    upright = image.transpose(Image.Transpose.ROTATE_270)
+    assert model.predict(tmp_path / "turned.png", threshold=0) == model.predict(upright, threshold=0)
+    assert model.predict.classes == ["cat", "dog"]
+
+
+def test_several_pictures_are_what_each_is_alone(detection):
+    model = package.load(detection / "run")
+    files = sorted(detection.glob("*.png"))
+    together = model.predict(files, threshold=0.0, batch_size=2)
+    for file, found in zip(files, together, strict=True):
+        alone = model.predict(file, threshold=0.0)
+        assert [one.score for one in alone] == pytest.approx([one.score for one in found], abs=1e-4)
+
+
+def test_a_detector_is_saved_and_loaded(detection, tmp_path):
+    model = package.load(detection / "run")
+    package.save(model, tmp_path / "saved")
+    file = detection / "000000000285.png"
+    assert package.load(tmp_path / "saved").predict(file, threshold=0.0) == model.predict(file, threshold=0.0)
