@@ -12,22 +12,40 @@ try:
     import typer
     from rich.table import Table
 
+    from ._version import __version__
     from .cli import compare, detect, export, predict, sweep, train
     from .cli.common import checked, console, new_folder
 except ImportError as error:
     raise SystemExit(f"irpe: {error}; {REMEDY}") from None
-except KeyboardInterrupt:  # imports take seconds
+except KeyboardInterrupt:
     raise SystemExit(130) from None
 
 __all__ = ["app", "main", "new_folder"]
 
 app = typer.Typer(
     name="irpe",
-    help="Image relative position encoding (iRPE) for vision transformers.",
     no_args_is_help=True,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,  # an unexpected error shows Python's own traceback
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"irpe {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version, and end.")
+    ] = False,
+) -> None:
+    """Image relative position encoding (iRPE) for vision transformers."""
+
+
 app.command()(train.train)
 app.command()(train.evaluate)
 app.command()(predict.predict)
@@ -89,8 +107,6 @@ def info() -> None:
     import torch
 
     import rpe_ops
-
-    from . import __version__
 
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("irpe", __version__)

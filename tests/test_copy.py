@@ -123,6 +123,8 @@ def test_importing_the_package_needs_torch_alone_and_says_nothing(run_python):
         import sys, torch
         before = set(sys.modules)
         import irpe
+        for name in irpe.__all__:
+            getattr(irpe, name)
         new = {name.split(".")[0] for name in set(sys.modules) - before}
         assert not {"timm", "numpy", "matplotlib", "sklearn", "typer", "rich", "sympy"} & new, new
         assert not any(name.startswith(("torch._dynamo", "torch._inductor")) for name in sys.modules)

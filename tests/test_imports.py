@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-THIRD_PARTY = {"timm", "transformers", "matplotlib", "sklearn", "typer", "rich", "numpy", "PIL", "click", "safetensors"}
+THIRD_PARTY = {"timm", "transformers", "matplotlib", "sklearn", "typer", "rich", "numpy", "PIL", "safetensors"}
 THIRD_PARTY |= {"onnxruntime", "torchvision", "huggingface_hub"}
 RUNS = {"irpe.runs", "irpe.viz", "irpe._version", *THIRD_PARTY}
 ABOVE = RUNS | {"irpe.equip", "irpe.config_io", "irpe.digits"}  # train and detect

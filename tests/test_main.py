@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -156,3 +157,73 @@ def test_python_m_irpe_prints_help():
     assert done.returncode == 0, done.stderr
     for command in ("train", "evaluate", "compare", "show", "info"):
         assert command in done.stdout
+
+
+@pytest.mark.parametrize("option", ["--help", "-h", "--version"])
+def test_help_needs_no_torch(option):
+    """Whoever asks for help waits for what help needs."""
+    code = f"""
+        import sys
+        sys.argv = ["irpe", {option!r}]
+        from irpe.__main__ import main
+        try:
+            main()
+        except SystemExit as end:
+            assert not end.code, end.code
+        heavy = {{"torch", "timm", "transformers", "torchvision", "matplotlib", "numpy", "PIL", "sklearn"}}
+        assert not heavy & set(sys.modules), heavy & set(sys.modules)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert irpe.__version__ in done.stdout if option == "--version" else "predict" in done.stdout
+
+
+def test_every_command_has_h():
+    for command in ("train", "evaluate", "predict", "export", "compare", "sweep", "detect", "show", "info"):
+        result = run(command, "-h")
+        assert result.exit_code == 0 and "Usage" in result.output, command
+
+
+def test_names_are_imported_when_they_are_asked_for():
+    code = """
+        import sys, irpe
+        assert "torch" not in sys.modules
+        assert {"equip", "save", "rpe_attention"} <= set(dir(irpe))
+        import irpe.equip, irpe.models
+        assert callable(irpe.equip) and irpe.equip is sys.modules["irpe.equip"].equip
+        from irpe import *
+        assert equip is irpe.equip and iRPE is irpe.irpe.iRPE
+        for name in irpe.__all__:
+            assert getattr(irpe, name) is globals().get(name, irpe.__version__), name
+        assert not hasattr(irpe, "strange")
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_lists_of_names_agree():
+    """What type checkers read, and what is imported."""
+    import ast
+
+    tree = ast.parse((ROOT / "irpe" / "__init__.py").read_text())
+    (typed,) = [node for node in tree.body if isinstance(node, ast.If)]
+    told = {alias.name: node.module for node in typed.body for alias in node.names}
+    assert set(told) | {"__version__"} == set(irpe.__all__)
+    for name, module in told.items():
+        assert getattr(irpe, name) is getattr(sys.modules[f"irpe.{module}"], name)
+
+
+def test_types_are_shipped():
+    config = (ROOT / "pyproject.toml").read_text()
+    for package in ("irpe", "rpe_ops"):
+        assert (ROOT / package / "py.typed").exists()
+        assert f'{package} = ["py.typed"' in config
+
+
+def test_errors_of_a_command_line_are_sentences():
+    """Of options for `irpe train`, which are parsed without running it."""
+    from irpe.cli.train import settings_of
+
+    assert settings_of(["digits", "--model", "vit_tiny_patch16_224"]).model == "vit_tiny_patch16_224"
+    with pytest.raises(ValueError, match="--no-such"):
+        settings_of(["digits", "--no-such", "3"])

@@ -235,6 +235,7 @@ def test_timm_inside_transformers(tmp_path):
     assert same(cls.from_pretrained(tmp_path / "plain"), model, (3, 32, 48))
 
 
+@pytest.mark.slow
 def test_training_of_transformers_goes_on(tmp_path):
     """Trainer reads the config.json of its own checkpoints as plain values."""
     pytest.importorskip("accelerate")

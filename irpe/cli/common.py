@@ -13,6 +13,8 @@ from rich.text import Text
 from ..runs.files import printable, reason_of
 
 T = TypeVar("T")
+# typer has brought click along, and holds a copy of its own since 0.29: what its errors are derived from
+ClickException: Any = next(one for one in typer.BadParameter.__mro__ if one.__name__ == "ClickException")
 OUT = Path("runs")  # the folder of all results, where none is named
 
 

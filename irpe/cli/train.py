@@ -5,13 +5,12 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from ..runs.options import flag
 from ..train.settings import RECIPES, Settings, settings_from, settings_from_dict
 from . import demo
-from .common import OUT, check_place, folder_of_run, write_json
+from .common import OUT, ClickException, check_place, folder_of_run, write_json
 from .options import FOLDER, Out, Overwrite, Resume, given, recipe_option, sentences, with_settings
 
 DEMO = "Demo on handwritten digits (without DATA)"
@@ -132,7 +131,7 @@ def settings_of(words: list[str]) -> Settings:
     command = typer.main.get_command(app)
     try:
         values = command.make_context("irpe train", list(words)).params
-    except click.ClickException as error:
+    except ClickException as error:
         raise ValueError(error.format_message()) from None
     own = ("data", "recipe", "rpe", "out", "name", "overwrite", "resume", "seeds", "workers", "quick", "tune")
     options = {name: value for name, value in values.items() if name not in own}

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..config_io import rpe_config_from_string
 from ..runs.options import check, flag, from_dict, option
 from ..runs.settings import DATA, DIGITS, KEEP, MACHINE, MODEL, RECIPE, RunSettings
 
@@ -81,6 +80,8 @@ class Settings(RunSettings):
         if self.d_model % 8:
             raise ValueError(f"--d-model {self.d_model}; expected a multiple of 8")
         if self.rpe not in (None, "none"):
+            from ..config_io import rpe_config_from_string  # torch, which --help does without
+
             rpe_config_from_string(self.rpe)
         for name in ("train_size", "crop"):
             if getattr(self, name) and not self.size:
