@@ -1,10 +1,9 @@
-"""iRPE in a model of transformers: equip, train, save_pretrained, and one call that loads it again."""
+"""iRPE in a model of transformers: equip, train, save, and one call that loads it again."""
 
 import torch
 from transformers import ViTConfig, ViTForImageClassification
 
-from irpe import digits, equip
-from irpe.integrations.hf_vit import from_pretrained
+from irpe import digits, equip, load, save
 
 torch.manual_seed(0)
 config = ViTConfig(
@@ -24,8 +23,8 @@ for step in range(80):
     if step % 8 == 7:
         print(f"step {step:2}  loss {loss:.2f}")
 
-model.eval().save_pretrained("vit-with-irpe")
-again = from_pretrained(ViTForImageClassification, "vit-with-irpe")
+save(model.eval(), "vit-with-irpe")  # or model.save_pretrained; transformers' own loaders refuse what either writes
+again = load("vit-with-irpe")
 image = torch.rand(1, 1, 8, 12)  # not square, and not the size of training
 logits = [one(pixel_values=image, interpolate_pos_encoding=True).logits for one in (model, again)]
 torch.testing.assert_close(*logits)

@@ -26,11 +26,15 @@ def test_the_five_steps_run_literally_and_learn():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="equip is shown on a model of timm")
-def test_equip_runs_literally():
-    (block,) = [block for block in BLOCKS if "timm" in block]
+def test_equip_and_saving_run_literally(tmp_path, monkeypatch):
+    block, saving = [block for block in BLOCKS if "timm" in block]
     names = {}
     exec(compile(block, "README.md", "exec"), names)
     tables = [name for name in names["model"].state_dict() if "rpe_" in name]
+    monkeypatch.chdir(tmp_path)
+    before = names["model"]
+    exec(compile(saving, "README.md", "exec"), names)
+    assert names["model"] is not before and repr(names["model"]) == repr(before)
     assert tables == [f"blocks.{i}.attn.rpe_k.lookup_table_weight" for i in range(12)]
 
 

@@ -64,11 +64,13 @@ def card(
     settings: Mapping[str, Any],
     versions: Mapping[str, str],
     how: str = "",
+    use: Sequence[str] = (),
 ) -> str:
     """The text of README.md: facts and scores (lines of a table), pictures {file: title}, files, settings.
 
     Args:
         how: an honest figure is measured.
+        use: lines on how the model is used.
     """
     return "\n".join(
         [
@@ -78,6 +80,7 @@ def card(
             f"honest figure for it needs images that had no say{how}.", "",
             *scores, "",
             *(f"![{words}]({name})\n" for name, words in pictures.items()),
+            *(["## Use", "", *use, ""] if use else []),
             "## Files", "", *files, "",
             "## Settings", "", *(f"    {name} = {value}" for name, value in settings.items()), "",
             "Made with " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".", "",

@@ -92,8 +92,10 @@ def export(
         "input": {
             "name": INPUT, "shape": [batch or "batch", settings.in_chans, *shape.size], "dtype": "float32",
             "scale": "pixels in [0, 1], minus mean, divided by std", "mean": shape.mean, "std": shape.std,
-            "crop_pct": shape.crop_pct, "interpolation": settings.interpolation.replace("random", "bicubic"),
+            "resize": "so that it covers size / crop_pct, then the middle of size", "crop_pct": shape.crop_pct,
+            "interpolation": settings.interpolation.replace("random", "bicubic"),
         },
+        "use": f"irpe predict {path.name} picture.jpg",
         "output": {"name": OUTPUT, "shape": [batch or "batch", len(classes)]},
         "largest_difference": difference, "versions": {"irpe": __version__, "torch": torch.__version__},
     }  # fmt: skip

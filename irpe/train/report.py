@@ -1,5 +1,6 @@
 """What a run of irpe train leaves for people: curves, pictures of the encodings, and README.md."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,8 +108,19 @@ def card(record: dict[str, Any], result: dict[str, Any], pictures: list[str]) ->
         "are state dicts; `settings.json` has all that builds the model; `log.jsonl` has a line for each epoch",
         "and for some steps.",
     )
+    use = (
+        "    irpe predict THIS_FOLDER picture.jpg", "", "or in Python", "",
+        "    import irpe", '    found = irpe.load("THIS_FOLDER").predict("picture.jpg")', "",
+        f"A picture is resized to cover {_covered(shape)}, the middle of {height}x{width} pixels is cut out",
+        f"(crop_pct {shape['crop_pct']:g}), and the model sees (pixels in [0, 1] - mean) / std of settings.json.",
+    )  # fmt: skip
     return report.card(
         f"{settings['model']} on {Path(settings['data']).name}", facts, scores,
         {name: titles[name] for name in pictures}, files, settings, record["versions"],
-        ", `irpe evaluate THIS_FOLDER --data OTHER`",
+        ", `irpe evaluate THIS_FOLDER --data OTHER`", use,
     )  # fmt: skip
+
+
+def _covered(shape: dict[str, Any]) -> str:
+    """height x width that a picture covers before the middle is cut out."""
+    return "x".join(str(math.floor(side / shape["crop_pct"])) for side in shape["size"])

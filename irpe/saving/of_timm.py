@@ -1,0 +1,87 @@
+"""Models of timm in a folder: the config.json that timm writes, with what `equip` has recorded in it."""
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .common import CONFIG, WEIGHTS, check_same, fill, preprocessing_of, with_classifier
+
+# arguments of timm.create_model that fetch or read what they name
+_FETCHING = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "features_only"}
+_SHAPE = {
+    *("input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std", "num_classes"),
+    *("first_conv", "classifier", "pool_size"),
+}
+
+
+def save_timm(model: Any, folder: Path, classes: list[str], processor: Any) -> dict[str, Any]:
+    from timm.models._hub import save_config_for_hf
+
+    from ..train.tensors import write_weights
+
+    data: dict[str, Any] = {}
+    preprocessing = preprocessing_of(processor)
+    if preprocessing is not None:
+        channels = len(preprocessing.mean)
+        data = {**asdict(preprocessing), "input_size": (channels, *preprocessing.size)}
+        del data["size"]
+    config = {"label_names": classes} if classes else None
+    file = folder / CONFIG
+    save_config_for_hf(model, str(file), model_config=config, data_config=data)
+    try:
+        with torch.device("meta"):
+            again = _build_timm(_plain(file))
+    except (TypeError, RuntimeError, ValueError, AssertionError) as error:
+        file.unlink()
+        raise ValueError(f"timm could not build this model again: {error}") from None
+    check_same(model, again, file)
+    write_weights(folder / WEIGHTS, model.state_dict(), {"format": "pt"})
+    return {"preprocessing": None if preprocessing is None else asdict(preprocessing)}
+
+
+def _plain(file: Path) -> dict[str, Any]:
+    from ..train.files import read_json
+
+    values: dict[str, Any] = read_json(file)
+    return values
+
+
+def _build_timm(config: dict[str, Any]) -> Any:
+    """The model of timm's config.json, equipped, with random weights."""
+    import timm
+
+    from .. import models  # noqa: F401 - the released DeiTs are models of timm then
+    from ..config_io import rpe_config_from_dict
+    from ..equip import equip
+    from ..integrations.timm_record import RECORD
+
+    name, arguments = config["architecture"], dict(config.get("model_args") or {})
+    entries = arguments.pop(RECORD, [])
+    if not isinstance(name, str) or not re.fullmatch(r"\w+", name) or not timm.is_model(name):
+        raise ValueError(f"timm has no model {name!r}, or this version of it has not")
+    if strange := sorted(_FETCHING & set(arguments)):
+        raise ValueError(f"model_args has {', '.join(strange)}; what a file names is neither fetched nor read")
+    shape = {key: one for key, one in (config.get("pretrained_cfg") or {}).items() if key in _SHAPE}
+    shape = {key: tuple(one) if isinstance(one, list) else one for key, one in shape.items()}
+    model = timm.create_model(name, pretrained=False, pretrained_cfg={"architecture": name, **shape}, **arguments)
+    for entry in entries:
+        equip(model, rpe_config_from_dict(entry["rpe_config"]), blocks=entry["attentions"])
+    return model
+
+
+def load_timm(folder: Path, config: dict[str, Any], note: dict[str, Any]) -> Any:
+    from timm.data import resolve_model_data_config
+
+    from ..prediction import Classifier, Preprocessing
+
+    model = _build_timm(config)
+    fill(model, folder)
+    data = resolve_model_data_config(model)
+    values = {"size": data["input_size"][1:], **{key: data[key] for key in ("mean", "std", "crop_pct")}}
+    values["interpolation"] = str(data["interpolation"]).replace("random", "bicubic")
+    preprocessing = Preprocessing.from_dict(note.get("preprocessing") or values, folder / CONFIG)
+    names = config.get("label_names") or note.get("classes")
+    return with_classifier(model, names, preprocessing, model.num_classes, Classifier)

@@ -1,0 +1,89 @@
+"""Models of transformers in a folder: what save_pretrained writes, by classes that transformers has."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .common import CONFIG, fill
+
+
+def save_transformers(model: Any, folder: Path, classes: list[str], processor: Any) -> dict[str, Any]:
+    if classes and getattr(model.config, "num_labels", None) == len(classes):
+        model.config.id2label = dict(enumerate(classes))
+        model.config.label2id = {name: number for number, name in enumerate(classes)}
+    if processor is not None and not hasattr(processor, "save_pretrained"):
+        raise TypeError(f"processor is a {type(processor).__name__}; expected an image processor of transformers")
+    model.save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
+    return {}
+
+
+def load_transformers(folder: Path, config: dict[str, Any]) -> Any:
+    import transformers
+
+    from ..detect.saved import check_folder
+    from ..integrations import hf_vit
+    from ..prediction import Classifier, Detector
+
+    check_folder(folder)
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    cls: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
+        raise ValueError(
+            f"{folder / CONFIG} names {name!r}, which is no model of transformers; load a class of your own with its "
+            "from_pretrained"
+        )
+    if name == "DetrForObjectDetection":
+        from ..detect.model import load as load_detr
+
+        model = load_detr(folder)
+    else:
+        own: Any = hf_vit.read_config(cls.config_class, folder)
+        if hasattr(getattr(own, "backbone_config", None), "use_pretrained_backbone"):
+            own.backbone_config.use_pretrained_backbone = False  # its weights are in the folder
+        if own.model_type == "timm_wrapper" and getattr(own, "irpe", None):
+            model = _timm_wrapper(cls, own, folder)
+        else:
+            with_tables = bool(re.search(r'"irpe": *\[', own.to_json_string()))
+            make = hf_vit.from_pretrained if with_tables else _from_pretrained
+            model = make(cls, folder, config=own)
+    processor = None
+    if (folder / "preprocessor_config.json").exists():
+        processor = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+    labels = [str(model.config.id2label.get(number, number)) for number in range(model.config.num_labels)]
+    if name == "DetrForObjectDetection":
+        model.eval().predict = Detector(model, labels, processor)
+    elif str(name).endswith("ForImageClassification"):
+        model.eval().predict = Classifier(model, labels, None if processor is None else _Prepared(processor))
+        model.predict.processor = processor
+    return model.eval()
+
+
+def _from_pretrained(cls: Any, folder: Path, **options: Any) -> Any:
+    return cls.from_pretrained(folder, **options)
+
+
+def _timm_wrapper(cls: Any, config: Any, folder: Path) -> Any:
+    from ..config_io import rpe_config_from_dict
+    from ..equip import equip
+
+    model = cls(config)
+    for entry in list(config.irpe):
+        equip(model, rpe_config_from_dict(entry["rpe_config"]), blocks=entry["attentions"])
+    fill(model, folder)
+    return model
+
+
+class _Prepared:
+    """A picture -> the image (channels, height, width) that an image processor of transformers makes of it."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __call__(self, image: Any) -> torch.Tensor:
+        pixels: torch.Tensor = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
+        return pixels
