@@ -84,6 +84,8 @@ def test_timm(family, tmp_path):
     assert again.predict.preprocessing.size == size
     # once more, over its own folder
     package.save(again, tmp_path / "model")
+    with pytest.raises(ValueError, match="weights='ema', but .* is not the folder of a run"):
+        package.load(tmp_path / "model", weights="ema")
     assert package.load(tmp_path / "model").predict.classes == list("abcdefg")
     assert not (unequip(again)._model_args.keys() & {"saved_with_irpe_so_use_irpe_load"})
 

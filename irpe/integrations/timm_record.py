@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..config_io import rpe_config_to_dict
-from ..irpe import METHOD, RPEConfig
+from ..irpe import METHOD, RPEConfig, iRPE_Cross
 
 # Among the arguments of a model that timm writes (`save_for_hf`, `push_to_hf_hub`). Its `create_model` hands them to
 # the model's class, whose error has the name; else it would build the model without encodings, and with a new head
@@ -34,8 +34,9 @@ def config_of(attention: nn.Module) -> RPEConfig:
     singles = {}
     for name in ("rpe_q", "rpe_k", "rpe_v"):
         one: Any = getattr(attention, name, None)
-        if one is not None and hasattr(one, "rp_rows"):
-            singles[name] = dataclasses.replace(one.rp_rows.rpe_config, method=METHOD.CROSS)
+        if isinstance(one, iRPE_Cross):
+            part: Any = next(one.children())
+            singles[name] = dataclasses.replace(part.rpe_config, method=METHOD.CROSS)
         elif one is not None:
             singles[name] = one.rpe_config
     return RPEConfig(**singles)

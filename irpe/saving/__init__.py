@@ -105,6 +105,8 @@ def load(source: str | Path, *, weights: str = "best") -> Any:
             f"{path} has neither {CONFIG} nor {SETTINGS}; expected what irpe.save or save_pretrained wrote, or the "
             "folder of a run"
         )
+    if weights != "best":
+        raise ValueError(f"weights={weights!r}, but {path} is not the folder of a run; leave weights out")
     config, note = read_json(path / CONFIG), read_json(path / NOTE) if (path / NOTE).exists() else {}
     if not isinstance(config, dict) or not isinstance(note, dict):
         raise ValueError(f"{path / CONFIG} holds no settings; expected those of a model")

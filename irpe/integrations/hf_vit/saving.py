@@ -18,6 +18,8 @@ _OF_WEIGHTS = ("dtype", "torch_dtype", "quantization_config", "trust_remote_code
 def from_pretrained(cls: Any, folder: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
     """`cls.from_pretrained(folder)` with the tables that `save_pretrained` of an equipped model has written there.
 
+    `irpe.load(folder)` finds the class by itself; this is for another class, and for arguments.
+
     >>> irpe.equip(model, "rpe-1.9-product-ctx-1-k").save_pretrained("folder")
     >>> model = irpe.integrations.hf_vit.from_pretrained(AutoModelForImageClassification, "folder")
 
