@@ -81,17 +81,36 @@ class Classifier:
     Args:
         model: maps images (B, channels, height, width) to logits, or to what has `.logits`.
         classes: names in the order of the logits.
-        prepare: how pictures become images; or transformers' image processor.
-        preprocessing: the same as plain values, where it is known; `irpe.save` keeps it.
+        preprocessing: how pictures become images, or
+        processor: an image processor of transformers, which knows it.
         batch: the number of images of each call, where the model takes no other (an exported one).
     """
 
     def __init__(
-        self, model: nn.Module, classes: Sequence[str], prepare: Callable[[Any], Tensor] | None, *,
-        preprocessing: Preprocessing | None = None, channels: int = 3, batch: int | None = None,
+        self, model: nn.Module, classes: Sequence[str], *, preprocessing: Preprocessing | None = None,
+        processor: Any = None, batch: int | None = None,
     ) -> None:  # fmt: skip
-        self.model, self.classes, self.prepare = model, list(classes), prepare
-        self.preprocessing, self.channels, self.batch = preprocessing, channels, batch
+        self.model, self.classes, self.batch = model, list(classes), batch
+        self.preprocessing, self.processor = preprocessing, processor
+        self.channels = 3 if preprocessing is None else len(preprocessing.mean)
+        self._transform: Callable[[Any], Tensor] | None = None
+
+    def prepare(self, image: Any) -> Tensor:
+        """The image (channels, height, width) of a picture in RGB or L.
+
+        Raises:
+            ValueError: nobody has said how.
+        """
+        if self.processor is not None:
+            pixels: Tensor = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
+            return pixels
+        if self.preprocessing is None:
+            raise ValueError(
+                "it is not known how pictures are prepared for this model: save it with irpe.save(model, folder, "
+                "processor=...), or load the folder of its run"
+            )
+        self._transform = self._transform or self.preprocessing.transform()
+        return self._transform(image)
 
     def __call__(self, pictures: Picture | Sequence[Picture], *, top: int = 5, batch_size: int = 32) -> Any:
         """Args:
@@ -109,11 +128,6 @@ class Classifier:
     @torch.inference_mode()
     def of(self, pictures: Sequence[Picture], top: int = 5) -> list[list[Guess]]:
         """The guesses for a batch of pictures."""
-        if self.prepare is None:
-            raise ValueError(
-                "it is not known how pictures are prepared for this model: save it with irpe.save(model, folder, "
-                "processor=...), or load the folder of its run"
-            )
         mode = "RGB" if self.channels == 3 else "L"
         images = torch.stack([self.prepare(read(one, mode)) for one in pictures])  # (B, channels, height, width)
         if self.batch is not None:

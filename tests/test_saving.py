@@ -372,7 +372,7 @@ def test_folders_of_strangers(tmp_path):
             return (exec, ("raise SystemExit('code was run')",))
 
     torch.save({"state_dict": Code()}, tmp_path / "timm" / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="Python objects besides weights"):
+    with pytest.raises(ValueError, match="Python objects besides tensors"):
         package.load(tmp_path / "timm")
 
     package.save(of_transformers(), tmp_path / "vit")
@@ -382,6 +382,11 @@ def test_folders_of_strangers(tmp_path):
     refuse(config | {"architectures": ["Trainer"]}, "'Trainer', which is no model of transformers", file)
     refuse(config | {"architectures": None}, "None, which is no model of transformers", file)
     refuse([1, 2], "holds no settings", file)
+    refuse(config | {"irpe_num_hidden_layers": "many"}, "is not of a ViTForImageClassification", file)
+    file.write_text(json.dumps(config))
+    (file.parent / "preprocessor_config.json").write_text('{"image_processor_type": "Strange"}')
+    with pytest.raises(ValueError, match="the image processor of .* cannot be read"):
+        package.load(file.parent)
 
 
 def test_what_cannot_be_loaded(tmp_path):

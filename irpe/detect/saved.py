@@ -7,7 +7,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import timm
 from transformers.utils import logging as silence
 
 from ..runs.files import WriteError, read_json, reason_of, write_whole
@@ -100,8 +99,14 @@ def _fetches(config: Any) -> str | None:
             if part.get(name) and part[name] not in ("eager", "sdpa", "flash_attention_2", "irpe"):
                 return f"{name}: {part[name]!r}"
         backbone = part.get("backbone")
-        if backbone and not (isinstance(backbone, str) and timm.is_model(backbone)):
+        if backbone and not (isinstance(backbone, str) and _is_of_timm(backbone)):
             return f"the backbone {backbone!r}, which is none of timm"
         if backbone and part.get("use_timm_backbone", True) is False:
             return f"the backbone {backbone!r}, which is not timm's"
     return None
+
+
+def _is_of_timm(backbone: str) -> bool:
+    import timm  # models without a backbone are loaded where it is not installed
+
+    return bool(timm.is_model(backbone))

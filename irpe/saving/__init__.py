@@ -59,12 +59,12 @@ def save(model: nn.Module, folder: str | Path, *, classes: list[str] | None = No
     if processor is None:
         processor = getattr(own, "processor", None) or getattr(own, "preprocessing", None)
     writers = {"timm": save_timm, "transformers": save_transformers, "torchvision": save_torchvision}
-    folder.mkdir(parents=True, exist_ok=True)
-    more = writers[library](model, folder, classes, processor)
     from ..train.files import write_json
 
     note = {"library": library, "classes": classes, "versions": {"irpe": __version__, "torch": torch.__version__}}
-    write_json(folder / NOTE, note | more)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / NOTE, note)  # first, so that a folder which was left unfinished is known as one of ours
+    write_json(folder / NOTE, note | writers[library](model, folder, classes, processor))
     return folder
 
 
@@ -160,7 +160,7 @@ def _run(folder: Path, values: Any, weights: str) -> Any:
         if found is None:
             raise ValueError(f"{folder} has no weights: the run has not ended")
         return load(found)
-    from ..prediction import Classifier, Preprocessing
+    from ..prediction import Preprocessing
     from ..train import model as models
 
     settings, classes = job.settings_of(folder)
@@ -170,7 +170,7 @@ def _run(folder: Path, values: Any, weights: str) -> Any:
     shape = models.shape_of(settings, model)
     interpolation = settings.interpolation.replace("random", "bicubic")
     preprocessing = Preprocessing(shape.size, shape.mean, shape.std, shape.crop_pct, interpolation)
-    return with_classifier(model, classes, preprocessing, len(classes), Classifier)
+    return with_classifier(model, classes, preprocessing, len(classes))
 
 
 def _fetched(name: str) -> Path:

@@ -22,13 +22,18 @@ def check_same(model: nn.Module, again: nn.Module, file: Path) -> None:
 
 
 def fill(model: nn.Module, folder: Path) -> None:
-    """Loads the weights of a folder, all of them."""
-    from ..train.pretrained import read_weights
+    """Loads the weights of a folder, all of them, as plain data."""
+    from ..train.files import reason_of
+    from ..train.tensors import read_safetensors, read_torch
 
     file = next((one for one in (folder / WEIGHTS, folder / "pytorch_model.bin") if one.exists()), folder / WEIGHTS)
     try:
-        model.load_state_dict(read_weights(file), strict=True)
-    except RuntimeError as error:
+        state = read_safetensors(file) if file.suffix == ".safetensors" else read_torch(file)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{file} cannot be read: {reason_of(error)}") from None
+    try:
+        model.load_state_dict(state, strict=True)
+    except (RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} does not fit the model: {' '.join(str(error).split())[:300]}") from None
 
 
@@ -48,12 +53,11 @@ def preprocessing_of(processor: Any) -> Any:
     return Preprocessing((crop, crop), mean, std, crop / resize, processor.interpolation.value)
 
 
-def with_classifier(model: Any, names: Any, preprocessing: Any, count: int, kind: Any) -> Any:
+def with_classifier(model: Any, names: Any, preprocessing: Any, count: int) -> Any:
     """The model in evaluation mode, with `predict`."""
+    from ..prediction import Classifier
+
     if not isinstance(names, list) or len(names) != count:
         names = [str(number) for number in range(count)]
-    prepare = None if preprocessing is None else preprocessing.transform()
-    channels = 3 if preprocessing is None else len(preprocessing.mean)
-    names = [str(one) for one in names]
-    model.eval().predict = kind(model, names, prepare, preprocessing=preprocessing, channels=channels)
+    model.eval().predict = Classifier(model, [str(one) for one in names], preprocessing=preprocessing)
     return model

@@ -37,7 +37,7 @@ def load_onnx(path: Path) -> Any:
     facts = read_json(beside)
     try:
         said, classes = facts["input"], [str(one) for one in facts["classes"]]
-        batch, channels, height, width = said["shape"]
+        batch, _, height, width = said["shape"]
         values = {name: said[name] for name in ("mean", "std", "crop_pct", "interpolation")} | {"size": [height, width]}
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{beside} is not what irpe export wrote") from None
@@ -52,8 +52,6 @@ def load_onnx(path: Path) -> Any:
         ) from None
     except Exception as error:  # onnxruntime has errors of its own
         raise ValueError(f"{path} cannot be read: {reason_of(error)}") from None
-    model.predict = Classifier(
-        model, classes, preprocessing.transform(), preprocessing=preprocessing, channels=channels,
-        batch=batch if isinstance(batch, int) else None,
-    )  # fmt: skip
+    batch = batch if isinstance(batch, int) else None
+    model.predict = Classifier(model, classes, preprocessing=preprocessing, batch=batch)
     return model.eval()

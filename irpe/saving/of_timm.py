@@ -75,7 +75,7 @@ def _build_timm(config: dict[str, Any]) -> Any:
 def load_timm(folder: Path, config: dict[str, Any], note: dict[str, Any]) -> Any:
     from timm.data import resolve_model_data_config
 
-    from ..prediction import Classifier, Preprocessing
+    from ..prediction import Preprocessing
 
     model = _build_timm(config)
     fill(model, folder)
@@ -84,4 +84,4 @@ def load_timm(folder: Path, config: dict[str, Any], note: dict[str, Any]) -> Any
     values["interpolation"] = str(data["interpolation"]).replace("random", "bicubic")
     preprocessing = Preprocessing.from_dict(note.get("preprocessing") or values, folder / CONFIG)
     names = config.get("label_names") or note.get("classes")
-    return with_classifier(model, names, preprocessing, model.num_classes, Classifier)
+    return with_classifier(model, names, preprocessing, model.num_classes)

@@ -43,10 +43,10 @@ def _build_torchvision(config: dict[str, Any]) -> Any:
 
 
 def load_torchvision(folder: Path, config: dict[str, Any], note: dict[str, Any]) -> Any:
-    from ..prediction import Classifier, Preprocessing
+    from ..prediction import Preprocessing
 
     model = _build_torchvision(config)
     fill(model, folder)
     values = note.get("preprocessing")
     preprocessing = None if values is None else Preprocessing.from_dict(values, folder / NOTE)
-    return with_classifier(model, note.get("classes"), preprocessing, model.num_classes, Classifier)
+    return with_classifier(model, note.get("classes"), preprocessing, model.num_classes)

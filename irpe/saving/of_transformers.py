@@ -1,10 +1,10 @@
 """Models of transformers in a folder: what save_pretrained writes, by classes that transformers has."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from .common import CONFIG, fill
 
@@ -15,18 +15,33 @@ def save_transformers(model: Any, folder: Path, classes: list[str], processor: A
         model.config.label2id = {name: number for number, name in enumerate(classes)}
     if processor is not None and not hasattr(processor, "save_pretrained"):
         raise TypeError(f"processor is a {type(processor).__name__}; expected an image processor of transformers")
-    model.save_pretrained(folder)
+    with _quiet():
+        model.save_pretrained(folder)
     if processor is not None:
         processor.save_pretrained(folder)
     return {}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars of a second's work."""
+    from transformers.utils import logging
+
+    before = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before:
+            logging.enable_progress_bar()
 
 
 def load_transformers(folder: Path, config: dict[str, Any]) -> Any:
     import transformers
 
     from ..detect.saved import check_folder
-    from ..integrations import hf_vit
     from ..prediction import Classifier, Detector
+    from ..train.files import reason_of
 
     check_folder(folder)
     names = config.get("architectures")
@@ -37,30 +52,42 @@ def load_transformers(folder: Path, config: dict[str, Any]) -> Any:
             f"{folder / CONFIG} names {name!r}, which is no model of transformers; load a class of your own with its "
             "from_pretrained"
         )
-    if name == "DetrForObjectDetection":
-        from ..detect.model import load as load_detr
-
-        model = load_detr(folder)
-    else:
-        own: Any = hf_vit.read_config(cls.config_class, folder)
-        if hasattr(getattr(own, "backbone_config", None), "use_pretrained_backbone"):
-            own.backbone_config.use_pretrained_backbone = False  # its weights are in the folder
-        if own.model_type == "timm_wrapper" and getattr(own, "irpe", None):
-            model = _timm_wrapper(cls, own, folder)
-        else:
-            with_tables = bool(re.search(r'"irpe": *\[', own.to_json_string()))
-            make = hf_vit.from_pretrained if with_tables else _from_pretrained
-            model = make(cls, folder, config=own)
+    with _quiet():
+        model = _model(cls, folder)
     processor = None
     if (folder / "preprocessor_config.json").exists():
-        processor = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+        try:
+            processor = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:  # what a configuration of somebody else can raise has no end
+            raise ValueError(f"the image processor of {folder} cannot be read: {reason_of(error)}") from None
     labels = [str(model.config.id2label.get(number, number)) for number in range(model.config.num_labels)]
     if name == "DetrForObjectDetection":
         model.eval().predict = Detector(model, labels, processor)
     elif str(name).endswith("ForImageClassification"):
-        model.eval().predict = Classifier(model, labels, None if processor is None else _Prepared(processor))
-        model.predict.processor = processor
+        model.eval().predict = Classifier(model, labels, processor=processor)
     return model.eval()
+
+
+def _model(cls: Any, folder: Path) -> Any:
+    """The model of a class of transformers, with the tables of the folder where it has some."""
+    from ..integrations import hf_vit
+    from ..train.files import reason_of
+
+    if cls.__name__ == "DetrForObjectDetection":
+        from ..detect.model import load as load_detr
+
+        return load_detr(folder)
+    try:
+        own: Any = hf_vit.read_config(cls.config_class, folder)
+    except Exception as error:  # as above
+        raise ValueError(f"{folder / CONFIG} is not of a {cls.__name__}: {reason_of(error)}") from None
+    if hasattr(getattr(own, "backbone_config", None), "use_pretrained_backbone"):
+        own.backbone_config.use_pretrained_backbone = False  # its weights are in the folder
+    if own.model_type == "timm_wrapper" and getattr(own, "irpe", None):
+        return _timm_wrapper(cls, own, folder)
+    with_tables = bool(re.search(r'"irpe": *\[', own.to_json_string()))
+    make = hf_vit.from_pretrained if with_tables else _from_pretrained
+    return make(cls, folder, config=own)
 
 
 def _from_pretrained(cls: Any, folder: Path, **options: Any) -> Any:
@@ -76,14 +103,3 @@ def _timm_wrapper(cls: Any, config: Any, folder: Path) -> Any:
         equip(model, rpe_config_from_dict(entry["rpe_config"]), blocks=entry["attentions"])
     fill(model, folder)
     return model
-
-
-class _Prepared:
-    """A picture -> the image (channels, height, width) that an image processor of transformers makes of it."""
-
-    def __init__(self, processor: Any) -> None:
-        self.processor = processor
-
-    def __call__(self, image: Any) -> torch.Tensor:
-        pixels: torch.Tensor = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
-        return pixels
