@@ -69,6 +69,8 @@ def test_an_exported_file(run, files, tmp_path):
     for batch in (0, 3):  # any number of images, and three of them
         file = tmp_path / f"model{batch}.onnx"
         assert irpe("export", run, "--out", file, "--batch", batch).exit_code == 0
+        facts = json.loads(file.with_name(f"{file.name}.json").read_text())
+        assert facts["use"] == f"irpe predict {file.name} picture.jpg" and "crop_pct" in facts["input"]["resize"]
         places = [tmp_path / f"{batch}.json", tmp_path / "run.json"]
         assert predict(file, *files[:7], "--json", places[0], "--batch-size", 4).exit_code == 0
         assert predict(run, *files[:7], "--json", places[1]).exit_code == 0

@@ -294,6 +294,12 @@ def test_a_run(run, tmp_path):
     # one of several is the same alone, also as an image
     assert model.predict(files[3])[0].label == guesses[3][0].label
     assert model.predict(Image.open(files[3]), top=1)[0].score == pytest.approx(guesses[3][0].score, abs=1e-5)
+    # what the run's own README says
+    text = (run / "README.md").read_text().replace("THIS_FOLDER", str(run)).replace("picture.jpg", str(files[0]))
+    names = {}
+    exec("\n".join(line.strip() for line in text.splitlines() if line.startswith(("    import", "    found"))), names)
+    assert names["found"] == model.predict(files[0])
+    assert f"irpe predict {run} {files[0]}" in text and "resized to cover 8x13, the middle of 8x12 pixels" in text
     # what is published is the same model
     package.save(model, tmp_path / "saved")
     again = package.load(tmp_path / "saved")
