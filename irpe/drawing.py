@@ -12,7 +12,7 @@ def with_boxes(image: Any, found: Sequence[Found]) -> Any:
     """A copy of the picture with a box for each find, in the colour of its class, with class and score."""
     from PIL import ImageDraw, ImageFont
 
-    from .train.files import printable
+    from .runs.files import printable
 
     image = image.convert("RGB")
     draw, side = ImageDraw.Draw(image), min(image.size)

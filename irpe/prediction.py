@@ -222,7 +222,7 @@ def read(picture: Picture, mode: str, *, turned: bool = False) -> Any:
     """
     from PIL import ImageOps
 
-    from .train.pictures import converted, open_picture
+    from .runs.picture import converted, open_picture
 
     try:
         image = open_picture(picture) if isinstance(picture, (str, Path)) else picture

@@ -109,7 +109,7 @@ def _encoding(model: nn.Module) -> str:
 
 def _facts_of_run(folder: Path) -> dict[str, Any]:
     """What the card says of a run: its data, model, encoding, and what it was measured at."""
-    from .train.files import read_json
+    from .runs.files import read_json
 
     if not all((folder / name).exists() for name in ("settings.json", "result.json")):
         return {}

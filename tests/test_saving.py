@@ -274,8 +274,8 @@ def run(tmp_path_factory):
 
 
 def test_a_run(run, tmp_path):
+    from irpe.runs.tensors import read_safetensors
     from irpe.train.run import settings_of, weights_of
-    from irpe.train.tensors import read_safetensors
 
     model = package.load(run)
     best = read_safetensors(weights_of(run, "best"))

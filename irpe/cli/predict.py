@@ -124,7 +124,7 @@ class _Ids:
     """The ids of images and categories in COCO's annotations, by their names."""
 
     def __init__(self, file: Path | None) -> None:
-        from ..train.files import read_json
+        from ..runs.files import read_json
 
         self.images: dict[str, Any] | None = None
         self.categories: dict[str, Any] | None = None
@@ -185,7 +185,7 @@ def _size(corners: tuple[float, float, float, float]) -> tuple[float, float]:
 
 
 def _write_csv(file: Path, rows: Sequence[dict[str, Any]], detects: bool) -> None:
-    from ..train.files import write_whole
+    from ..runs.files import write_whole
 
     text = io.StringIO(newline="")
     writer = csv.writer(text)

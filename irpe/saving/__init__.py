@@ -59,7 +59,7 @@ def save(model: nn.Module, folder: str | Path, *, classes: list[str] | None = No
     if processor is None:
         processor = getattr(own, "processor", None) or getattr(own, "preprocessing", None)
     writers = {"timm": save_timm, "transformers": save_transformers, "torchvision": save_torchvision}
-    from ..train.files import write_json
+    from ..runs.files import write_json
 
     note = {"library": library, "classes": classes, "versions": {"irpe": __version__, "torch": torch.__version__}}
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ def load(source: str | Path, *, weights: str = "best") -> Any:
         ValueError: there is no such model, files are damaged or of another kind, or they name code or what would be
             fetched.
     """
-    from ..train.files import read_json
+    from ..runs.files import read_json
 
     path = Path(source)
     if path.suffix == ".onnx":

@@ -23,8 +23,8 @@ def check_same(model: nn.Module, again: nn.Module, file: Path) -> None:
 
 def fill(model: nn.Module, folder: Path) -> None:
     """Loads the weights of a folder, all of them, as plain data."""
-    from ..train.files import reason_of
-    from ..train.tensors import read_safetensors, read_torch
+    from ..runs.files import reason_of
+    from ..runs.tensors import read_safetensors, read_torch
 
     file = next((one for one in (folder / WEIGHTS, folder / "pytorch_model.bin") if one.exists()), folder / WEIGHTS)
     try:

@@ -28,7 +28,7 @@ def load_onnx(path: Path) -> Any:
     Raises:
         ValueError: a file is missing, damaged or of something else; onnxruntime is not installed.
     """
-    from ..train.files import check_regular, read_json, reason_of
+    from ..runs.files import check_regular, read_json, reason_of
 
     beside = path.with_name(path.name + ".json")
     for file in (path, beside):

@@ -20,7 +20,7 @@ _SHAPE = {
 def save_timm(model: Any, folder: Path, classes: list[str], processor: Any) -> dict[str, Any]:
     from timm.models._hub import save_config_for_hf
 
-    from ..train.tensors import write_weights
+    from ..runs.tensors import write_weights
 
     data: dict[str, Any] = {}
     preprocessing = preprocessing_of(processor)
@@ -43,7 +43,7 @@ def save_timm(model: Any, folder: Path, classes: list[str], processor: Any) -> d
 
 
 def _plain(file: Path) -> dict[str, Any]:
-    from ..train.files import read_json
+    from ..runs.files import read_json
 
     values: dict[str, Any] = read_json(file)
     return values

@@ -14,8 +14,8 @@ _VIT = ("image_size", "patch_size", "hidden_dim", "mlp_dim", "num_classes", "rep
 def save_torchvision(model: Any, folder: Path, classes: list[str], processor: Any) -> dict[str, Any]:
     from ..integrations import torch_mha
     from ..integrations.timm_record import entries_of
-    from ..train.files import write_json
-    from ..train.tensors import write_weights
+    from ..runs.files import write_json
+    from ..runs.tensors import write_weights
 
     layers = list(model.encoder.layers)
     arguments = {name: getattr(model, name) for name in _VIT}

@@ -41,7 +41,7 @@ def load_transformers(folder: Path, config: dict[str, Any]) -> Any:
 
     from ..detect.saved import check_folder
     from ..prediction import Classifier, Detector
-    from ..train.files import reason_of
+    from ..runs.files import reason_of
 
     check_folder(folder)
     names = config.get("architectures")
@@ -71,7 +71,7 @@ def load_transformers(folder: Path, config: dict[str, Any]) -> Any:
 def _model(cls: Any, folder: Path) -> Any:
     """The model of a class of transformers, with the tables of the folder where it has some."""
     from ..integrations import hf_vit
-    from ..train.files import reason_of
+    from ..runs.files import reason_of
 
     if cls.__name__ == "DetrForObjectDetection":
         from ..detect.model import load as load_detr
