@@ -143,7 +143,9 @@ def main():
         default=600,
         help="on a GPU, seconds after which FlexAttention is not compiled any more",
     )
+    common.add_isa(parser)
     args = parser.parse_args()
+    common.hold_down(args.isa)
     if args.device != "cpu":
         attention_gpu.main(args)
         return
@@ -175,7 +177,7 @@ def main():
                     )
                     lines.append(line)
     if args.out is not None:
-        print(common.write(args.out, "bench_attention", "cpu", lines))
+        print(common.write(args.out, "bench_attention", "cpu", lines, args.isa))
 
 
 if __name__ == "__main__":

@@ -92,7 +92,9 @@ def main() -> None:
     )
     parser.add_argument("--no-memory", action="store_true", help="skip the peak memory, a process for each model")
     parser.add_argument("--out", type=Path, help="folder for the JSON")
+    common.add_isa(parser)
     args = parser.parse_args()
+    common.hold_down(args.isa)
     if args.device != "cpu":
         model_gpu.main(args)
         return
@@ -112,7 +114,7 @@ def main() -> None:
                 rows.append(row)
         print(common.markdown(rows), flush=True)
     if args.out is not None:
-        print(common.write(args.out, "bench_model", "cpu", rows))
+        print(common.write(args.out, "bench_model", "cpu", rows, args.isa))
 
 
 if __name__ == "__main__":

@@ -112,7 +112,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--no-flat", action="store_true", help="leave flat advanced indexing out, which is slow")
     parser.add_argument("--out", type=Path, help="folder for the JSON")
+    common.add_isa(parser)
     options = parser.parse_args()
+    common.hold_down(options.isa)
     common.keep_memory()
     print(common.machine(options.device))
     print(f"{options.device}: {rpe_ops.backends()[options.device]}")
@@ -127,7 +129,7 @@ def main() -> None:
                     )
                 print(rows[-1], flush=True)
                 if options.out:  # at once: whoever stops the run keeps what was measured
-                    file = common.write(options.out, "bench_rpe_index", options.device, rows)
+                    file = common.write(options.out, "bench_rpe_index", options.device, rows, options.isa)
     short = ["shape", "dtype", "N", "copy ms", "forward", "backward", "gather", "scatter_add"]
     if options.device == "cpu":
         short.insert(4, "clone")

@@ -1,10 +1,12 @@
 """What the benchmarks share: memory that is reused, timings side by side, tables and JSON."""
 
+import argparse
 import ctypes
 import datetime
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -15,6 +17,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+# What holds libraries down to an instruction set: these operators, torch itself, oneDNN and MKL under it.
+ISA_VARIABLES = {
+    "avx2": {
+        "RPE_OPS_ISA": "avx2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    }
+}
+
+
+def add_isa(parser: argparse.ArgumentParser) -> None:
+    """The option `--isa`, for `hold_down`."""
+    names = ", ".join(f"{name}={value}" for name, value in ISA_VARIABLES["avx2"].items())
+    parser.add_argument(
+        "--isa", choices=ISA_VARIABLES, help=f"both sides as on a machine without AVX-512: starts again with {names}"
+    )
+
+
+def hold_down(isa: str | None) -> None:
+    """Starts this program again where the variables of `isa` are not set: libraries read them when they load."""
+    wanted = ISA_VARIABLES.get(isa or "", {})
+    if any(os.environ.get(name) != value for name, value in wanted.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | wanted)
 
 
 def keep_memory() -> None:
@@ -136,18 +163,22 @@ def machine(device: str) -> dict[str, Any]:
         facts |= {"device": torch.cuda.get_device_name(), "driver": driver.stdout.strip().split("\n")[0]}
         facts["triton"] = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None
     else:
+        from rpe_ops import _native, rpe_attention_cpu  # what stands here now: `gpu_check` may just have built it
+
         cpu = Path("/proc/cpuinfo")
         lines = cpu.read_text().splitlines() if cpu.exists() else []
         names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        isa = torch.backends.cpu.get_cpu_capability()
-        facts |= {"device": names[0] if names else platform.processor(), "isa": isa, "threads": torch.get_num_threads()}
+        facts |= {"device": names[0] if names else platform.processor(), "threads": torch.get_num_threads()}
+        isa = rpe_attention_cpu.isa() if "cpu" in _native.LOADED else None
+        facts |= {"isa": isa, "isa of torch": torch.backends.cpu.get_cpu_capability()}
+        facts |= {name: os.environ[name] for name in ISA_VARIABLES["avx2"] if name in os.environ}
     return facts
 
 
-def write(folder: Path, name: str, device: str, rows: list[dict[str, Any]]) -> Path:
-    """{folder}/{name}_{device}.json with the machine and the rows."""
+def write(folder: Path, name: str, device: str, rows: list[dict[str, Any]], isa: str | None = None) -> Path:
+    """{folder}/{name}_{device}.json, or {name}_{device}_{isa}.json, with the machine and the rows."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{name}_{device}.json"
+    file = folder / f"{name}_{device}{f'_{isa}' if isa else ''}.json"
     file.write_text(
         json.dumps({"machine": machine("cuda" if device == "cuda" else "cpu"), "rows": rows}, indent=1) + "\n"
     )

@@ -31,7 +31,12 @@ def why_not_call(call: Any, q: Tensor, tables: list[Tensor]) -> str | None:
 
 def about() -> str:
     """What it is, for `rpe_ops.backends()`."""
-    return _native.about("cpu", "compiled kernels for CPUs")
+    if "cpu" not in _native.LOADED:
+        return _native.about("cpu", "compiled kernels for CPUs")
+    try:
+        return _native.about("cpu", f"compiled kernels for CPUs, with {isa()}")
+    except RuntimeError as error:
+        return f"not here: {error}"
 
 
 def is_slow(q: Tensor, k: Tensor) -> bool:
@@ -65,13 +70,20 @@ def _rest(call: Any, inputs: Any) -> tuple:
     return *inputs[5:], *numbers, inputs.mask, inputs.seed, call.scale, call.dropout_p
 
 
+def isa() -> str:
+    """The instruction set that the kernels take, by name: the machine's, or the lower one that RPE_OPS_ISA names."""
+    with ThreadPoolExecutor(1) as clean:  # a thread of its own, which no mode of the caller reaches
+        return clean.submit(lambda: torch.ops.rpe_ops.rpe_isa(torch.empty(0, device="cpu"))).result()
+
+
 def _in_bfloat16() -> bool:
-    with ThreadPoolExecutor(1) as clean:  # a thread of its own, which no mode of the importer reaches
-        ask = torch.ops.rpe_ops.rpe_attention_in_bfloat16
-        return clean.submit(lambda: ask(torch.empty(0, dtype=torch.bfloat16, device="cpu"))).result()
+    try:
+        return "cpu" in _native.LOADED and isa() == "avx512_bf16"
+    except RuntimeError:
+        return False  # RPE_OPS_ISA names what the machine lacks: calls say so, an import does not
 
 
-IN_BFLOAT16 = "cpu" in _native.LOADED and _in_bfloat16()  # bfloat16 is multiplied as such; else as float32
+IN_BFLOAT16 = _in_bfloat16()  # bfloat16 is multiplied as such; else as float32
 
 
 def _empty_heads(q: Tensor, tokens: int) -> Tensor:

@@ -80,7 +80,7 @@ def extensions() -> list[Any]:
         found.append(
             CppExtension(
                 "_rpe_ops_C",
-                ["csrc/rpe_ops.cpp", "csrc/cpu/rpe_index.cpp", "csrc/cpu/rpe_attention.cpp"],
+                ["csrc/rpe_ops.cpp", *sorted(str(file) for file in Path("csrc/cpu").glob("*.cpp"))],
                 define_macros=defines[:1],
                 extra_compile_args={"cxx": cxx},
                 extra_link_args=os.environ.get("RPE_OPS_LDFLAGS", "").split(),

@@ -1,17 +1,22 @@
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
-from attention_cases import assert_rule_9, make_mask, problem, run, strided
+from attention_cases import ISAS, assert_rule_9, make_mask, problem, run, strided
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from methods import METHODS, TABLES
 
+import rpe_ops
 import rpe_ops.rpe_attention_cpu as cpu
 from irpe import build_rpe, get_bucket_ids_2d, get_rpe_config
 from irpe import rpe_attention as irpe_attention
 from rpe_ops import _native, reference
 from rpe_ops.rpe_attention import choose, rpe_attention, why_not
+from rpe_ops.rpe_index import rpe_bucket_sum, rpe_index
 
 needs_build = pytest.mark.skipif("cpu" not in _native.LOADED, reason=_native.MISSING.get("cpu", ""))
 BACKENDS = [pytest.param("cpu", marks=needs_build), "eager", "reference"]
@@ -45,11 +50,11 @@ def test_cpu_is_as_exact_as_the_formula(
 
 
 @needs_build
-@pytest.mark.parametrize("isa", ["avx512_bf16", "avx512", "avx2", "plain"])
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("method", TABLES)
 @pytest.mark.parametrize(("height", "width"), [(6, 9), (13, 17)])
 def test_maps_of_images_on_every_instruction_set(isa, method, height, width, monkeypatch):
-    monkeypatch.setenv("RPE_OPS_CPU_ISA", isa)
+    monkeypatch.setenv("RPE_OPS_ISA", isa)
     ids, buckets = get_bucket_ids_2d(method, height, width, 1, 1.9, 3.8, 15.2)
     tokens = 1 + height * width
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
@@ -60,7 +65,7 @@ def test_maps_of_images_on_every_instruction_set(isa, method, height, width, mon
 @needs_build
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    isa=st.sampled_from(["avx512_bf16", "avx512_bf16", "avx512"]),
+    isa=st.sampled_from([*ISAS[-2:], ISAS[-1]]),
     queries=st.integers(1, 70),
     keys=st.integers(1, 90),
     dim=st.sampled_from([1, 7, 16, 24, 33, 64, 80]),
@@ -74,7 +79,7 @@ def test_maps_of_images_on_every_instruction_set(isa, method, height, width, mon
 def test_bfloat16_is_as_exact_as_the_formula(
     monkeypatch, isa, queries, keys, dim, buckets, mask, dropout_p, layout, weights, seed
 ):
-    monkeypatch.setenv("RPE_OPS_CPU_ISA", isa)
+    monkeypatch.setenv("RPE_OPS_ISA", isa)
     torch.manual_seed(seed)
     shape = (1, 2, queries, keys, dim)
     arguments = problem(shape, buckets, (1, 1, 1), torch.bfloat16, layout, weights=weights)
@@ -84,18 +89,44 @@ def test_bfloat16_is_as_exact_as_the_formula(
 
 @needs_build
 def test_bfloat16_is_multiplied_as_such_where_the_machine_can(monkeypatch):
-    q = torch.empty(0, dtype=torch.bfloat16)
-    in_bfloat16 = torch.ops.rpe_ops.rpe_attention_in_bfloat16
-    assert in_bfloat16(q) == cpu.IN_BFLOAT16 and not in_bfloat16(q.float())
+    assert (ISAS[-1] == "avx512_bf16") == cpu.IN_BFLOAT16
     arguments = problem((1, 2, 40, 37, 24), 9, (1, 1, 1), torch.bfloat16, weights=True)
     grads = [torch.randn(1, 2, 40, 24, dtype=torch.bfloat16)]
     own = run(rpe_attention, arguments, grads, torch.bfloat16, backend="cpu")
-    monkeypatch.setenv("RPE_OPS_CPU_ISA", "avx512")
-    assert not in_bfloat16(q)
+    monkeypatch.setenv("RPE_OPS_ISA", ISAS[-2] if cpu.IN_BFLOAT16 else ISAS[-1])
     widened = run(rpe_attention, arguments, grads, torch.bfloat16, backend="cpu")
     for one, other in zip([*own[0], *own[1]], [*widened[0], *widened[1]], strict=True):
         assert torch.equal(one, other) != cpu.IN_BFLOAT16
         torch.testing.assert_close(one, other, rtol=0.03, atol=0.03 * other.abs().max().item())
+
+
+@needs_build
+def test_the_instruction_set_is_the_machine_s_or_a_lower_one_by_name(monkeypatch):
+    for isa in ISAS:
+        monkeypatch.setenv("RPE_OPS_ISA", isa)
+        assert cpu.isa() == isa and f"with {isa}," in rpe_ops.backends()["cpu"]
+    monkeypatch.setenv("RPE_OPS_ISA", "")
+    assert cpu.isa() == ISAS[-1]
+    for wish in {"neon", "AVX2", *["avx512_bf16"] * (len(ISAS) < 4)}:
+        monkeypatch.setenv("RPE_OPS_ISA", wish)
+        sentence = f"RPE_OPS_ISA={wish}: this machine has {', '.join(ISAS)}; expected one of these, or nothing"
+        assert rpe_ops.backends()["cpu"] == f"not here: {sentence}"
+        calls = (
+            lambda: rpe_attention(*torch.randn(3, 1, 1, 5, 8)),
+            lambda: rpe_index(torch.randn(1, 1, 2, 3), torch.zeros(2, 5, dtype=torch.int64)),
+            lambda: rpe_bucket_sum(torch.randn(1, 1, 2, 5), torch.zeros(2, 5, dtype=torch.int64), 3),
+        )
+        for call in calls:
+            with pytest.raises(RuntimeError, match=sentence):
+                call()
+
+
+@needs_build
+def test_an_import_does_not_stumble_over_an_unknown_instruction_set():
+    code = "import rpe_ops; print(rpe_ops.backends()['cpu'])"
+    environment = os.environ | {"RPE_OPS_ISA": "sse9", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("not here: RPE_OPS_ISA=sse9"), done.stderr
 
 
 @needs_build

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from attention_cases import make_mask, strided
+from attention_cases import ISAS, make_mask, strided
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from methods import TABLES
@@ -15,7 +15,6 @@ from irpe import get_bucket_ids_2d, get_bucket_map
 from rpe_ops import _native, reference
 
 pytestmark = pytest.mark.skipif("cpu" not in _native.LOADED, reason=_native.MISSING.get("cpu", ""))
-ISAS = ["avx512_bf16", "avx512", "avx2", "plain"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
@@ -122,7 +121,7 @@ def assert_right(maps, shape, dtype, weights=True, layout="timm", mask=None, dro
 @pytest.mark.parametrize("method", TABLES)
 @pytest.mark.parametrize(("height", "width", "skip"), [(6, 9, 1), (9, 14, 0), (2, 33, 5), (40, 1, 1), (3, 2, 0)])
 def test_maps_of_images_on_every_instruction_set(isa, method, height, width, skip, monkeypatch):
-    monkeypatch.setenv("RPE_OPS_CPU_ISA", isa)
+    monkeypatch.setenv("RPE_OPS_ISA", isa)
     maps = [[grid(method, height, width, skip)] for _ in range(3)]
     tokens = skip + height * width
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
@@ -133,7 +132,7 @@ def test_maps_of_images_on_every_instruction_set(isa, method, height, width, ski
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("width", range(1, 41))
 def test_every_width(isa, width, monkeypatch):
-    monkeypatch.setenv("RPE_OPS_CPU_ISA", isa)
+    monkeypatch.setenv("RPE_OPS_ISA", isa)
     height, skip = 7 if width < 15 else 3 if width < 30 else 2, width % 3
     tokens = skip + height * width
     for method in ("product", "euc"):
@@ -158,7 +157,7 @@ def test_every_width(isa, width, monkeypatch):
 def test_terms_of_different_maps(
     monkeypatch, isa, size, terms, kind, dim, mask, dropout_p, dtype, layout, weights, seed
 ):
-    monkeypatch.setenv("RPE_OPS_CPU_ISA", isa)
+    monkeypatch.setenv("RPE_OPS_ISA", isa)
     torch.manual_seed(seed)
     tokens = size[2] + size[0] * size[1]
     maps = [[grid(method, *size, ratio, kind) for method, ratio in some] for some in terms]
@@ -167,7 +166,7 @@ def test_terms_of_different_maps(
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_grids_of_one_length_may_differ(isa, monkeypatch):
-    monkeypatch.setenv("RPE_OPS_CPU_ISA", isa)
+    monkeypatch.setenv("RPE_OPS_ISA", isa)
     sizes = (4, 6, 1), (6, 4, 1), (3, 8, 1), (2, 12, 1), (5, 5, 0), (1, 22, 3)
     grids = [grid(method, *size) for method, size in zip(["product", "euc", "cross_rows"] * 2, sizes, strict=True)]
     grids.append(free(25, 25, 9))
@@ -180,7 +179,7 @@ def test_grids_of_one_length_may_differ(isa, monkeypatch):
 @pytest.mark.parametrize("method", ["product", "euc"])
 @pytest.mark.parametrize("kind", [None, "offsets", "free"])
 def test_more_than_256_buckets(isa, method, kind, monkeypatch):
-    monkeypatch.setenv("RPE_OPS_CPU_ISA", isa)
+    monkeypatch.setenv("RPE_OPS_ISA", isa)
     maps = [[grid(method, 13, 9, 1, ratio=150.0 if method == "euc" else 8.0, kind=kind)] for _ in range(3)]
     assert maps[0][0][1][3] > 256
     assert_right(maps, (1, 1, 118, 118, 8), torch.float32)
@@ -191,7 +190,7 @@ def test_more_than_256_buckets(isa, method, kind, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
 @pytest.mark.parametrize(("queries", "keys"), [(37, 21), (16, 70), (1, 1), (0, 3), (3, 0)])
 def test_free_ids_of_every_dtype_and_stride(isa, dtype, queries, keys, monkeypatch):
-    monkeypatch.setenv("RPE_OPS_CPU_ISA", isa)
+    monkeypatch.setenv("RPE_OPS_ISA", isa)
     for buckets, lowest in ((7, 3), (50, 0), (120, 60)):
 
         def strange(rows, columns, buckets=buckets, lowest=lowest):
@@ -205,7 +204,7 @@ def test_free_ids_of_every_dtype_and_stride(isa, dtype, queries, keys, monkeypat
 @pytest.mark.parametrize("isa", ISAS)
 def test_axes_that_are_no_product_of_slots(isa, monkeypatch):
     """Values that come back, sums that meet, a bucket that is also that of the skip tokens, strided axes."""
-    monkeypatch.setenv("RPE_OPS_CPU_ISA", isa)
+    monkeypatch.setenv("RPE_OPS_ISA", isa)
     height, width = 5, 6
     for rows, cols, skip in (
         ([4, 0, 4, 0, 4, 0, 4, 0, 4], [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3], 0),
@@ -243,7 +242,7 @@ def test_bitwise_equal_for_every_number_of_threads(dtype, method):
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_outputs_do_not_depend_on_uninitialised_memory(isa, monkeypatch):
-    monkeypatch.setenv("RPE_OPS_CPU_ISA", isa)
+    monkeypatch.setenv("RPE_OPS_ISA", isa)
     torch.use_deterministic_algorithms(True)  # fills what is allocated with NaN
     try:
         for method in TABLES:
@@ -260,7 +259,7 @@ NANS = [0x7FC00000, 0xFFFFFFFF, 0x7FFFFFFF, 0xFFC00000, 0x7F800001, 0xFF800001, 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("where", ["q", "k", "mask", "table of k", "table of q"])
 def test_nan_stays_nan_whatever_its_bits(isa, where, monkeypatch):
-    monkeypatch.setenv("RPE_OPS_CPU_ISA", isa)
+    monkeypatch.setenv("RPE_OPS_ISA", isa)
     maps = [[grid("product", 4, 5, 1)] for _ in range(2)] + [[]]
     for bits in NANS:
         nan = torch.tensor([bits - 2**32 if bits >= 2**31 else bits], dtype=torch.int32).view(torch.float32)[0]
@@ -286,7 +285,7 @@ def test_nan_stays_nan_whatever_its_bits(isa, where, monkeypatch):
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_infinities_are_as_the_formula_has_them(isa, dtype, monkeypatch):
-    monkeypatch.setenv("RPE_OPS_CPU_ISA", isa)
+    monkeypatch.setenv("RPE_OPS_ISA", isa)
     maps = [[grid("product", 4, 5, 1)] for _ in range(3)]
     for value in (math.inf, -math.inf, math.nan):
         for keys in (slice(7, 8), slice(None)):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from attention_cases import ISAS
 
 from rpe_ops import _native
 from rpe_ops.rpe_index import rpe_bucket_sum, rpe_index
@@ -18,6 +19,12 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, monkeypatch):
+    """Each instruction set of this machine in turn."""
+    monkeypatch.setenv("RPE_OPS_ISA", request.param)
 
 
 def plain_index(x, index):
@@ -40,7 +47,7 @@ def check_sum(y, index, n):
 # buckets around every number of registers that a table may fill, keys around every length of a tile
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [1, 2, 3, 16, 17, 33, 50, 64, 65, 81, 128, 129, 256, 257, 1000])
-def test_every_table_size(dtype, n):
+def test_every_table_size(dtype, n, isa):
     for maps, keys in ((1, 37), (3, 5), (8, 64), (11, 197)):
         index = torch.randint(n, (4, keys))
         index[0] = n - 1
@@ -51,7 +58,7 @@ def test_every_table_size(dtype, n):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("keys", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100])
-def test_every_row_length(dtype, keys):
+def test_every_row_length(dtype, keys, isa):
     for maps in (1, 2, 4, 7, 9, 16):
         index = torch.randint(50, (3, keys), dtype=torch.uint8)
         x = torch.randn(maps, 1, 3, 50).to(dtype)
@@ -67,7 +74,7 @@ def test_a_table_that_needs_wide_ids():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_any_strides(dtype):
+def test_any_strides(dtype, isa):
     index = torch.randint(50, (33, 9), dtype=torch.int32).t()
     x = torch.randn(9, 50, 2, 6).to(dtype).permute(2, 3, 0, 1)
     assert torch.equal(rpe_index(x, index), plain_index(x, index))
@@ -80,7 +87,7 @@ def test_any_strides(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_special_values(dtype):
+def test_special_values(dtype, isa):
     x = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, torch.finfo(dtype).max, torch.finfo(dtype).tiny / 2])
     x = x.to(dtype).expand(8, 1, 1, 7)
     index = torch.arange(7).expand(1, 7)

@@ -5,7 +5,7 @@
 STABLE_TORCH_LIBRARY(rpe_ops, m) {
   m.def("rpe_index(Tensor input, Tensor index) -> Tensor");
   m.def("rpe_bucket_sum(Tensor input, Tensor index, SymInt num_buckets) -> Tensor");
-  m.def("rpe_attention_in_bfloat16(Tensor q) -> bool");
+  m.def("rpe_isa(Tensor q) -> str");
   m.def(
       "rpe_attention(Tensor q, Tensor k, Tensor v, Tensor[] tables_q, Tensor[] tables_k, Tensor[] tables_v, "
       "Tensor[] maps_q, Tensor[] maps_k, Tensor[] maps_v, SymInt[] sizes_q, SymInt[] sizes_k, SymInt[] sizes_v, "

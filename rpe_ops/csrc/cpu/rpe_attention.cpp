@@ -4,6 +4,7 @@
 // Lq x Lk is written. The backward computes them again from the logarithm of the softmax's denominators, and one thread
 // does all tiles of a head, so every sum has one order, whatever the number of threads.
 
+#include "isa.h"
 #include "rpe_attention.h"
 #include "rpe_attention_maps.h"
 
@@ -14,7 +15,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <new>
 #include <optional>
@@ -23,104 +23,22 @@
 #include <type_traits>
 #include <vector>
 
-// The instruction set is chosen at run time. Only gcc takes target pragmas; others get what their flags say.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define RPE_ATTENTION_X86
-#include <immintrin.h>
-#endif
-
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors never leave this file
-#endif
-
-#define RPE_ISA plain
-#define RPE_BYTES 16
-#include "rpe_attention_kernels.h"
-#undef RPE_ISA
-#undef RPE_BYTES
-
-#ifdef RPE_ATTENTION_X86
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#define RPE_AVX2
-#define RPE_ISA avx2
-#define RPE_BYTES 32
-#include "rpe_attention_kernels.h"
-#undef RPE_ISA
-#undef RPE_BYTES
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
-#define RPE_AVX512
-#define RPE_ISA avx512
-#define RPE_BYTES 64
-#include "rpe_attention_kernels.h"
-#undef RPE_ISA
-#undef RPE_BYTES
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
-#define RPE_BRAIN
-#define RPE_ISA avx512_bf16
-#define RPE_BYTES 64
-#include "rpe_attention_kernels.h"
-#undef RPE_BRAIN
-#undef RPE_AVX512
-#undef RPE_AVX2
-#undef RPE_ISA
-#undef RPE_BYTES
-#pragma GCC pop_options
-#endif
-
 namespace rpe_ops {
 namespace {
 
 // ---- raw pointers and sizes
 
-struct Kernels {
-  int64_t (*scratch_bytes)(const Problem&);
-  void (*forward)(const Problem&, char*, int64_t, int64_t);
-  void (*backward)(const Problem&, char*, int64_t, int64_t);
-  int64_t width;  // of a vector, in elements
-};
-
-// The instruction sets of x86 that this machine has, as far as RPE_OPS_CPU_ISA allows them: tests try each.
-struct Supported {
-  bool avx2 = false, avx512 = false, avx512_bf16 = false;
-};
-
-Supported supported() {
-  Supported has;
-#ifdef RPE_ATTENTION_X86
-  const char* wish = std::getenv("RPE_OPS_CPU_ISA");
-  const std::string most = wish == nullptr ? "avx512_bf16" : wish;
-  has.avx2 = most != "plain" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  has.avx512 = (most == "avx512" || most == "avx512_bf16") && __builtin_cpu_supports("avx512f") &&
-               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-               __builtin_cpu_supports("avx512vl");
-  has.avx512_bf16 = has.avx512 && most == "avx512_bf16" && __builtin_cpu_supports("avx512bf16");
-#endif
-  return has;
-}
-
-// of the instruction set NAME, with the products X
-#define RPE_KERNELS(NAME, X, WIDTH) \
-  Kernels { &NAME::scratch_bytes<NAME::X>, &NAME::forward<NAME::X>, &NAME::backward<NAME::X>, int64_t(WIDTH) }
-
-template <class T>
 Kernels kernels(Storage storage) {
 #ifdef RPE_ATTENTION_X86
-  const Supported has = supported();
-  if (has.avx512_bf16 && storage == Storage::bf16) return RPE_KERNELS(avx512_bf16, Brain, 16);
-  if (has.avx512) return RPE_KERNELS(avx512, Exact<T>, 64 / sizeof(T));
-  if (has.avx2) return RPE_KERNELS(avx2, Exact<T>, 32 / sizeof(T));
+  switch (isa()) {
+    case Isa::avx512_bf16: return storage == Storage::bf16 ? avx512_bf16::kernels(storage) : avx512::kernels(storage);
+    case Isa::avx512: return avx512::kernels(storage);
+    case Isa::avx2: return avx2::kernels(storage);
+    default: break;
+  }
 #endif
-  return RPE_KERNELS(plain, Exact<T>, 16 / sizeof(T));
+  return plain::kernels(storage);
 }
-
-#undef RPE_KERNELS
 
 struct Scratch {
   char* data;
@@ -184,7 +102,7 @@ struct Call {
     p.q = view_of(q, "q"), p.k = view_of(k, "k"), p.v = view_of(v, "v");
     check(p.q.storage != Storage::boolean, "q is bool; expected floating point");
     const bool wide = p.q.storage == Storage::f64;
-    kernel = wide ? kernels<double>(p.q.storage) : kernels<float>(p.q.storage);
+    kernel = kernels(p.q.storage);
     if (attn_mask.has_value()) {
       check_size(*attn_mask, "attn_mask", {p.B, p.H, p.Lq, p.Lk});
       p.mask = view_of(*attn_mask, "attn_mask");
@@ -328,10 +246,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors> rpe_attention_back
   return {grad_q, grad_k, grad_v, grads_q, grads_k, grads_v};
 }
 
-// Whether products of such a q are products of bfloat16.
-bool rpe_attention_in_bfloat16(Tensor q) {
-  return q.scalar_type() == ScalarType::BFloat16 && supported().avx512_bf16;
-}
+// The name of the instruction set that kernels take; q only says that it is asked of the CPU.
+std::string rpe_isa(Tensor) { return kIsaNames[int(isa())]; }
 
 }  // namespace
 }  // namespace rpe_ops
@@ -339,5 +255,5 @@ bool rpe_attention_in_bfloat16(Tensor q) {
 STABLE_TORCH_LIBRARY_IMPL(rpe_ops, CPU, m) {
   m.impl("rpe_attention", TORCH_BOX(&rpe_ops::rpe_attention));
   m.impl("rpe_attention_backward", TORCH_BOX(&rpe_ops::rpe_attention_backward));
-  m.impl("rpe_attention_in_bfloat16", TORCH_BOX(&rpe_ops::rpe_attention_in_bfloat16));
+  m.impl("rpe_isa", TORCH_BOX(&rpe_ops::rpe_isa));
 }

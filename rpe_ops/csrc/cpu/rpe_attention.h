@@ -87,6 +87,31 @@ struct Problem {
   }
 };
 
+// The kernels of one instruction set for one dtype: tiles, or heads of the backward, from `begin` to `end`.
+struct Kernels {
+  int64_t (*scratch_bytes)(const Problem&);
+  void (*forward)(const Problem&, char* scratch, int64_t begin, int64_t end);
+  void (*backward)(const Problem&, char* scratch, int64_t begin, int64_t end);
+  int64_t width;  // of a vector, in elements
+};
+
+// A file for each. Only gcc takes target pragmas; of other compilers the plain ones get what their flags say.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define RPE_ATTENTION_X86
+#endif
+namespace plain {
+Kernels kernels(Storage);
+}
+namespace avx2 {
+Kernels kernels(Storage);
+}
+namespace avx512 {
+Kernels kernels(Storage);
+}
+namespace avx512_bf16 {  // of bfloat16 alone
+Kernels kernels(Storage);
+}
+
 template <int n>
 struct Count {
   static constexpr int value = n;

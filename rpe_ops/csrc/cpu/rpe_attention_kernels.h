@@ -1,6 +1,9 @@
-// The tile kernels of rpe_attention. No include guards, here and in the rooms below: rpe_attention.cpp includes this file
-// once for each instruction set, with RPE_ISA (a namespace), RPE_BYTES (of a vector) and, where they are there, RPE_AVX2,
-// RPE_AVX512, and RPE_BRAIN where bfloat16 has products of its own.
+// The tile kernels of rpe_attention, for a file of each instruction set: it defines RPE_ISA (a namespace), RPE_BYTES (of a
+// vector) and, where they are there, RPE_AVX2, RPE_AVX512, and RPE_BRAIN where bfloat16 has products of its own.
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors never leave a file
+#endif
 
 namespace rpe_ops::RPE_ISA {
 
@@ -14,5 +17,19 @@ namespace rpe_ops::RPE_ISA {
 #include "rpe_attention_tiles.h"
 
 #undef RPE_INLINE
+
+// with the products X
+template <class X>
+Kernels kernels_of() {
+  return {&scratch_bytes<X>, &forward<X>, &backward<X>, simd<typename X::Number>::W};
+}
+
+Kernels kernels([[maybe_unused]] Storage storage) {
+#ifdef RPE_BRAIN
+  return kernels_of<Brain>();
+#else
+  return storage == Storage::f64 ? kernels_of<Exact<double>>() : kernels_of<Exact<float>>();
+#endif
+}
 
 }  // namespace rpe_ops::RPE_ISA

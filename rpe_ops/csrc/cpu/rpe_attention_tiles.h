@@ -389,12 +389,12 @@ struct Worker {
     if (p.mask.data != nullptr) read_mask(i);
     for (int64_t j = p.Lk; j < Lp; ++j) row[j] = -T(__builtin_inf());
     if (p.num_k > 0 && p.mask.data != nullptr) {
-      f([=](int64_t j) { return load(row + j) + load(bias + j) + load(mask_row + j); });
+      f([row, one = bias, other = mask_row](int64_t j) { return load(row + j) + load(one + j) + load(other + j); });
     } else if (p.num_k > 0 || p.mask.data != nullptr) {
       const T* one = p.num_k > 0 ? bias : mask_row;
-      f([=](int64_t j) { return load(row + j) + load(one + j); });
+      f([row, one](int64_t j) { return load(row + j) + load(one + j); });
     } else {
-      f([=](int64_t j) { return load(row + j); });
+      f([row](int64_t j) { return load(row + j); });
     }
   }
 

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "../check.h"
+#include "isa.h"
 
 // The wide loops are chosen when the program runs; every compiler builds the plain ones, which are all that is left
 // with RPE_OPS_PLAIN or on other processors.
@@ -96,17 +97,6 @@ void sum_rows(const T* const* rows, const Id* const* ids, Sum* bins, int64_t buc
 }
 
 #ifdef RPE_OPS_X86
-
-bool has_avx2() {
-  static const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
-  return has;
-}
-
-bool has_avx512() {
-  static const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return has;
-}
 
 template <class From, class Id>
 RPE_OPS_AVX512 void narrow_run_avx512(const From* index, Id* ids, int64_t keys, From& low, From& high) {
@@ -226,9 +216,9 @@ using IndexRows = void (*)(const char*, int64_t, int64_t, const uint8_t*, char*,
 
 // The loop for a table of that many buckets, or null where more registers than pay would be needed.
 template <int kBytes>
-IndexRows index_rows_in_registers(int64_t buckets) {
+IndexRows index_rows_in_registers(Isa has, int64_t buckets) {
   constexpr int kLanes = Table<kBytes>::kLanes;
-  if (!has_avx512()) return nullptr;
+  if (has < Isa::avx512) return nullptr;
   if (buckets <= 2 * kLanes) return index_rows_registers<kBytes, 2>;
   if (buckets <= 4 * kLanes) return index_rows_registers<kBytes, 4>;
   if (buckets <= 8 * kLanes) return index_rows_registers<kBytes, 8>;
@@ -416,12 +406,12 @@ constexpr int64_t kMinLanes = 3;
 
 // Sums of as many leading maps as fill lanes well; returns how many.
 template <class T, class Id>
-int64_t sum_maps_lanes(const T* x, Rows rows, int64_t bh_count, int64_t buckets, const Id* ids, int64_t keys, T* s) {
+int64_t sum_maps_lanes(Isa has, const T* x, Rows rows, int64_t bh_count, int64_t buckets, const Id* ids, int64_t keys, T* s) {
   using V = Tile<T>;
   using Sum = typename V::Sum;
   constexpr int kLanes = V::kLanes;
   const int64_t bin_bytes = kSets * buckets * kLanes * static_cast<int64_t>(sizeof(Sum));
-  if (!has_avx2() || bin_bytes > kMaxBinBytes || keys < V::kKeys || buckets < kLanes / 2) return 0;
+  if (has < Isa::avx2 || bin_bytes > kMaxBinBytes || keys < V::kKeys || buckets < kLanes / 2) return 0;
   const int64_t done = bh_count % kLanes < kMinLanes ? bh_count / kLanes * kLanes : bh_count;
   // rows inside, groups of maps outside: each lane reads one long piece
   torch::stable::parallel_for(
@@ -448,10 +438,11 @@ int64_t sum_maps_lanes(const T* x, Rows rows, int64_t bh_count, int64_t buckets,
 
 // Y of `count` query rows of one (b, h).
 template <class T, class Id>
-void index_rows(const T* x, int64_t stride, int64_t buckets, const Id* ids, T* y, int64_t keys, int64_t count) {
+void index_rows(
+    [[maybe_unused]] Isa has, const T* x, int64_t stride, int64_t buckets, const Id* ids, T* y, int64_t keys, int64_t count) {
 #ifdef RPE_OPS_X86
   if constexpr (std::is_same_v<Id, uint8_t>) {
-    if (const IndexRows in_registers = index_rows_in_registers<sizeof(T)>(buckets)) {
+    if (const IndexRows in_registers = index_rows_in_registers<sizeof(T)>(has, buckets)) {
       in_registers(
           reinterpret_cast<const char*>(x), stride * static_cast<int64_t>(sizeof(T)), buckets, ids,
           reinterpret_cast<char*>(y), keys, count);
@@ -463,7 +454,7 @@ void index_rows(const T* x, int64_t stride, int64_t buckets, const Id* ids, T* y
 }
 
 template <class T, class Id>
-void index_maps(const T* x, Rows rows, int64_t bh_count, int64_t buckets, const Id* ids, int64_t keys, T* y) {
+void index_maps(Isa has, const T* x, Rows rows, int64_t bh_count, int64_t buckets, const Id* ids, int64_t keys, T* y) {
   // blocks of rows outside, maps inside: the ids of a block stay in the cache, and what is written is one long piece
   const int64_t block = std::max<int64_t>(1, std::min(kBlockIds / keys, ceil_div(rows.queries * bh_count, 64)));
   const int64_t blocks = ceil_div(rows.queries, block);
@@ -472,8 +463,8 @@ void index_maps(const T* x, Rows rows, int64_t bh_count, int64_t buckets, const 
         for (int64_t item = begin; item < end; ++item) {
           const int64_t first = item / bh_count * block, bh = item % bh_count;
           index_rows(
-              x + rows.at(bh, first), rows.stride_i, buckets, ids + first * keys, y + (bh * rows.queries + first) * keys,
-              keys, std::min(block, rows.queries - first));
+              has, x + rows.at(bh, first), rows.stride_i, buckets, ids + first * keys,
+              y + (bh * rows.queries + first) * keys, keys, std::min(block, rows.queries - first));
         }
       });
 }
@@ -521,16 +512,17 @@ void sum_maps_plain(
 }
 
 template <class From, class Id>
-void narrow_row(const From* index, int64_t stride, Id* ids, int64_t keys, From& low, From& high) {
+void narrow_row([[maybe_unused]] Isa has, const From* index, int64_t stride, Id* ids, int64_t keys, From& low, From& high) {
 #ifdef RPE_OPS_X86
-  if (stride == 1 && has_avx512()) return narrow_run_avx512(index, ids, keys, low, high);
+  if (stride == 1 && has >= Isa::avx512) return narrow_run_avx512(index, ids, keys, low, high);
 #endif
   narrow_run(index, stride, ids, keys, low, high);
 }
 
 // The index as small integers, row after row, and its bounds.
 template <class From, class Id>
-Bounds narrow(const From* index, int64_t stride_i, int64_t stride_j, int64_t queries, int64_t keys, Id* ids) {
+Bounds narrow(
+    Isa has, const From* index, int64_t stride_i, int64_t stride_j, int64_t queries, int64_t keys, Id* ids) {
   const int64_t pieces = std::min<int64_t>(queries, 64);
   std::vector<Bounds> bounds(pieces);
   torch::stable::parallel_for(
@@ -538,7 +530,7 @@ Bounds narrow(const From* index, int64_t stride_i, int64_t stride_j, int64_t que
         for (int64_t piece = begin; piece < end; ++piece) {
           From low = std::numeric_limits<From>::max(), high = std::numeric_limits<From>::min();
           for (int64_t i = queries * piece / pieces; i < queries * (piece + 1) / pieces; ++i)
-            narrow_row(index + i * stride_i, stride_j, ids + i * keys, keys, low, high);
+            narrow_row(has, index + i * stride_i, stride_j, ids + i * keys, keys, low, high);
           bounds[piece] = {static_cast<int64_t>(low), static_cast<int64_t>(high)};
         }
       });
@@ -549,7 +541,7 @@ Bounds narrow(const From* index, int64_t stride_i, int64_t stride_j, int64_t que
 
 // use(ids) with the checked ids as const uint8_t*, uint16_t* or int64_t*, whichever holds buckets - 1.
 template <class Use>
-void with_ids(const Tensor& index, int64_t buckets, const Use& use) {
+void with_ids(Isa has, const Tensor& index, int64_t buckets, const Use& use) {
   const int64_t queries = index.size(0), keys = index.size(1);
   const auto narrowed = [&](auto id) {
     using Id = decltype(id);
@@ -557,7 +549,8 @@ void with_ids(const Tensor& index, int64_t buckets, const Use& use) {
     const auto bounds_of = [&](auto from) {
       using From = decltype(from);
       return narrow(
-          static_cast<const From*>(index.const_data_ptr()), index.stride(0), index.stride(1), queries, keys, ids.get());
+          has, static_cast<const From*>(index.const_data_ptr()), index.stride(0), index.stride(1), queries, keys,
+          ids.get());
     };
     Bounds bounds;
     switch (index.scalar_type()) {
@@ -601,11 +594,12 @@ Tensor rpe_index(const Tensor& input, const Tensor& index) {
   Tensor output = torch::stable::new_empty(input, {input.size(0), input.size(1), input.size(2), keys});
   if (output.numel() == 0) return output;
   const Tensor x = with_unit_last_stride(input);
+  const Isa has = isa();
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    with_ids(index, buckets, [&](const auto* ids) {
+    with_ids(has, index, buckets, [&](const auto* ids) {
       index_maps(
-          static_cast<const T*>(x.const_data_ptr()), rows_of(x), maps, buckets, ids, keys,
+          has, static_cast<const T*>(x.const_data_ptr()), rows_of(x), maps, buckets, ids, keys,
           static_cast<T*>(output.mutable_data_ptr()));
     });
   });
@@ -620,14 +614,15 @@ Tensor rpe_bucket_sum(const Tensor& input, const Tensor& index, int64_t num_buck
   const int64_t keys = index.size(1), maps = input.size(0) * input.size(1);
   Tensor output = torch::stable::new_empty(input, sizes);
   const Tensor x = with_unit_last_stride(input);
+  const Isa has = isa();
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    with_ids(index, num_buckets, [&](const auto* ids) {
+    with_ids(has, index, num_buckets, [&](const auto* ids) {
       const T* from = static_cast<const T*>(x.const_data_ptr());
       T* to = static_cast<T*>(output.mutable_data_ptr());
       int64_t done = 0;
 #ifdef RPE_OPS_X86
-      done = sum_maps_lanes(from, rows_of(x), maps, num_buckets, ids, keys, to);
+      done = sum_maps_lanes(has, from, rows_of(x), maps, num_buckets, ids, keys, to);
 #endif
       if (done < maps) sum_maps_plain(from, rows_of(x), done, maps, num_buckets, ids, keys, to);
     });
