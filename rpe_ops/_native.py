@@ -18,6 +18,7 @@ _LIBRARIES = {"cpu": "_rpe_ops_C", "cuda": "_rpe_ops_cuda"}
 _SCHEMAS = {
     "rpe_index": "rpe_ops::rpe_index(Tensor input, Tensor index) -> Tensor",
     "rpe_bucket_sum": "rpe_ops::rpe_bucket_sum(Tensor input, Tensor index, SymInt num_buckets) -> Tensor",
+    "rpe_attention_shares": "rpe_ops::rpe_attention_shares(Tensor like, int heads, int tokens, int threads) -> Tensor",
     "rpe_isa": "rpe_ops::rpe_isa(Tensor q) -> str",
     "rpe_attention": (
         "rpe_ops::rpe_attention(Tensor q, Tensor k, Tensor v, Tensor[] tables_q, Tensor[] tables_k, "

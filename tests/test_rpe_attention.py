@@ -192,13 +192,14 @@ def test_dropped_weights_are_independent_of_position():
 
 @needs_build
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(2, 3, 50, 61, 16), (1, 1, 197, 197, 32)])
-def test_bitwise_equal_for_every_number_of_threads(shape, dtype):
-    arguments = problem(shape, 20, (1, 1, 1), dtype)
-    grads = [torch.randn(*shape[:3], n, dtype=dtype) for n in (shape[4], 20)]
+@pytest.mark.parametrize("weights", [True, False])
+@pytest.mark.parametrize("shape", [(2, 3, 50, 61, 16), (1, 1, 197, 197, 32), (1, 2, 320, 33, 8)])
+def test_bitwise_equal_for_every_number_of_threads(shape, dtype, weights):
+    arguments = problem(shape, 20, (1, 1, 1), dtype, weights=weights)
+    grads = [torch.randn(*shape[:3], n, dtype=dtype) for n in [shape[4]] + [20] * (not weights)]
     threads, results = torch.get_num_threads(), []
     try:
-        for count in (1, 2, 3, 5):
+        for count in (1, 2, 3, 5, 16):
             torch.set_num_threads(count)
             outputs, gradients = run(rpe_attention, arguments, grads, dtype, backend="cpu")
             results.append([*outputs, *gradients])
@@ -206,6 +207,25 @@ def test_bitwise_equal_for_every_number_of_threads(shape, dtype):
         torch.set_num_threads(threads)
     for result in results[1:]:
         assert all(torch.equal(one, other) for one, other in zip(result, results[0], strict=True))
+
+
+@needs_build
+@pytest.mark.parametrize("tokens", [197, 577, 1025, 4097])
+@pytest.mark.parametrize("heads", [6, 12, 24, 96])
+def test_the_tiles_of_a_backward_are_shared_by_all_threads(heads, tokens):
+    """Those of few heads too: B = 1 and H = 6 on 16 processors."""
+    tiles = math.ceil(tokens / (32 if tokens < 2048 else 16))
+    for threads in (1, 2, 3, 4, 6, 8, 16):
+        shares = torch.ops.rpe_ops.rpe_attention_shares(torch.empty(0), heads, tokens, threads)
+        assert shares.numel() == threads and shares.sum() == heads * tiles
+        bound = 1.3 if tokens > 197 else 1.6  # of 7 tiles four parts have two and one
+        assert shares.min() > 0 and shares.max() <= bound * heads * tiles / threads
+
+
+@needs_build
+def test_shares_of_nothing_are_refused():
+    with pytest.raises(RuntimeError, match="heads=6, tokens=197, threads=0; expected at least 1"):
+        torch.ops.rpe_ops.rpe_attention_shares(torch.empty(0), 6, 197, 0)
 
 
 @needs_build

@@ -5,6 +5,7 @@
 STABLE_TORCH_LIBRARY(rpe_ops, m) {
   m.def("rpe_index(Tensor input, Tensor index) -> Tensor");
   m.def("rpe_bucket_sum(Tensor input, Tensor index, SymInt num_buckets) -> Tensor");
+  m.def("rpe_attention_shares(Tensor like, int heads, int tokens, int threads) -> Tensor");
   m.def("rpe_isa(Tensor q) -> str");
   m.def(
       "rpe_attention(Tensor q, Tensor k, Tensor v, Tensor[] tables_q, Tensor[] tables_k, Tensor[] tables_v, "

@@ -1,8 +1,9 @@
 // rpe_attention on a CPU: forward and backward of attention with encodings on queries, keys and values.
 //
 // A thread takes tiles: a few queries of one head against all keys. The tile's scores stay in its caches; nothing of size
-// Lq x Lk is written. The backward computes them again from the logarithm of the softmax's denominators, and one thread
-// does all tiles of a head, so every sum has one order, whatever the number of threads.
+// Lq x Lk is written. The backward computes them again from the logarithm of the softmax's denominators. The tiles of a head
+// are a few parts, fewer where there are many heads: each adds up for itself, and their sums are added in their order, so
+// that the bits are those of one thread, whatever the number of threads.
 
 #include "isa.h"
 #include "rpe_attention.h"
@@ -20,7 +21,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
-#include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace rpe_ops {
@@ -44,8 +45,30 @@ struct Scratch {
   char* data;
   explicit Scratch(int64_t bytes) : data(static_cast<char*>(::operator new(size_t(bytes), std::align_val_t(64)))) {}
   ~Scratch() { ::operator delete(data, std::align_val_t(64)); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
+  Scratch(Scratch&& other) noexcept : data(std::exchange(other.data, nullptr)) {}
+};
+
+// as many queries as keep a tile's scores at 256 KiB, so that keys and values fit L2 beside them
+int64_t tile_of(int64_t keys, int64_t bytes) {
+  return 32 * bytes * std::max<int64_t>(keys, 1) <= int64_t(1) << 18 ? 32 : 16;
+}
+int64_t tiles_of(int64_t queries, int64_t tile) { return (queries + tile - 1) / tile; }
+
+// Of how many parts the tiles of a head are in the backward: about 48 parts of all heads, of two tiles or more. A function
+// of sizes alone, for the parts are the order of sums.
+int64_t parts_of(int64_t heads, int64_t tiles) {
+  const int64_t wanted = (48 + heads - 1) / std::max<int64_t>(heads, 1);
+  return std::max<int64_t>(1, std::min(wanted, (tiles + 1) / 2));
+}
+
+// The parts of all heads that threads take: whole heads where these are many, or come out even.
+struct Shares {
+  int64_t heads, parts, threads;
+
+  int64_t begin(int64_t thread) const {
+    const bool whole = heads % threads == 0 || heads >= 4 * threads;
+    return whole ? heads * thread / threads * parts : heads * parts * thread / threads;
+  }
 };
 
 // ---- tensors, checks, dtypes
@@ -114,10 +137,8 @@ struct Call {
             "dropout needs a seed, an int64 tensor of one element");
       p.seed = *static_cast<const uint64_t*>(seed->const_data_ptr());
     }
-    // as many queries as keep the tile's scores at 256 KiB, so that keys and values fit L2 beside them
-    const int64_t bytes = std::max<int64_t>(p.Lk, 1) * (wide ? 8 : 4);
-    p.tile = 32 * bytes <= int64_t(1) << 18 ? 32 : 16;
-    p.tiles = (p.Lq + p.tile - 1) / p.tile;
+    p.tile = tile_of(p.Lk, wide ? 8 : 4);
+    p.tiles = tiles_of(p.Lq, p.tile);
   }
 
   void encode(const Encoding& q, const Encoding& k, const Encoding& v) {
@@ -165,14 +186,49 @@ struct Call {
     check(term.table.storage != Storage::boolean, name, ": the table is bool; expected floating point");
   }
 
-  void run(bool backward) {
-    p.backward = backward;
-    if (p.B * p.H == 0) return;
-    const int64_t tasks = backward ? p.B * p.H : p.B * p.H * p.tiles;
+  void run_forward() {
     const int64_t bytes = kernel.scratch_bytes(p);
-    torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, p.B * p.H * p.tiles, 1, [&](int64_t begin, int64_t end) {
       const Scratch scratch(bytes);
-      (backward ? kernel.backward : kernel.forward)(p, scratch.data, begin, end);
+      kernel.forward(p, scratch.data, begin, end);
+    });
+  }
+
+  void run_backward() {
+    p.backward = true;
+    p.parts = parts_of(p.B * p.H, p.tiles);
+    const Shares shares{p.B * p.H, p.parts, int64_t(torch::stable::get_num_threads())};
+    const int64_t bytes = kernel.scratch_bytes(p);
+    // what is kept of heads that several threads work on: in one piece of each thread's first parts, and of every other part
+    std::vector<char*> kept(size_t(p.B * p.H * p.parts), nullptr);
+    std::vector<Scratch> pieces;
+    std::vector<int64_t> split;
+    const auto keep = [&](int64_t at) {
+      pieces.emplace_back(kernel.kept_bytes(p));
+      kept[size_t(at)] = pieces.back().data;
+    };
+    for (int64_t thread = 0; thread < shares.threads; ++thread) {
+      const int64_t begin = shares.begin(thread), end = shares.begin(thread + 1);
+      for (int64_t at = begin; at < end; ++at) {
+        const int64_t first = at / p.parts * p.parts;
+        if (begin <= first && first + p.parts <= end) continue;
+        if (at == first) split.push_back(at / p.parts);
+        if (at == first || begin > first) keep(at);
+      }
+    }
+    torch::stable::parallel_for(0, shares.threads, 1, [&](int64_t from, int64_t to) {
+      for (int64_t thread = from; thread < to; ++thread) {
+        const int64_t begin = shares.begin(thread), end = shares.begin(thread + 1);
+        if (begin == end) continue;
+        const Scratch scratch(bytes);
+        kernel.backward(p, scratch.data, kept.data(), begin, end);
+      }
+    });
+    torch::stable::parallel_for(0, int64_t(split.size()), 1, [&](int64_t from, int64_t to) {
+      for (int64_t n = from; n < to; ++n) {
+        const Scratch scratch(bytes);
+        kernel.finish(p, scratch.data, kept.data(), split[size_t(n)]);
+      }
     });
   }
 };
@@ -200,7 +256,7 @@ std::tuple<Tensor, Tensor, Tensors> rpe_attention(
   }
   p.out = view_of(out, "out");
   p.lse = lse.mutable_data_ptr();
-  call.run(false);
+  if (p.B * p.H > 0) call.run_forward();
   return {out, lse, sums};
 }
 
@@ -242,8 +298,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors> rpe_attention_back
     grads_v.push_back(torch::stable::new_zeros(tables_v[t], {p.B, p.H, term.buckets, p.D}, precise));
     term.result = view_of(grads_v.back(), "gradient");
   }
-  call.run(true);
+  if (p.B * p.H > 0) call.run_backward();
   return {grad_q, grad_k, grad_v, grads_q, grads_k, grads_v};
+}
+
+// The tiles that each of `threads` threads takes in a backward of (B, H) heads and `tokens` queries and keys; `like` says
+// the device.
+Tensor rpe_attention_shares(Tensor like, int64_t heads, int64_t tokens, int64_t threads) {
+  check(heads > 0 && tokens > 0 && threads > 0, "heads=", heads, ", tokens=", tokens, ", threads=", threads,
+        "; expected at least 1");
+  const int64_t tiles = tiles_of(tokens, tile_of(tokens, 4));
+  const Shares shares{heads, parts_of(heads, tiles), threads};
+  const auto before = [&](int64_t at) { return at / shares.parts * tiles + at % shares.parts * tiles / shares.parts; };
+  Tensor counts = torch::stable::new_empty(like, {threads}, ScalarType::Long);
+  int64_t* to = static_cast<int64_t*>(counts.mutable_data_ptr());
+  for (int64_t t = 0; t < threads; ++t) to[t] = before(shares.begin(t + 1)) - before(shares.begin(t));
+  return counts;
 }
 
 // The name of the instruction set that kernels take; q only says that it is asked of the CPU.
@@ -255,5 +325,6 @@ std::string rpe_isa(Tensor) { return kIsaNames[int(isa())]; }
 STABLE_TORCH_LIBRARY_IMPL(rpe_ops, CPU, m) {
   m.impl("rpe_attention", TORCH_BOX(&rpe_ops::rpe_attention));
   m.impl("rpe_attention_backward", TORCH_BOX(&rpe_ops::rpe_attention_backward));
+  m.impl("rpe_attention_shares", TORCH_BOX(&rpe_ops::rpe_attention_shares));
   m.impl("rpe_isa", TORCH_BOX(&rpe_ops::rpe_isa));
 }

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace rpe_ops {
@@ -78,6 +79,7 @@ struct Problem {
   int64_t height, width, skip;
   int64_t tile;             // queries in a tile, a multiple of 16
   int64_t tiles;            // ceil(Lq / tile)
+  int64_t parts;            // of the tiles of a head in the backward: each has sums of its own, added in their order
 
   // the query at a place of that order
   int64_t query_at(int64_t place) const {
@@ -87,11 +89,14 @@ struct Problem {
   }
 };
 
-// The kernels of one instruction set for one dtype: tiles, or heads of the backward, from `begin` to `end`.
+// The kernels of one instruction set for one dtype. `kept` has a place for each part of all heads: null, or where the sums
+// of a part go whose head other threads work on too; those of the first parts of a head, that one thread has, to part 0.
 struct Kernels {
   int64_t (*scratch_bytes)(const Problem&);
-  void (*forward)(const Problem&, char* scratch, int64_t begin, int64_t end);
-  void (*backward)(const Problem&, char* scratch, int64_t begin, int64_t end);
+  int64_t (*kept_bytes)(const Problem&);
+  void (*forward)(const Problem&, char* scratch, int64_t begin, int64_t end);  // tiles of all heads
+  void (*backward)(const Problem&, char* scratch, char* const* kept, int64_t begin, int64_t end);  // parts of all heads
+  void (*finish)(const Problem&, char* scratch, char* const* kept, int64_t head);  // one whose parts are kept
   int64_t width;  // of a vector, in elements
 };
 

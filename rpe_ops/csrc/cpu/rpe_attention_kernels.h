@@ -21,7 +21,7 @@ namespace rpe_ops::RPE_ISA {
 // with the products X
 template <class X>
 Kernels kernels_of() {
-  return {&scratch_bytes<X>, &forward<X>, &backward<X>, simd<typename X::Number>::W};
+  return {&scratch_bytes<X>, &kept_bytes<X>, &forward<X>, &backward<X>, &finish<X>, simd<typename X::Number>::W};
 }
 
 Kernels kernels([[maybe_unused]] Storage storage) {

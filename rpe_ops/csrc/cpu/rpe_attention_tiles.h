@@ -48,6 +48,8 @@ struct Worker {
   const T early = X::rounds ? T(1) : T(p.scale), late = X::rounds ? T(p.scale) : T(1);
   Arena<T> arena;
   Matrix keys, values, query, grad, scores, weights_grad;
+  int64_t num_sums = 0;  // of a head in the backward: gradients of keys, of values, of tables, of W, behind each other
+  T *sums = nullptr, *total = nullptr, *next_sum = nullptr;
   Item *keys_t, *values_t = nullptr;
   T *result, *mask_row, *keep, *row_table, *bias, *second, *buffer, *grad_k = nullptr, *grad_v = nullptr, *tables_q;
   int32_t* ids;
@@ -63,8 +65,11 @@ struct Worker {
     if (backward) {
       keys = X::input(arena, L16, Dp, true);
       values_t = arena.template array<Item>(Lp * X::items(p.D));
-      grad_k = arena.take(L16 * Dp);
-      grad_v = arena.take(L16 * Dp);
+      num_sums = count_sums();
+      sums = next_sum = arena.take(num_sums);
+      if (p.parts > 1) total = arena.take(num_sums);
+      grad_k = take_sums(L16 * Dp);
+      grad_v = take_sums(L16 * Dp);
       values.rows = reinterpret_cast<Item*>(grad_k);
     } else {
       keys = values = X::input(arena, L16, Dp, true);
@@ -107,18 +112,32 @@ struct Worker {
     weights_v = weights(p.on_v, p.num_v, backward, !backward, M, 0);
   }
 
+  int64_t count_sums() const {
+    int64_t count = 2 * L16 * Dp;
+    for (int64_t t = 0; t < p.num_q; ++t) count += L8 * p.on_q[t].width;
+    for (int64_t t = 0; t < p.num_k; ++t) count += p.on_k[t].weight ? Dp * p.on_k[t].width : 0;
+    for (int64_t t = 0; t < p.num_v; ++t) count += p.on_v[t].weight ? Dp * p.on_v[t].width : 0;
+    return count;
+  }
+  T* take_sums(int64_t n) {
+    if (sums == nullptr) return nullptr;
+    T* at = next_sum;
+    next_sum += n;
+    return at;
+  }
+
   Weight<X>* weights(const Term* terms, int64_t count, bool down, bool up, int64_t tile, int64_t table) {
     Weight<X>* all = arena.template array<Weight<X>>(count);
     for (int64_t t = 0; t < count; ++t) {
       Weight<X> one;
       const int64_t width = terms[t].width;
       const bool weight = terms[t].weight;
-      if (table > 0) one.table = X::over(arena, arena.take(table * width), table, width, weight, weight);
+      if (table > 0) one.table = X::over(arena, take_sums(table * width), table, width, weight, weight);
       if (weight) {
         if (down) one.down = X::over(arena, arena.take(p.D * width), p.D, width, false, true);
         if (up) one.up = X::over(arena, arena.take(width * Dp), width, Dp, false, true);
         if (tile > 0) one.tile = X::over(arena, arena.take(tile * width), tile, width, true, true);
-        if (backward) one.gradient = arena.take(Dp * width);
+        if (backward) one.gradient = table > 0 ? arena.take(Dp * width) : take_sums(Dp * width);
       }
       if (all != nullptr) all[t] = one;
     }
@@ -232,7 +251,6 @@ struct Worker {
           load_table(at + j * term.width, term, term.table, row_of(term.table, b, h, j));
         }
       }
-      if (backward) clear(weights_q[t].table.numbers, L8 * term.width);
       at += (L8 + 8) * term.width;
     }
     load_rows(values, p.v, L16);
@@ -241,18 +259,14 @@ struct Worker {
     } else {
       X::pair_rows(keys, p.Lk, Dp);
       pack_transposed<X>(values_t, values.rows, Dp, p.Lk, p.D);
-      clear(grad_k, L16 * Dp);
-      clear(grad_v, L16 * Dp);
     }
     for (int64_t t = 0; t < p.num_k; ++t) {
       if (!p.on_k[t].weight) continue;
       load_weight(weights_k[t], p.on_k[t], T(1));
-      if (backward) clear(weights_k[t].gradient, Dp * p.on_k[t].width);
     }
     for (int64_t t = 0; t < p.num_v; ++t) {
       if (!p.on_v[t].weight) continue;
       load_weight_on_values(weights_v[t], p.on_v[t]);
-      if (backward) clear(weights_v[t].gradient, Dp * p.on_v[t].width);
     }
   }
 
@@ -555,6 +569,24 @@ struct Worker {
     }
   }
 
+  void backward_part(int64_t part) {
+    clear(sums, num_sums);
+    const int64_t end = p.tiles * (part + 1) / p.parts;
+    for (int64_t tile = p.tiles * part / p.parts; tile < end; ++tile) backward_tile(tile);
+  }
+
+  // no more than what `leave` reads
+  void enter_to_leave(int64_t next) {
+    head = next;
+    b = head / p.H;
+    h = head % p.H;
+    load_rows(keys, p.k, L16);
+    X::pair_rows(keys, p.Lk, Dp);
+    for (int64_t t = 0; t < p.num_q; ++t) {
+      if (p.on_q[t].weight) load_weight(weights_q[t], p.on_q[t], early);
+    }
+  }
+
   void leave() {
     for (int64_t t = 0; t < p.num_q; ++t) {
       const Term& term = p.on_q[t];
@@ -609,13 +641,52 @@ void forward(const Problem& problem, char* scratch, int64_t begin, int64_t end) 
   }
 }
 
-// heads [begin, end)
 template <class X>
-void backward(const Problem& problem, char* scratch, int64_t begin, int64_t end) {
+int64_t kept_bytes(const Problem& problem) {
+  return Worker<X>(problem, nullptr).num_sums * int64_t(sizeof(typename X::Number));
+}
+
+template <class T>
+inline void add_up(T* to, const T* from, int64_t n) {
+  for (int64_t c = 0; c < n; ++c) to[c] += from[c];
+}
+
+template <class X>
+void backward(const Problem& problem, char* scratch, char* const* kept, int64_t begin, int64_t end) {
+  using T = typename X::Number;
   Worker<X> worker(problem, scratch);
-  for (int64_t head = begin; head < end; ++head) {
-    worker.enter(head);
-    for (int64_t tile = 0; tile < problem.tiles; ++tile) worker.backward_tile(tile);
-    worker.leave();
+  const int64_t n = worker.num_sums, parts = problem.parts;
+  for (int64_t at = begin; at < end; ++at) {
+    const int64_t head = at / parts, part = at % parts;
+    if (head != worker.head) worker.enter(head);
+    worker.backward_part(part);
+    const auto keep = [&](T* to, const T* from) { __builtin_memcpy(to, from, std::size_t(n) * sizeof(T)); };
+    if (begin > head * parts) {  // another thread has the first part
+      keep(reinterpret_cast<T*>(kept[at]), worker.sums);
+    } else if (part == parts - 1) {
+      if (part > 0) add_up(worker.sums, worker.total, n);
+      worker.leave();
+    } else {
+      if (part == 0) {
+        keep(worker.total, worker.sums);
+      } else {
+        add_up(worker.total, worker.sums, n);
+      }
+      if (at + 1 == end) keep(reinterpret_cast<T*>(kept[head * parts]), worker.total);
+    }
   }
+}
+
+// the parts of a head that several threads had
+template <class X>
+void finish(const Problem& problem, char* scratch, char* const* kept, int64_t head) {
+  using T = typename X::Number;
+  Worker<X> worker(problem, scratch);
+  worker.enter_to_leave(head);
+  clear(worker.sums, worker.num_sums);
+  for (int64_t part = 0; part < problem.parts; ++part) {
+    const char* from = kept[head * problem.parts + part];
+    if (from != nullptr) add_up(worker.sums, reinterpret_cast<const T*>(from), worker.num_sums);
+  }
+  worker.leave();
 }
