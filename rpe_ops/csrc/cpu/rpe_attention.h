@@ -5,6 +5,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors never leave a file
+#endif
+
 namespace rpe_ops {
 
 enum class Storage : int { f32, f64, bf16, f16, boolean };
@@ -40,6 +44,7 @@ struct Map {
   const int32_t* run_start = nullptr;  // axes: (row_slots + 1)
   const int32_t* goes_on = nullptr;    // axes: (2h - 1), -1 where the run is that of the row before, else 0
   const int32_t* col_slot = nullptr;   // axes: (2w - 1), and 16 zeros on both sides
+  const int32_t* col_goes_on = nullptr;  // axes: (2w - 1), as `goes_on`
 
   const void* of_offset = nullptr;  // ids (2h - 1, 2w - 1), on queries (2w - 1, 2h - 1); 16 zeros behind each row
   int64_t stride = 0;

@@ -35,11 +35,6 @@ struct Segments {
   const Segment* end() const { return all + count; }
 };
 
-template <class T>
-inline void clear(T* at, int64_t n) {
-  for (int64_t c = 0; c < n; ++c) at[c] = T(0);
-}
-
 // The rows [from, from + height) of the reversed axis; runs first, first + 1, ..., last.
 struct Window {
   int64_t from, first, last;
@@ -121,7 +116,7 @@ void fill_by_axes(T* to, const T* table, const Map& map, int64_t i, int64_t keys
 
 // room that rows want: image rows of each run, for eight queries, and the columns' slots
 inline int64_t axes_buffer(const Map& map) {
-  return 8 * round_up(least(map.row_slots, map.height), 8) * round_up(map.width, 8) + 16 * round_up(map.col_slots, 8);
+  return 8 * round_up(least(map.row_slots, map.height), 8) * round_up(map.width, 8) + 8 * round_up(map.col_slots, 8);
 }
 
 // by_run[last run - run] = sum of the image rows of a run, whose sum so far stands there until its last row
@@ -146,26 +141,30 @@ void add_up_runs(T* by_run, const T* places, const Map& map, const Window& windo
 
 // sums[id] = sums of eight runs at a time by the columns' slots
 template <class T>
-void sum_columns(T* sums, const T* by_run, const Map& map, const Window& window, const int32_t* slots, T* by_slot) {
+void sum_columns(T* sums, const T* by_run, const Map& map, const Window& window, int64_t column, T* by_slot) {
+  const int32_t *slots = map.col_slot + column, *goes_on = map.col_goes_on + column;
   const int64_t w = map.width, padded = round_up(w, 8), slots8 = round_up(map.col_slots, 8);
   // the last run first: slots count downwards along the reversed axis
   for (int64_t top = window.last; top >= window.first; top -= 8) {
     const int64_t lanes = least(top - window.first + 1, 8), base = map.row_slots - 1 - top;
     const T* totals = by_run + (window.last - top) * padded;
-    clear(by_slot, 16 * slots8);
+    clear(by_slot, 8 * slots8);
+    oct<T> sum{};
     for (int64_t n = 0; n < w; n += 8) {
       oct<T> r[8];
+#pragma GCC unroll 8
       for (int lane = 0; lane < 8; ++lane) r[lane] = load8(totals + lane * padded + n);
       transpose8<T>(r);
       const int64_t columns = least(w - n, 8);
-      for (int64_t m = 0; m < columns; ++m) {  // two sums in turn: equal neighbours do not wait
-        T* to = by_slot + (2 * slots[n + m] + (m & 1)) * 8;
-        store8(to, load8(to) + r[m]);
+      for (int64_t m = 0; m < columns; ++m) {  // the sum so far of a slot stands there until its last column
+        sum = keep_bits<T>(sum, oct_bits<T>{} + goes_on[n + m]) + r[m];
+        store8(by_slot + 8 * slots[n + m], sum);
       }
     }
     for (int64_t c = 0; c < map.col_slots; c += 8) {
       oct<T> r[8];
-      for (int m = 0; m < 8; ++m) r[m] = load8(by_slot + (c + m) * 16) + load8(by_slot + (c + m) * 16 + 8);
+#pragma GCC unroll 8
+      for (int m = 0; m < 8; ++m) r[m] = load8(by_slot + (c + m) * 8);
       transpose8<T>(r);
       for (int64_t lane = 0; lane < lanes; ++lane) {
         T* to = sums + (base + lane) * map.col_slots + c;
@@ -212,8 +211,7 @@ void sum_by_axes(T* sums, const T* rows, int64_t stride, const int64_t* i, int64
     const int64_t alone = i[r] < map.skip ? keys : map.skip;
     for (int64_t j = 0; j < alone; ++j) total += row[j];
     if (i[r] >= map.skip) {
-      const int32_t* slots = map.col_slot + (w - 1 - (i[r] - map.skip) % w);
-      sum_columns(to, buffer + r * size, map, window_of(r), slots, buffer + 8 * size);
+      sum_columns(to, buffer + r * size, map, window_of(r), w - 1 - (i[r] - map.skip) % w, buffer + 8 * size);
     }
     if (map.skip > 0) to[map.skip_id] = total;
   }

@@ -45,6 +45,7 @@ struct Brain {
       for (int64_t c = 0; c < n; ++c) row[c] = to_brain(get<float>(view.data, from + c * view.d, view.storage));
     }
   }
+  static const uint32_t* in_place(const View&, int64_t) { return nullptr; }
   static void clear_row(const Matrix& to, int64_t at, int64_t n) {
     brain* row = reinterpret_cast<brain*>(to.rows) + at;
     for (int64_t c = 0; c < n; ++c) row[c] = 0;

@@ -1,10 +1,6 @@
 // The tile kernels of rpe_attention, for a file of each instruction set: it defines RPE_ISA (a namespace), RPE_BYTES (of a
 // vector) and, where they are there, RPE_AVX2, RPE_AVX512, and RPE_BRAIN where bfloat16 has products of its own.
 
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors never leave a file
-#endif
-
 namespace rpe_ops::RPE_ISA {
 
 #define RPE_INLINE inline __attribute__((always_inline))

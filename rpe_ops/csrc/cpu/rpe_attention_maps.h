@@ -180,7 +180,8 @@ class OwnedMap {
     map.kind = Map::axes;
     map.row_slots = rows, map.col_slots = cols;
     for (size_t x = 0; x < run_of_.size(); ++x) goes_on_.push_back(x > 0 && run_of_[x] == run_of_[x - 1] ? -1 : 0);
-    map.goes_on = goes_on_.data();
+    for (size_t x = 0; x < col_run.size(); ++x) col_goes_on_.push_back(x > 0 && col_run[x] == col_run[x - 1] ? -1 : 0);
+    map.goes_on = goes_on_.data(), map.col_goes_on = col_goes_on_.data();
     map.run_of = run_of_.data(), map.run_start = run_start_.data(), map.col_slot = col_slot_.data() + 16;
     return true;
   }
@@ -248,7 +249,7 @@ class OwnedMap {
   bool on_q_;
   MapSizes sizes_;
   std::vector<int64_t> row_axis_, col_axis_;
-  std::vector<int32_t> columns_, run_of_, run_start_, goes_on_, col_slot_, earlier_, later_;
+  std::vector<int32_t> columns_, run_of_, run_start_, goes_on_, col_goes_on_, col_slot_, earlier_, later_;
   std::vector<char> offsets_;
 };
 

@@ -33,6 +33,11 @@ struct Exact {
   static void clear_row(const Matrix& to, int64_t at, int64_t n) {
     for (int64_t c = 0; c < n; ++c) to.rows[at + c] = T(0);
   }
+  // row `at` of a view, where products can read it as it lies
+  static const T* in_place(const View& view, int64_t at) {
+    const bool same = view.storage == (sizeof(T) == 4 ? Storage::f32 : Storage::f64) && view.d == 1;
+    return same ? reinterpret_cast<const T*>(view.data) + at : nullptr;
+  }
   static void make_rows(const Matrix&, int64_t, int64_t, int64_t) {}
   static void make_pairs(const Matrix&, int64_t, int64_t) {}
   static void pair_rows(const Matrix&, int64_t, int64_t) {}
@@ -155,9 +160,11 @@ void product(int64_t M, int64_t vectors, int64_t K, Rows<const typename X::Item>
   }
 }
 
-// to = from^T in panels: from (rows, D) with stride ld, rows padded with zeros to whole vectors
+// to = from^T in panels: from (rows, D) with stride ld, to as many rows as whole vectors hold. With `tail`, room for as many
+// rows as a vector has, those behind the last are zeros; without it they are read too.
 template <class X>
-void pack_transposed(typename X::Item* to, const typename X::Item* from, int64_t ld, int64_t rows, int64_t D) {
+void pack_transposed(typename X::Item* to, const typename X::Item* from, int64_t ld, int64_t rows, int64_t D,
+                     typename X::Item* tail) {
   using T = typename X::Item;
   constexpr int W = simd<typename X::Number>::W;
   ld = X::items(ld), D = X::items(D);
@@ -167,13 +174,18 @@ void pack_transposed(typename X::Item* to, const typename X::Item* from, int64_t
     T* panel = to + first * W * D;
     for (int64_t n = 0; n < count; ++n) {
       const T* block = from + (first + n) * W * ld;
-      int64_t d = 0;
+      int64_t step = ld, d = 0;
+      if (const int64_t left = rows - (first + n) * W; tail != nullptr && left < W) {
+        for (int64_t w = 0; w < left; ++w) __builtin_memcpy(tail + w * D, block + w * ld, std::size_t(D) * sizeof(T));
+        clear(tail + left * D, (W - left) * D);
+        block = tail, step = D;
+      }
 #ifdef RPE_AVX512
       if constexpr (sizeof(T) == 4) {
         for (; d + 16 <= D; d += 16) {
           __m512 r[16];
 #pragma GCC unroll 16
-          for (int w = 0; w < 16; ++w) r[w] = _mm512_loadu_ps(reinterpret_cast<const float*>(block + w * ld + d));
+          for (int w = 0; w < 16; ++w) r[w] = _mm512_loadu_ps(reinterpret_cast<const float*>(block + w * step + d));
           transpose16(r);
 #pragma GCC unroll 16
           for (int w = 0; w < 16; ++w) {
@@ -182,8 +194,20 @@ void pack_transposed(typename X::Item* to, const typename X::Item* from, int64_t
         }
       }
 #endif
+#if defined(RPE_AVX2) && !defined(RPE_AVX512)
+      if constexpr (sizeof(T) == 4) {
+        for (; d + 8 <= D; d += 8) {
+          oct<T> r[8];
+#pragma GCC unroll 8
+          for (int w = 0; w < 8; ++w) r[w] = load8(block + w * step + d);
+          transpose8<T>(r);
+#pragma GCC unroll 8
+          for (int w = 0; w < 8; ++w) store8(panel + ((d + w) * count + n) * 8, r[w]);
+        }
+      }
+#endif
       for (; d < D; ++d) {
-        for (int w = 0; w < W; ++w) panel[(d * count + n) * W + w] = block[w * ld + d];
+        for (int w = 0; w < W; ++w) panel[(d * count + n) * W + w] = block[w * step + d];
       }
     }
     first += count;

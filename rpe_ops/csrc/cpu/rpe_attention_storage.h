@@ -114,6 +114,11 @@ void store_table(const Term& term, const View& view, int64_t at, const T* __rest
 
 // ---- scratch of a thread
 
+template <class T>
+inline void clear(T* at, int64_t n) {
+  for (int64_t c = 0; c < n; ++c) at[c] = T(0);
+}
+
 // Without a base it only counts.
 template <class T>
 struct Arena {

@@ -199,10 +199,21 @@ struct Worker {
   // all rows of view, padded with zeros to (padded, Dp)
   void load_rows(const Matrix& to, const View& view, int64_t padded) {
     for (int64_t l = 0; l < p.Lk; ++l) {
+      if (l + 8 < p.Lk) fetch(view, head, l + 8);
       X::load_row(to, l * Dp, view, row_of(view, b, h, l), p.D, T(1));
       X::clear_row(to, l * Dp + p.D, Dp - p.D);
     }
     X::clear_row(to, p.Lk * Dp, (padded - p.Lk) * Dp);
+  }
+  // to = view^T in panels, and `rows` as well where they are wanted; they are on the way where view is not read as it lies
+  void pack(Item* to, const View& view, const Matrix& rows, bool wanted) {
+    const Item* from = X::in_place(view, row_of(view, b, h, 0));
+    if (from != nullptr && !wanted) {
+      pack_transposed<X>(to, from, view.l, p.Lk, p.D, reinterpret_cast<Item*>(result));
+    } else {
+      load_rows(rows, view, L16);
+      pack_transposed<X>(to, rows.rows, Dp, p.Lk, p.D, nullptr);
+    }
   }
   // those of a tile's queries, padded with zeros to whole eights
   void load_queries(const Matrix& to, const View& view, int64_t first, int64_t rows, T factor) {
@@ -238,8 +249,9 @@ struct Worker {
     b = head / p.H;
     h = head % p.H;
     mask_ready = false;
-    load_rows(keys, p.k, L16);
-    pack_transposed<X>(keys_t, keys.rows, Dp, p.Lk, p.D);
+    bool as_rows = backward;
+    for (int64_t t = 0; t < p.num_q; ++t) as_rows = as_rows || p.on_q[t].weight;
+    pack(keys_t, p.k, keys, as_rows);
     T* at = tables_q;
     for (int64_t t = 0; t < p.num_q; ++t) {
       const Term& term = p.on_q[t];
@@ -253,12 +265,12 @@ struct Worker {
       }
       at += (L8 + 8) * term.width;
     }
-    load_rows(values, p.v, L16);
     if (!backward) {
+      load_rows(values, p.v, L16);
       X::pair_rows(values, p.Lk, Dp);
     } else {
       X::pair_rows(keys, p.Lk, Dp);
-      pack_transposed<X>(values_t, values.rows, Dp, p.Lk, p.D);
+      pack(values_t, p.v, values, false);
     }
     for (int64_t t = 0; t < p.num_k; ++t) {
       if (!p.on_k[t].weight) continue;
