@@ -25,6 +25,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import attention_gpu, common
 from irpe import build_rpe, get_bucket_ids_2d, get_rpe_config, rpe_attention
+from rpe_ops.rpe_attention import rpe_attention as plain_tiles
 
 HEADS, DIM, SKIP = 6, 64, 1
 BATCH = {14: 16, 24: 4, 32: 2, 64: 1}
@@ -57,19 +58,20 @@ def flex(q, k, v, table, ids):
     return flex_attention(q, k, v, score_mod=lambda s, b, h, i, j: s + lut[b, h, i, ids[i, j]])
 
 
-def variants(side, on, dtype, train):
+def variants(side, on, dtype, train, with_flex):
     q, k, v, grad = inputs(side, dtype, train)
     rpe = encodings(on, dtype)
     tables = [t for module in rpe if module is not None for t in module.parameters()]
     calls = {
         "sdpa": lambda: F.scaled_dot_product_attention(q, k, v),
         "matmul": lambda: formula(q, k, v),
+        "tiles": lambda: plain_tiles(q, k, v, backend="cpu")[0],  # ours, without encodings
         "ours": lambda: rpe_attention(q, k, v, *rpe, backend="cpu"),
         "eager": lambda: rpe_attention(q, k, v, *rpe, backend="eager"),
     }
     if "v" not in on:
         calls["sdpa+bias"] = lambda: rpe_attention(q, k, v, *rpe, backend="sdpa")
-    if on == "k" and not train:
+    if with_flex and on == "k" and not train:
         compiled = torch.compile(flex)
         ids, _ = get_bucket_ids_2d("product", side, side, SKIP, 1.9, 3.8, 15.2)
         calls["flex"] = lambda: compiled(q, k, v, rpe[1].lookup_table_weight, ids)
@@ -97,7 +99,7 @@ def medians(calls, seconds, clock):
             print(f"  {name} does not run: {type(error).__name__}", file=sys.stderr)
             del calls[name], times[name]
     stop = time.perf_counter() + seconds
-    while time.perf_counter() < stop or len(times["ours"]) < 5:
+    while time.perf_counter() < stop or len(times["ours"]) < 3:
         for name, call in calls.items():
             start = clock()
             call()
@@ -135,7 +137,10 @@ def main():
     parser.add_argument("--seconds", type=float, default=8.0, help="for each line of the table")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cpu-time", action="store_true", help="of one thread: for a machine that others use too")
-    parser.add_argument("--memory", action="store_true", help="peak memory of each variant too, in MiB")
+    parser.add_argument(
+        "--memory", type=int, nargs="*", default=[], choices=BATCH, help="maps whose peak memory is taken"
+    )
+    parser.add_argument("--flex", action="store_true", help="FlexAttention too, which takes a minute to compile")
     parser.add_argument("--out", type=Path, help="folder for the JSON")
     parser.add_argument(
         "--flex-until",
@@ -155,17 +160,21 @@ def main():
     lines = []
     for dtype in args.dtype:
         for side in args.maps or [14, 24, 32]:
+            if dtype == "bfloat16" and side > 32:
+                continue  # the formula takes minutes there
             for train in (False, True):
                 for on in args.on:
                     torch._dynamo.reset()
-                    seconds = medians(variants(side, on, getattr(torch, dtype), train), args.seconds, clock)
+                    seconds = medians(variants(side, on, getattr(torch, dtype), train, args.flex), args.seconds, clock)
                     base = min(seconds["sdpa"], seconds["matmul"])
                     flops = 4 * BATCH[side] * HEADS * (SKIP + side * side) ** 2 * DIM * (3.5 if train else 1)
-                    line = dict(dtype=dtype, map=side, pass_="forward+backward" if train else "forward", on=on)
+                    line = dict(
+                        dtype=dtype, map=side, B=BATCH[side], pass_="forward+backward" if train else "forward", on=on
+                    )
                     line["clock"] = "CPU time of one thread" if args.cpu_time else "wall time"
                     line |= dict(base_ms=base * 1e3, base_gflops=flops / base / 1e9)
                     line["ratio"] = {name: value / base for name, value in seconds.items()}
-                    if args.memory:
+                    if side in args.memory and on == args.on[-1]:
                         names = ["sdpa", "ours", "eager"]
                         line["mib"] = {n: peak_mib(side, on, getattr(torch, dtype), train, n) for n in names}
                     ratios = "  ".join(f"{name} {value:.2f}" for name, value in line["ratio"].items())

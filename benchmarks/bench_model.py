@@ -83,6 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[224, 384], choices=BATCH)
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, help="the first is the base")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--device", default="cpu", choices=["cpu", "cuda", "dry"], help="dry: the steps of cuda, tiny, on a CPU"
@@ -103,11 +104,11 @@ def main() -> None:
     for size in args.sizes:
         check(size)
         for train in (False, True):
-            taken = common.side_by_side({v: step(v, size, train) for v in VARIANTS}, rounds=args.rounds)
+            taken = common.side_by_side({v: step(v, size, train) for v in args.variants}, rounds=args.rounds)
             for variant, seconds in taken.items():
                 row = {"size": size, "batch": BATCH[size], "pass": "training" if train else "inference"}
                 row |= {"model": variant, "images/s": BATCH[size] / seconds["median"]}
-                row["time over plain"] = seconds["median"] / taken["plain"]["median"]
+                row["time over plain"] = seconds["median"] / taken[args.variants[0]]["median"]
                 if not args.no_memory:
                     code = f"from benchmarks import bench_model as b\ncall = b.step({variant!r}, {size}, {train})"
                     row["peak MiB"] = common.peak_mib(code, threads=args.threads)

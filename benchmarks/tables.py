@@ -1,0 +1,188 @@
+"""Writes the tables of CPUs in README.md and rpe_ops/README.md from benchmarks/results/*.json.
+
+    python benchmarks/tables.py            # between the lines <!-- cpu: NAME --> and <!-- end -->; `make tables`
+    python benchmarks/tables.py --check    # says which file is not what the results give
+
+Each table says its machine, instruction set, threads and date. What has no results yet is left out.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = ("README.md", "rpe_ops/README.md")
+RESULTS = ROOT / "benchmarks" / "results"
+ISAS = ("", "_avx2")  # the machine's own, and what `--isa avx2` holds both sides down to
+WORDS = {"k": "k", "q": "q", "v": "v", "qk": "q and k", "qkv": "q, k and v"}
+PASSES = {"forward": "forward", "forward+backward": "forward and backward"}
+
+
+def read(name: str, isa: str, results: Path) -> dict[str, Any] | None:
+    file = results / f"{name}_cpu{isa}.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def machine(found: dict[str, Any], what: str) -> str:
+    """The line under a table."""
+    facts = found["machine"]
+    held = "both sides held down to " if "RPE_OPS_ISA" in facts else ""
+    return (
+        f"{what}{held}{facts['isa'].lower()}, {facts['threads']} threads of {facts['device']}, "
+        f"torch {facts['torch'].split('+')[0]}, {facts['date']}"
+    )
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(
+        "| " + " | ".join(line) + " |" if set(line) != {"---"} else "|---" * len(line) + "|" for line in lines
+    )
+
+
+def attention(found: dict[str, Any], dtype: str, cell: Any, only: tuple[str, ...] = (), base: bool = True) -> str:
+    """A row for each pass and place of encodings, a column for each map; `cell` makes the text of a line's ratios."""
+    lines = [line for line in found["rows"] if line["dtype"] == dtype and (not only or line["on"] in only)]
+    sides = sorted({line["map"] for line in lines})
+    rows = []
+    for key, words in PASSES.items():
+        of = {(line["on"], line["map"]): line for line in lines if line["pass_"] == key}
+        bases = {side: [line for (_, at), line in of.items() if at == side] for side in sides}
+        if base:
+            cells = [f"{one[-1]['base_ms']:.3g} ms, {one[-1]['base_gflops']:.0f} GFLOP/s" for one in bases.values()]
+            rows.append([f"without, {words}", *cells])
+        for on in dict.fromkeys(on for on, _ in of):
+            rows.append(
+                [f"{words}, {WORDS[on]}", *(cell(of[on, side]["ratio"]) if (on, side) in of else "" for side in sides)]
+            )
+    batch = {line["map"]: f", B={line['B']}" for line in lines if "B" in line}
+    return table(["", *(f"{side}x{side}+1{batch.get(side, '')}" for side in sides)], rows)
+
+
+def with_formula(ratio: dict[str, float]) -> str:
+    return f"{ratio['ours']:.2f} ({ratio['eager']:.2f})"
+
+
+def with_sdpa(ratio: dict[str, float]) -> str:
+    return f"{ratio['ours']:.2f} ({ratio['ours'] / ratio['sdpa']:.2f}; {ratio['eager']:.2f})"
+
+
+def over_tiles(ratio: dict[str, float]) -> str:
+    return f"{ratio['tiles']:.2f} + {ratio['ours'] - ratio['tiles']:.2f}"
+
+
+def attentions(dtype: str, cell: Any, results: Path, *, only: tuple[str, ...] = (), base: bool = True) -> str:
+    parts = []
+    for isa in ISAS:
+        found = read("bench_attention", isa, results)
+        if found is not None and any(line["dtype"] == dtype for line in found["rows"]):
+            parts += [attention(found, dtype, cell, only, base), machine(found, f"{dtype}, ")]
+    return "\n\n".join(parts)
+
+
+def terms(results: Path) -> str:
+    parts = []
+    for isa in ISAS:
+        found = read("bench_attention", isa, results)
+        if found is not None and all("tiles" in line["ratio"] for line in found["rows"]):
+            parts += [attention(found, "float32", over_tiles, base=False), machine(found, "float32, ")]
+    return "\n\n".join(parts)
+
+
+def memory(results: Path) -> str:
+    parts = []
+    for isa in ISAS:
+        found = read("bench_attention", isa, results)
+        lines = [line for line in found["rows"] if "mib" in line] if found is not None else []
+        if found is None or not lines:
+            continue
+        rows = []
+        for line in lines:
+            what = f"{line['map']}x{line['map']}+1, {line['dtype']}, {PASSES[line['pass_']]}, {WORDS[line['on']]}"
+            rows.append([what, *(f"{line['mib'][name]:.0f}" for name in ("sdpa", "ours", "eager"))])
+        parts += [table(["MiB over inputs, first call", "without", "ours", "formula"], rows), machine(found, "")]
+    return "\n\n".join(parts)
+
+
+def index(results: Path) -> str:
+    columns = {"clone": "copy with allocation", "forward": "`rpe_index`", "backward": "`rpe_bucket_sum`"}
+    columns |= {
+        "gather": "gather",
+        "scatter_add": "scatter_add",
+        "indexing": "flat indexing",
+        "its backward": "its gradient",
+    }
+    parts = []
+    for isa in ISAS:
+        found = read("bench_rpe_index", isa, results)
+        if found is None:
+            continue
+        here = {key: words for key, words in columns.items() if key in found["rows"][0]}
+        rows = []
+        for row in found["rows"]:
+            cells = [f"{row[key]:.2f}" if row[key] < 10 else f"{row[key]:.0f}" for key in here]
+            rows.append([f"{row['shape']}, B={row['B']}", row["dtype"], f"{row['copy ms']:.2f} ms", *cells])
+        parts += [table(["shape", "dtype", "copy", *here.values()], rows), machine(found, "")]
+    return "\n\n".join(parts)
+
+
+def models(results: Path) -> str:
+    parts = []
+    for isa in ISAS:
+        found = read("bench_model", isa, results)
+        if found is None:
+            continue
+        rows = []
+        for row in found["rows"]:
+            peak = f"{row['peak MiB']:.0f}" if "peak MiB" in row else ""
+            cells = [f"{row['images/s']:.3g}", f"{row['time over plain']:.2f}", peak]
+            rows.append([f"{row['size']}, B={row['batch']}, {row['pass']}", row["model"], *cells])
+        head = ["DeiT-S", "encodings", "images/s", "time over plain", "peak MiB"]
+        parts += [table(head, rows), machine(found, "float32, ")]
+    return "\n\n".join(parts)
+
+
+TABLES = {
+    "attention in short": lambda results: attentions("float32", with_formula, results, only=("k", "qkv"), base=False),
+    "attention": lambda results: attentions("float32", with_formula, results),
+    "attention in bfloat16": lambda results: attentions("bfloat16", with_sdpa, results, base=False),
+    "terms": terms,
+    "memory": memory,
+    "index": index,
+    "models": models,
+}
+
+
+def rendered(text: str, results: Path = RESULTS) -> str:
+    """`text` with every table as the results give it."""
+
+    def write(found: re.Match[str]) -> str:
+        if (name := found.group(1)) not in TABLES:
+            raise ValueError(f"there is no table {name!r}; expected one of {', '.join(TABLES)}")
+        made = TABLES[name](results)
+        return f"<!-- cpu: {name} -->\n\n{made}\n\n<!-- end -->" if made else f"<!-- cpu: {name} -->\n<!-- end -->"
+
+    return re.sub(r"<!-- cpu: ([a-z0-9 ]+) -->\n.*?<!-- end -->", write, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing, fail where a table is another one")
+    check = parser.parse_args().check
+    stale = []
+    for name in FILES:
+        text = (ROOT / name).read_text()
+        if (made := rendered(text)) != text:
+            stale.append(name)
+            if not check:
+                (ROOT / name).write_text(made)
+    if check and stale:
+        sys.exit(f"not what benchmarks/results gives: {', '.join(stale)}; `make tables` writes them")
+    print("as they were" if not stale else f"written: {', '.join(stale)}")
+
+
+if __name__ == "__main__":
+    main()
