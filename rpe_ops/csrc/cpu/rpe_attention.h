@@ -5,10 +5,6 @@
 #include <cstddef>
 #include <cstdint>
 
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors never leave a file
-#endif
-
 namespace rpe_ops {
 
 enum class Storage : int { f32, f64, bf16, f16, boolean };
