@@ -23,6 +23,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -102,8 +103,8 @@ def _of_axis(axis: int, *numbers: Number) -> tuple[float, ...]:
 
 
 def _as_int(value: Any, name: str, least: int) -> Any:
-    """`value` as an int that is at least `least`; symbolic sizes of torch.compile and torch.export pass as they are."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+    """`value` as an int that is at least `least`; symbolic sizes of torch.compile and exporters pass as they are."""
+    if (isinstance(value, bool) or not isinstance(value, (int, torch.SymInt))) and not _is_open(value):
         try:
             value = operator.index([] if isinstance(value, bool) else value)
         except TypeError:
@@ -480,10 +481,35 @@ def _build(kind: str, mapping: str, size: tuple[int, ...], device: torch.device)
 _is_exporting = torch.compiler.is_exporting if _constants is None else _constants.is_exporting
 
 
+def _to_onnx() -> bool:
+    """Whether torch's older exporter of ONNX records a trace."""
+    return torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()
+
+
+def _is_open(size: Any) -> bool:
+    """Whether a size may be another one when an ONNX file is run."""
+    return isinstance(size, Tensor) and _to_onnx()
+
+
+def _open_ids(mapping: str, num_buckets: int, columns: int, size: tuple[Any, ...], device: torch.device) -> Tensor:
+    """ids (L, L) for the sizes that an ONNX file is run with, by operators of integers, which every runtime has."""
+    _, skip, _, _, gamma = mapping.split()
+    ends = (math.ceil(max(map(float, gamma.split(",")))) + 2,) * len(size)  # offsets beyond have the bucket of these
+    with ThreadPoolExecutor(1) as aside:  # which is not recorded
+        offsets = aside.submit(_build, "offsets", mapping, ends, device).result()
+    ends, size = ((1, *ends), (1, *size)) if len(size) == 1 else (ends, size)
+    grid = BucketMap(offsets, ends, int(skip), num_buckets, columns).grid()
+    places = zip(_cells(size, device), ends, strict=True)
+    ids = grid[tuple((place.unsqueeze(1) - place).clamp(1 - n, n - 1) + (n - 1) for place, n in places)]
+    return F.pad(ids.long(), (int(skip), 0, int(skip), 0), value=num_buckets - 1)
+
+
 def _bucket_map(mapping: str, num_buckets: int, columns: int, size: tuple[int, ...], x: Tensor) -> BucketMap | Tensor:
     """The map on x's device, which `rpe_ops` keeps; ids where it has more than two axes, where its size varies in a
     graph, and in graphs that are saved for others to run.
     """
+    if any(map(_is_open, size)):
+        return _open_ids(mapping, num_buckets, columns, size, x.device)
     saved = _is_exporting() or torch.jit.is_tracing()
     kind = "saved" if saved else "offsets" if len(size) <= 2 else "ids"
     varies = type(x).__name__ == "FakeTensor"
@@ -502,7 +528,7 @@ def _bucket_map(mapping: str, num_buckets: int, columns: int, size: tuple[int, .
 
 
 def _size(
-    tokens: int, single: SingleRPEConfig, height: Size = None, width: Size = None, size: Axes = None
+    tokens: Any, single: SingleRPEConfig, height: Size = None, width: Size = None, size: Axes = None
 ) -> tuple[int, ...]:
     """Of the map behind `tokens` tokens, checked: `size` or (height, width), without them one row or a square."""
     ndim, skip = single.ndim, single.skip
@@ -521,8 +547,10 @@ def _size(
                 f"{tokens} tokens with skip={skip} leave {rest} for the map, which is not a square: "
                 f"{remedy}, or set skip in the configuration"
             )
+        if _is_open(tokens):
+            side = ((tokens - skip) ** (1 / ndim)).round().long()
         return (side,) * ndim
-    size = (size,) if isinstance(size, int) else tuple(size)
+    size = (size,) if isinstance(size, (int, Tensor)) else tuple(size)
     if len(size) != ndim:
         raise ValueError(f"size={size}, but the configuration has ndim={ndim}; expected {ndim} numbers")
     names = ("height", "width") if ndim == 2 else tuple(f"size[{axis}]" for axis in range(ndim))
@@ -538,6 +566,8 @@ def _rpe_index(input: Tensor, where: BucketMap | Tensor) -> Tensor:
     if _takes(where):
         return _operators.rpe_index(input, where)
     ids = where if isinstance(where, Tensor) else where.ids(torch.long)
+    if _to_onnx():  # which may take the number of samples for a constant: it comes from what is computed
+        return input.gather(-1, ids.long() + 0 * (input[..., :1] > 0))
     return input.gather(-1, ids.expand(*input.shape[:2], *ids.shape[-2:]))
 
 
@@ -546,6 +576,9 @@ def _rpe_bucket_sum(input: Tensor, where: BucketMap | Tensor, num_buckets: int) 
     if _takes(where):
         return _operators.rpe_bucket_sum(input, where, num_buckets)
     ids = where if isinstance(where, Tensor) else where.ids(torch.long)
+    if _to_onnx():  # whose scatter_add keeps the last one alone before opset 16
+        member = ids.unsqueeze(-1) == torch.arange(num_buckets, device=ids.device)  # (.., Lq, Lk, N)
+        return (input.unsqueeze(-2) @ member.to(input.dtype)).squeeze(-2)
     zeros = input.new_zeros(*input.shape[:3], num_buckets)
     return zeros.scatter_add(-1, ids.expand(input.shape), input)
 
@@ -553,7 +586,7 @@ def _rpe_bucket_sum(input: Tensor, where: BucketMap | Tensor, num_buckets: int) 
 def _takes(where: BucketMap | Tensor) -> bool:
     """Whether `rpe_ops` has the pair: for one map of all samples, outside of graphs that others run without it."""
     one_map = not isinstance(where, Tensor) or where.dim() == 2
-    return _operators is not None and one_map and not _is_exporting()
+    return _operators is not None and one_map and not _is_exporting() and not torch.jit.is_tracing()
 
 
 class iRPE(nn.Module):

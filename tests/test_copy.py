@@ -138,4 +138,4 @@ def test_importing_the_package_needs_torch_alone_and_says_nothing(run_python):
 
 
 def test_the_file_can_be_read_in_one_sitting():
-    assert len((ROOT / "irpe" / "irpe.py").read_text().splitlines()) <= 940
+    assert len((ROOT / "irpe" / "irpe.py").read_text().splitlines()) <= 980
