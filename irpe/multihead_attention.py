@@ -195,7 +195,7 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
 
     def _by_head(self, x: Tensor) -> Tensor:
         """(B, L, E), (L, B, E) or (L, E) -> (B, H, L, D)."""
-        x = x.unflatten(-1, (self.num_heads, self.head_dim))
+        x = x.reshape(*x.shape[:-1], self.num_heads, self.head_dim)
         if x.dim() == 3:
             x = x.unsqueeze(0)
         elif not self.batch_first:

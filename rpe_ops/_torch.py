@@ -56,6 +56,11 @@ def assert_soon(condition: Tensor, message: str) -> None:
         _assert_async(condition, message)
 
 
+def to_onnx() -> bool:
+    """Whether torch's older exporter of ONNX records a trace."""
+    return torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()
+
+
 def constant(function: Callable[..., Any]) -> Callable[..., Any]:
     """What torch.compiler.assume_constant_result does: that would import the whole compiler here."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]

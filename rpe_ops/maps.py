@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _torch
+
 GridMap = tuple[Tensor, Sequence[int], int, int, int]
 NUMBERS = 5  # of a map, beside its tensor: height, width, skip, num_buckets, columns
 Map = Tensor | GridMap
@@ -87,6 +89,9 @@ def look_up(table: Tensor, place: Map) -> Tensor:
 
 def sum_up(x: Tensor, place: Map, num_buckets: int) -> Tensor:
     """S[b, h, i, n] = sum of x[b, h, i, j] over ids[i, j] = n by torch.scatter_add, in the same slices."""
+    if _torch.to_onnx():  # whose scatter_add keeps the last one alone before opset 16
+        member = ids_of(place).unsqueeze(-1) == torch.arange(num_buckets, device=x.device)  # (Lq, Lk, N)
+        return (x.unsqueeze(-2) @ member.to(x.dtype)).squeeze(-2)
     if isinstance(place, Tensor):
         zeros = x.new_zeros(*x.shape[:3], num_buckets)
         return zeros.scatter_add(-1, place.long().expand(x.shape), x)

@@ -54,9 +54,9 @@ class _RopeAttention(AttentionOnMap):
         """Queries, keys and values of x, (B, H, L, D) each; keys and values may have fewer heads."""
         if self.qkv is None:
             of_each = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-            return tuple(one.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for one in of_each)
+            return tuple(one.reshape(*x.shape[:-1], -1, self.head_dim).transpose(1, 2) for one in of_each)
         qkv = self.project(x)
-        return qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return qkv.reshape(*x.shape[:-1], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
 
     def turned(self: Any, x: Tensor, rope: Tensor) -> Tensor:
         """x (B, H, L, D) turned by rope, but for its prefix tokens."""

@@ -19,7 +19,7 @@ class RPEWindowAttention(EncodedAttention, WindowAttention):
     @one_node
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attention over the windows x (B * windows, L, C), mask (windows, L, L) added to the scores of each image."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        qkv = self.qkv(x).reshape(*x.shape[:-1], 3, self.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         bias = self._get_rel_pos_bias()  # (1, H, L, L)
         if mask is not None:
