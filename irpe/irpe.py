@@ -889,6 +889,7 @@ def rpe_attention(
         return _attention.rpe_attention(q, k, v, *rpe.tables(q, k), **options)[0]
     bias, empty = rpe.bias(q * scale, k * scale, attn_mask)
     trains = not records and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias))
+    trains = trains or getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0  # forward mode, which sdpa lacks
     if backend == "sdpa" or (backend is None and rpe_v is None and not trains):
         bias = None if bias is None else bias.to(q.dtype)
         out = F.scaled_dot_product_attention(q, k, v, bias, dropout_p, scale=scale)
