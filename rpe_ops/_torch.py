@@ -39,6 +39,14 @@ def is_plain(x: Tensor) -> bool:
     return _modes() == 0 and not transforms_active()
 
 
+def forward_mode() -> bool:
+    """Whether derivatives are computed in forward mode: torch.func.jvp, jacfwd, dual numbers.
+
+    Without the private name the fused kernels say that they have none, where the formula would have been taken.
+    """
+    return getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0
+
+
 def has_kernel(operator: str, key: str) -> bool:
     """Whether a library that was loaded has registered an operator for a dispatch key."""
     return _has_kernel is None or _has_kernel(operator, key)

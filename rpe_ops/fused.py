@@ -30,6 +30,9 @@ from .maps import NUMBERS, tensor_and_numbers
 BACKENDS: dict[str, Any] = {"cpu": rpe_attention_cpu, "cuda": rpe_attention_cuda, "triton": rpe_attention_triton}
 
 
+NO_FORWARD_MODE = 'forward mode (jvp) of rpe_attention: call it with backend="eager", or None'
+
+
 class Call(NamedTuple):
     """What is no tensor. numbers are those of each map, one map after the other, see `maps.NUMBERS`."""
 
@@ -192,6 +195,10 @@ class RPEAttentionBackward(torch.autograd.Function):
         return None, of_out, None, of_q, of_k, of_v, None, None, *of_tables, *nothing, *of_sums
 
     @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(NO_FORWARD_MODE)
+
+    @staticmethod
     def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         return _vmap(RPEAttentionBackward, info, in_dims, args)
 
@@ -220,6 +227,13 @@ def _formula_of(call: Call, inputs: Inputs) -> tuple[tuple, dict[str, Any]]:
 
 def _vmap(function: Any, info: Any, in_dims: tuple, args: tuple) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """The mapped dimension becomes part of B, for all that have a B."""
+    if args[0].dropout_p > 0:  # which weights are dropped depends on the place in B, and seeds may differ
+        dims = (None, *in_dims[1:])
+        each = [
+            function.apply(*(x if dim is None else x.select(dim, i) for x, dim in zip(args, dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        return tuple(torch.stack(parts) for parts in zip(*each, strict=True)), (0,) * len(each[0])
 
     def fold(x: Any, dim: int | None) -> Any:
         if not isinstance(x, Tensor):

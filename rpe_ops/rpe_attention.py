@@ -81,6 +81,9 @@ def rpe_attention(
     elif backend in fused.BACKENDS:
         if (reason := fused.BACKENDS[backend].why_not(q, attn_mask)) is not None:
             raise ValueError(f'backend="{backend}" {reason}')
+        # here and not in a jvp of the function, with which dynamo would not take it
+        if not or_eager and _torch.forward_mode():
+            raise NotImplementedError(fused.NO_FORWARD_MODE)
     elif backend not in ("eager", "reference"):
         raise ValueError(f'unknown backend {backend!r}; expected None, "cpu", "cuda", "triton", "eager" or "reference"')
     if backend == "reference":
@@ -123,9 +126,11 @@ def _with_tables(
 def choose(q: Tensor, k: Tensor, attn_mask: Tensor | None = None) -> str:
     """The backend that None means for such a call: "cpu", "cuda" or "triton", by q's device, else "eager".
 
-    "eager" also where a fused backend knows that it is the slower one, see their `is_slow`; and "cuda" leaves calls to
-    "triton" whose encodings it does not take.
+    "eager" also where a fused backend knows that it is the slower one, see their `is_slow`, and in forward mode; and
+    "cuda" leaves calls to "triton" whose encodings it does not take.
     """
+    if _torch.forward_mode():
+        return "eager"
     for name in ("cpu",) if q.device.type == "cpu" else ("cuda", "triton"):
         backend = fused.BACKENDS[name]
         if not backend.why_not(q, attn_mask) and not backend.is_slow(q, k):

@@ -175,6 +175,72 @@ def test_func_transforms(kernels):
     torch.testing.assert_close(per_sample(torch.stack([q, -q]), "triton"), per_sample(torch.stack([q, -q]), "eager"))
 
 
+def test_vmap_drops_what_one_call_after_the_other_drops(kernels):
+    rpe, _ = encodings()
+    q, k, v = torch.randn(3, 2, HEADS, TOKENS, DIM)
+    many = torch.stack([q, q, q])
+
+    def call(q, name="triton"):
+        return rpe_attention(q, k, v, *rpe, **SIZE, dropout_p=0.4, backend=name)
+
+    def gradient(q, name="triton"):
+        return torch.func.grad(lambda q: call(q, name).sin().sum())(q)
+
+    for function in (call, gradient):
+        torch.manual_seed(2)
+        same = torch.func.vmap(function, randomness="same")(many)
+        torch.manual_seed(2)
+        torch.testing.assert_close(same, torch.stack([function(q)] * 3))
+        torch.manual_seed(2)
+        different = torch.func.vmap(function, randomness="different")(many)
+        torch.manual_seed(2)
+        formula = torch.func.vmap(lambda q: function(q, "eager"), randomness="different")(many)  # noqa: B023
+        torch.testing.assert_close(different, formula)
+        assert not torch.equal(different[0], different[1])
+
+
+@pytest.mark.parametrize("on", ["k", "qkv", None])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_forward_mode_is_the_formula_s_or_refused(kernels, on, dropout_p):
+    rpe = (None, None, None) if on is None else encodings(on)[0]
+    q, k, v, towards = torch.randn(4, 2, HEADS, TOKENS, DIM)
+
+    def call(q, name=None):
+        torch.manual_seed(3)
+        return rpe_attention(q, k, v, *rpe, **SIZE, dropout_p=dropout_p, backend=name).sin()
+
+    chosen = operators.choose(q, k)
+    cotangent = torch.randn_like(q)
+    expected = torch.autograd.grad(call(leaf := q.clone().requires_grad_(), "eager"), leaf, cotangent)[0].mul(towards)
+    _, tangent = torch.func.jvp(call, (q,), (towards,))
+    # <jvp, cotangent> = <towards, vjp>: relative to what is summed
+    bound = 1e-4 * expected.abs().sum()
+    assert ((tangent * cotangent).sum() - expected.sum()).abs() <= bound
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(q, towards)
+        again = torch.autograd.forward_ad.unpack_dual(call(dual)).tangent
+        assert operators.choose(q, k) == "eager"
+    torch.testing.assert_close(again, tangent)
+    for refused in {chosen, "triton"} - {"eager"}:
+        with pytest.raises(NotImplementedError, match=r'\(jvp\) of rpe_attention: call it with backend="eager"'):
+            torch.func.jvp(lambda q: call(q, refused), (q,), (towards,))  # noqa: B023
+    assert operators.choose(q, k) == chosen
+
+
+def test_hessian_vector_product_in_forward_over_reverse(kernels):
+    rpe, _ = encodings("k")
+    q, k, v, towards = torch.randn(4, 1, HEADS, TOKENS, DIM, dtype=torch.float64)
+    rpe = [one and one.double() for one in rpe]
+
+    def gradient(q):
+        return torch.func.grad(lambda q: rpe_attention(q, k, v, *rpe, **SIZE).sin().sum())(q)
+
+    _, product = torch.func.jvp(gradient, (q,), (towards,))
+    step = 1e-5
+    near = (gradient(q + step * towards) - gradient(q - step * towards)) / (2 * step)
+    assert (product - near).abs().max() <= 1e-6 * near.abs().max()
+
+
 def test_opcheck(kernels):
     q, k, v = torch.randn(3, 2, HEADS, TOKENS, DIM)
     offsets, numbers = get_bucket_map("product", (3, 4), 1, 1.9, 3.8, 15.2).offsets, [3, 4, 1, 50, 7]
