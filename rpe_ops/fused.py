@@ -146,8 +146,9 @@ class RPEAttention(torch.autograd.Function):
         grad_out = torch.zeros_like(q) if grad_out is None else grad_out
         its = () if call.weights_v else zip(grad_sums, call.numbers_v[3::NUMBERS], strict=True)
         of_sums = [q.new_zeros(*q.shape[:3], n) if x is None else x for x, n in its]
-        # where no second derivative can follow, none has to be prepared; a compiled graph has none
-        plain = torch.compiler.is_compiling() or not (torch.is_grad_enabled() or _torch.transforms_active())
+        # where no other derivative can follow, none has to be prepared; a compiled graph has none
+        follows = torch.is_grad_enabled() or _torch.transforms_active() or _torch.forward_mode()
+        plain = torch.compiler.is_compiling() or not follows
         function = RPEAttentionBackward.forward if plain else RPEAttentionBackward.apply
         grads = function(call, grad_out, lse, q, *rest, *of_sums)
         maps = (len(ctx.call.numbers_q) + len(ctx.call.numbers_k) + len(ctx.call.numbers_v)) // NUMBERS

@@ -227,6 +227,15 @@ def test_forward_mode_is_the_formula_s_or_refused(kernels, on, dropout_p):
     assert operators.choose(q, k) == chosen
 
 
+def test_forward_mode_through_a_backward_is_refused(kernels):
+    q, k, v = (x.requires_grad_() for x in torch.randn(3, 2, HEADS, TOKENS, DIM).unbind(0))
+    out = rpe_attention(q, k, v, *encodings("k")[0], **SIZE, backend="triton")
+    with torch.autograd.forward_ad.dual_level():
+        cotangent = torch.autograd.forward_ad.make_dual(torch.ones_like(out), torch.ones_like(out))
+        with pytest.raises(NotImplementedError, match=r"\(jvp\) of rpe_attention"):
+            torch.autograd.grad(out, q, cotangent)
+
+
 def test_hessian_vector_product_in_forward_over_reverse(kernels):
     rpe, _ = encodings("k")
     q, k, v, towards = torch.randn(4, 1, HEADS, TOKENS, DIM, dtype=torch.float64)
