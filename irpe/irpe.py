@@ -566,6 +566,8 @@ def _rpe_index(input: Tensor, where: BucketMap | Tensor) -> Tensor:
     if _takes(where):
         return _operators.rpe_index(input, where)
     ids = where if isinstance(where, Tensor) else where.ids(torch.long)
+    if ids.dim() == 4:  # one map for each sample, and biases for all of them
+        input = input.expand(ids.shape[0], -1, -1, -1)
     if _to_onnx():  # which may take the number of samples for a constant: it comes from what is computed
         return input.gather(-1, ids.long() + 0 * (input[..., :1] > 0))
     return input.gather(-1, ids.expand(*input.shape[:2], *ids.shape[-2:]))

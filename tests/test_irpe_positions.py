@@ -119,6 +119,20 @@ def test_every_sample_has_its_own_places(backend, dropout_p):
             rpe_attention(q, k, v, *rpe, positions=places, backend=wish)
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_biases_for_places_of_each_sample(shared):
+    rpe = modules("qk", skip=1, mode="bias", shared_head=shared)
+    q, k, v = torch.randn(3, 2, 3, 6, 8, dtype=torch.float64)
+    places = torch.stack([grid(4, 6, 1)[[0, 3, 7, 8, 20, 24]], grid(4, 6, 1)[[0, 1, 2, 11, 12, 13]]])
+    together = rpe_attention(q, k, v, *rpe, positions=places)
+    assert rpe[1](q, positions=places).shape == (2, 1 if shared else 3, 6, 6)
+    for n in range(2):
+        one = [x[n : n + 1] for x in (q, k, v)]
+        torch.testing.assert_close(
+            together[n : n + 1], rpe_attention(*one, *rpe, positions=places[n], backend="reference")
+        )
+
+
 def test_images_packed_in_one_sequence():
     """Two images, one after the other, with a mask between them: each as if it were alone."""
     rpe = modules("qkv")
