@@ -87,7 +87,7 @@ def _attention(
         p = p.masked_fill(empty, 0.0)
     if dropout_p > 0:
         assert seed is not None
-        keep = _dropout(seed, p.shape, dropout_p).to(p.dtype)
+        keep = _dropout(seed, p.shape, dropout_p, p.dtype)
     dropped = (p if keep is None else p * keep).to(q.dtype)
     out, sums = dropped @ v, []
     for place, last in on_v:
@@ -161,7 +161,7 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16 & 0xFFFF)
 
 
-def _dropout(seed: Tensor, shape: Sequence[int], dropout_p: float) -> Tensor:
+def _dropout(seed: Tensor, shape: Sequence[int], dropout_p: float, dtype: torch.dtype) -> Tensor:
     """(B, H, Lq, Lk) of 1 / (1 - p), and 0 where hash(seed, b, h, i, j) is below p * 2^24."""
     B, H, Lq, Lk = shape
     count = [torch.arange(n, dtype=torch.int32, device=seed.device) for n in (B * H, Lq, Lk)]
@@ -170,4 +170,5 @@ def _dropout(seed: Tensor, shape: Sequence[int], dropout_p: float) -> Tensor:
     key = _mix(key ^ count[0].view(B, H, 1, 1))
     key = _mix(key ^ count[1].view(Lq, 1))
     dropped = (_mix(key ^ count[2]) >> 8 & 0xFFFFFF) < int(dropout_p * 2**24 + 0.5)
-    return torch.where(dropped, 0.0, 1 / (1 - dropout_p) if dropout_p < 1 else 0.0)
+    # not by torch.where, whose numbers are float32
+    return (~dropped).to(dtype) * (1 / (1 - dropout_p) if dropout_p < 1 else 0.0)

@@ -462,3 +462,12 @@ def test_compiled_whether_or_not_something_is_trained(backend, mode):
     if mode == "trained":
         grads = [torch.autograd.grad(one(q, k, v).sum(), q)[0] for one in (compiled, call)]
         torch.testing.assert_close(*grads)
+
+
+def test_the_formula_s_dropout_of_float64_is_no_float32():
+    q, k, v, *pairs = problem((1, 2, 5, 7, 8), 3, (1, 1, 1), torch.float64)
+    of_each = [
+        rpe_attention(q, k, v, *pairs, dropout_p=0.3, seed=torch.tensor([1]), backend=name)[0]
+        for name in ("eager", "reference")
+    ]
+    torch.testing.assert_close(*of_each, rtol=1e-13, atol=1e-13)
