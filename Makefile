@@ -9,7 +9,7 @@ RESULTS ?= gpu-check
 ONLY ?=
 KERNELS := rpe_ops/setup.py $(wildcard rpe_ops/csrc/*.* rpe_ops/csrc/*/*.*)
 
-.PHONY: demo test test-slow test-full support ops asan bench tables gpu-check lint format wheel clean
+.PHONY: demo test test-slow test-full fuzz support ops asan bench tables gpu-check lint format wheel clean
 
 demo: .venv/ops  ## train a small vision transformer with and without iRPE on real digits
 	$(BIN)/irpe train
@@ -22,6 +22,9 @@ test-slow: .venv/ops  ## the long ones
 
 test-full: test test-slow  ## every test that needs no GPU; the support matrix that they make goes to build/support.md
 	$(BIN)/python tests/support.py build/fast.json build/slow.json > build/support.md
+
+fuzz: .venv/ops  ## five minutes of drawn calls of rpe_attention, on every backend, beside the law; tells how to repeat a failure
+	$(BIN)/python tests/fuzz.py --seconds 290
 
 support: test-full  ## docs/support.md, from the outcomes of every test
 	cp build/support.md docs/support.md
