@@ -9,7 +9,7 @@ RESULTS ?= gpu-check
 ONLY ?=
 KERNELS := rpe_ops/setup.py $(wildcard rpe_ops/csrc/*.* rpe_ops/csrc/*/*.*)
 
-.PHONY: demo test test-slow test-full fuzz support ops asan bench tables gpu-check lint format wheel clean
+.PHONY: demo test test-slow test-full fuzz lock support ops asan bench tables gpu-check lint format wheel clean
 
 demo: .venv/ops  ## train a small vision transformer with and without iRPE on real digits
 	$(BIN)/irpe train
@@ -66,6 +66,10 @@ format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+lock:  ## requirements-dev.lock from requirements-dev.txt: all that these need, with hashes; needs uv (pip install uv)
+	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" \
+	  --output-file requirements-dev.lock requirements-dev.txt
+
 wheel: .venv/installed  ## the pure-Python wheel, in dist/
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
@@ -83,9 +87,9 @@ GPUS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/n
 	else echo "no C++ compiler was found: plain torch runs instead of the compiled operators"; fi
 	@touch $@
 
-.venv/installed: requirements-dev.txt pyproject.toml
+.venv/installed: requirements-dev.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make needs Python 3.11 or later; this is " + sys.version.split()[0] + " (PYTHON=... names another)")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --requirement requirements-dev.txt
+	$(BIN)/pip install --quiet --require-hashes --requirement requirements-dev.lock
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
