@@ -1,5 +1,6 @@
 """Run folders, checkpoints and data sets of strangers: nothing is run or fetched, and names reach no terminal."""
 
+import io
 import json
 import os
 import pickle
@@ -142,6 +143,40 @@ def test_the_opener_of_webdataset_is_closed(walled):
     assert gopen(f"{shards.SCHEME}:{walled / 'a.tar'}").read() == b"abc"
     with pytest.raises(ValueError, match="it is a pipe; expected a file"):
         gopen(f"{shards.SCHEME}:{walled / 'pipe.tar'}")
+
+
+def test_damaged_shards_end_the_run_and_pictures_that_are_none_are_left_out(tmp_path):
+    pytest.importorskip("webdataset")
+    png = io.BytesIO()
+    Image.new("L", (12, 8)).save(png, "PNG")
+
+    def shard(name, *members):
+        with tarfile.open(tmp_path / name, "w") as archive:
+            for member, content in members:
+                info = tarfile.TarInfo(member)
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+        return (tmp_path / name).read_bytes()
+
+    whole = [(f"{n}.{kind}", content) for n in range(8) for kind, content in (("png", png.getvalue()), ("cls", b"1"))]
+    of_each = {
+        "whole": shard("whole.tar", *whole),
+        "cut": shard("whole.tar", *whole)[:3000],
+        "twice": shard("twice.tar", *whole[:2], whole[2], whole[2], *whole[3:]),
+        "strange": shard("strange.tar", ("x.png", b"no picture"), ("x.cls", b"1"), *whole),
+    }
+    given = ["train", f"wds/{tmp_path}", *SMALL, "--batch-size", 4, "--max-steps", 2, "--num-classes", 2]
+    given += ["--train-samples", 8, "--train-split", "a.tar", "--val-split", "b.tar", "--out", tmp_path / "runs"]
+    (tmp_path / "b.tar").write_bytes(of_each["whole"])
+    for name, expected in (
+        ("cut", f"the shard {tmp_path / 'a.tar'} cannot be read: unexpected end of data"),
+        ("twice", "a shard holds the name 1.png twice in a row"),
+        ("strange", None),
+    ):
+        (tmp_path / "a.tar").write_bytes(of_each[name])
+        result = irpe(*given, "--name", name)
+        assert result.exit_code == (0 if expected is None else 2), result.output
+        assert expected is None or expected.replace(" ", "") in words(result).replace(" ", ""), result.output
 
 
 def test_a_data_set_that_names_addresses_is_not_read(walled):

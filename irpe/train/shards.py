@@ -2,6 +2,8 @@
 
 import importlib
 import re
+import tarfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,22 @@ def local_only() -> None:
     utils: Any = importlib.import_module("webdataset.utils")
     utils.enforce_security = True
     gopen.gopen_schemes[SCHEME] = _open
+    # timm would log what it cannot read, and go on with the rest
+    importlib.import_module("timm.data.readers.reader_wds").log_and_continue = _stop  # type: ignore[attr-defined]
+
+
+def _stop(error: Exception) -> bool:
+    """What is done with an error: a damaged shard ends the run, a picture alone is left out with a warning."""
+    what = next(iter(error.args), "")
+    if isinstance(error, (tarfile.TarError, EOFError)):
+        where = str(error.args[-1]).removeprefix(f"{SCHEME}:")
+        raise ValueError(f"the shard {where} cannot be read: {what}") from None
+    if "duplicate file name" in str(what):
+        raise ValueError(f"a shard holds the name {str(what).split(': ')[0]} twice in a row") from None
+    if isinstance(error, TypeError) or type(error).__name__ == "WdsTargetKeyError":  # of the options, not of the data
+        raise error
+    warnings.warn(f"unreadable image of a stream, left out: {error}", stacklevel=1)
+    return True
 
 
 def _open(url: str, mode: str = "rb", bufsize: int = 8192, **options: Any) -> Any:
