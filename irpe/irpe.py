@@ -570,7 +570,7 @@ def _rpe_index(input: Tensor, where: BucketMap | Tensor) -> Tensor:
         input = input.expand(ids.shape[0], -1, -1, -1)
     if _to_onnx():  # which may take the number of samples for a constant: it comes from what is computed
         return input.gather(-1, ids.long() + 0 * (input[..., :1] > 0))
-    return input.gather(-1, ids.expand(*input.shape[:2], *ids.shape[-2:]))
+    return input.gather(-1, ids.long().expand(*input.shape[:2], *ids.shape[-2:]))
 
 
 def _rpe_bucket_sum(input: Tensor, where: BucketMap | Tensor, num_buckets: int) -> Tensor:
@@ -582,7 +582,7 @@ def _rpe_bucket_sum(input: Tensor, where: BucketMap | Tensor, num_buckets: int) 
         member = ids.unsqueeze(-1) == torch.arange(num_buckets, device=ids.device)  # (.., Lq, Lk, N)
         return (input.unsqueeze(-2) @ member.to(input.dtype)).squeeze(-2)
     zeros = input.new_zeros(*input.shape[:3], num_buckets)
-    return zeros.scatter_add(-1, ids.expand(input.shape), input)
+    return zeros.scatter_add(-1, ids.long().expand(input.shape), input)
 
 
 def _takes(where: BucketMap | Tensor) -> bool:

@@ -72,7 +72,7 @@ def architectures() -> str:
 
 def extensions() -> list[Any]:
     defines = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), ("USE_CUDA", None)]
-    # g++ warns of the undefined operands inside its own AVX-512 headers, and of vectors as arguments, which leave no file
+    # g++ warns of undefined operands inside its own AVX-512 headers, and of vectors as arguments, which leave no file
     cxx = ["/O2", "/std:c++17"] if os.name == "nt" else ["-O3", "-Wno-maybe-uninitialized", "-Wno-psabi"]
     cxx += os.environ.get("RPE_OPS_CXXFLAGS", "").split()
     found: list[Any] = []

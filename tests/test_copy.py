@@ -24,6 +24,11 @@ FIVE_STEPS = """
         torch.testing.assert_close(rpe_attention(q, k, v, rpe_q, rpe_k, rpe_v, height=3, width=5), out)
         out.sum().backward()
         assert rpe_q.state_dict().keys() and all(p.grad.any() for p in rpe_k.parameters())
+    for ndim, size in ((1, (7,)), (3, (2, 3, 4))):
+        rpe_q, rpe_k, rpe_v = build_rpe(get_rpe_config(skip=1, rpe_on="qkv", ndim=ndim), head_dim=8, num_heads=2)
+        q, k, v = torch.randn(3, 2, 2, 1 + torch.tensor(size).prod(), 8)
+        out = rpe_attention(q, k, v, rpe_q, rpe_k, rpe_v, size=size)
+        torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, k, v))
     print("OPS", RPE_OPS_MISSING or "found")
 """
 
