@@ -1,6 +1,6 @@
-"""Writes the tables of CPUs in README.md and rpe_ops/README.md from benchmarks/results/*.json.
+"""Writes the tables of README.md and rpe_ops/README.md from benchmarks/results/*.json.
 
-    python benchmarks/tables.py            # between the lines <!-- cpu: NAME --> and <!-- end -->; `make tables`
+    python benchmarks/tables.py            # between the lines <!-- table: NAME --> and <!-- end -->; `make tables`
     python benchmarks/tables.py --check    # says which file is not what the results give
 
 Each table says its machine, instruction set, threads and date. What has no results yet is left out.
@@ -145,6 +145,50 @@ def models(results: Path) -> str:
     return "\n\n".join(parts)
 
 
+def read_gpu(name: str, results: Path) -> tuple[list[dict[str, Any]], str]:
+    """The rows of a GPU's results, and the line under their table."""
+    found = json.loads((results / f"{name}_cuda.json").read_text())
+    facts = found["machine"]
+    under = f"bfloat16, {facts['device']}, torch {facts['torch'].split('+')[0]}, {facts['date']}"
+    return found["rows"], f"{under}; {found['note']}" if "note" in found else under
+
+
+def gpu_attention(results: Path, in_short: bool = False) -> str:
+    """Times over those of flash attention, in a replayed CUDA graph; those of another run over that run's."""
+    columns = {"cuDNN": "cuDNN", "k": "k", "qkv": "q, k, v", "triton k": "Triton, k", "triton qkv": "Triton, q, k, v"}
+    columns |= {"eager k": "formula, k", "eager qkv": "formula, q, k, v"}
+    if in_short:
+        columns = {
+            key: words for key, words in columns.items() if key.split()[-1] in ("k", "qkv") and "triton" not in key
+        }
+    lines, under = read_gpu("bench_attention", results)
+    rows = []
+    for line in lines:
+        if line["pass"] not in PASSES or (in_short and line["pass"] == "forward"):
+            continue
+        ratios = {}
+        for run in ("graph us, another run", "graph us"):
+            ratios |= {key: us / line[run]["flash"] for key, us in line[run].items()}
+        microseconds = line["graph us"]["flash"]
+        where = f"{line['map'].removesuffix('+0')}, B={line['B']}, H={line['H']}"
+        cells = [f"{ratios[key]:.3g}" if ratios[key] >= 10 else f"{ratios[key]:.2f}" for key in columns]
+        rows.append([f"{where}, {PASSES[line['pass']]}", f"{microseconds:,.0f} us", *cells])
+    return f"{table(['', 'flash', *columns.values()], rows)}\n\n{under.split('; ')[0] if in_short else under}"
+
+
+def gpu_models(results: Path) -> str:
+    lines, under = read_gpu("bench_model", results)
+    rows = [
+        [
+            f"{line['mode']}, {WORDS.get(line['model'], 'without')}", f"{line['images/s']:,.0f}",
+            f"{line['time over plain']:.2f}", f"{line['MiB']:,.0f}", f"{line['memory over plain']:.2f}",
+        ]
+        for line in lines
+    ]  # fmt: skip
+    head = ["DeiT-S at 224, B=256, a training step", "images/s", "time over plain", "peak MiB", "memory over plain"]
+    return f"{table(head, rows)}\n\n{under}"
+
+
 TABLES = {
     "attention in short": lambda results: attentions("float32", with_formula, results, only=("k", "qkv"), base=False),
     "attention": lambda results: attentions("float32", with_formula, results),
@@ -153,6 +197,9 @@ TABLES = {
     "memory": memory,
     "index": index,
     "models": models,
+    "gpu attention": gpu_attention,
+    "gpu attention in short": lambda results: gpu_attention(results, in_short=True),
+    "gpu models": gpu_models,
 }
 
 
@@ -163,9 +210,9 @@ def rendered(text: str, results: Path = RESULTS) -> str:
         if (name := found.group(1)) not in TABLES:
             raise ValueError(f"there is no table {name!r}; expected one of {', '.join(TABLES)}")
         made = TABLES[name](results)
-        return f"<!-- cpu: {name} -->\n\n{made}\n\n<!-- end -->" if made else f"<!-- cpu: {name} -->\n<!-- end -->"
+        return f"<!-- table: {name} -->\n\n{made}\n\n<!-- end -->" if made else f"<!-- table: {name} -->\n<!-- end -->"
 
-    return re.sub(r"<!-- cpu: ([a-z0-9 ]+) -->\n.*?<!-- end -->", write, text, flags=re.DOTALL)
+    return re.sub(r"<!-- table: ([a-z0-9 ]+) -->\n.*?<!-- end -->", write, text, flags=re.DOTALL)
 
 
 def main() -> None:

@@ -26,13 +26,13 @@ def test_an_instruction_set_holds_down_both_sides_and_stands_in_the_file(tmp_pat
 @pytest.mark.parametrize("name", tables.FILES)
 def test_the_tables_are_what_the_results_give(name):
     text = (ROOT / name).read_text()
-    assert text.count("<!-- cpu: ") == text.count("<!-- end -->") > 0
+    assert text.count("<!-- table: ") == text.count("<!-- end -->") > 0
     assert tables.rendered(text) == text, "`make tables` writes them"
 
 
 def test_every_table_stands_somewhere():
     text = "".join((ROOT / name).read_text() for name in tables.FILES)
-    assert all(f"<!-- cpu: {name} -->" in text for name in tables.TABLES)
+    assert all(f"<!-- table: {name} -->" in text for name in tables.TABLES)
 
 
 def test_both_instruction_sets_have_a_table_with_machine_and_date(tmp_path):
@@ -43,7 +43,7 @@ def test_both_instruction_sets_have_a_table_with_machine_and_date(tmp_path):
         row | {"pass_": "forward"},
         row | {"pass_": "forward+backward", "mib": dict(sdpa=8.2, ours=13.1, eager=98.0)},
     ]
-    text = "".join(f"<!-- cpu: {name} -->\nold\n<!-- end -->\n" for name in ("attention", "terms", "memory"))
+    text = "".join(f"<!-- table: {name} -->\nold\n<!-- end -->\n" for name in ("attention", "terms", "memory"))
     assert "old" not in tables.rendered(text, tmp_path)
     (tmp_path / "bench_attention_cpu.json").write_text(json.dumps(dict(machine=facts, rows=rows)))
     held = facts | dict(isa="avx2", RPE_OPS_ISA="avx2")
@@ -62,6 +62,24 @@ def test_both_instruction_sets_have_a_table_with_machine_and_date(tmp_path):
         assert line in made.splitlines()
 
 
+def test_ratios_of_a_gpu_are_those_of_one_run_each(tmp_path):
+    graph, other = {"flash": 200.0, "cuDNN": 150.0, "k": 250.0, "qkv": 500.0}, {"flash": 100.0}
+    other |= {"triton k": 300.0, "triton qkv": 700.0, "eager k": 450.0, "eager qkv": 1520.0}
+    line = {"map": "14x14+1", "B": 128, "H": 6, "graph us": graph, "graph us, another run": other}
+    rows = [{"pass": "host"}, *(line | {"pass": name} for name in ("forward", "forward+backward"))]
+    facts = dict(device="A GPU", torch="2.11.0+cu130", date="2026-11-27")
+    (tmp_path / "bench_attention_cuda.json").write_text(json.dumps(dict(machine=facts, note="a note", rows=rows)))
+    long, short = (
+        tables.rendered(f"<!-- table: {name} -->\n<!-- end -->", tmp_path).splitlines()
+        for name in ("gpu attention", "gpu attention in short")
+    )
+    cells = "0.75 | 1.25 | 2.50 | 3.00 | 7.00 | 4.50 | 15.2 |"
+    assert f"| 14x14+1, B=128, H=6, forward | 200 us | {cells}" in long
+    assert "bfloat16, A GPU, torch 2.11.0, 2026-11-27; a note" in long
+    assert "| 14x14+1, B=128, H=6, forward and backward | 200 us | 1.25 | 2.50 | 4.50 | 15.2 |" in short
+    assert not any("forward |" in row for row in short)
+
+
 def test_a_table_that_nobody_makes_is_named():
     with pytest.raises(ValueError, match="no table 'speed'; expected one of attention in short"):
-        tables.rendered("<!-- cpu: speed -->\n<!-- end -->")
+        tables.rendered("<!-- table: speed -->\n<!-- end -->")
