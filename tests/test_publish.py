@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from fresh import PATIENCE
 from hub_stand_in import hub
 from train_tiny import SMALL, environment, irpe, pictures
 
@@ -33,7 +34,7 @@ def process(code, address, home, folder):
     )
     offline = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     env = {name: one for name, one in environment(**more).items() if name not in offline}
-    options = dict(capture_output=True, text=True, env=env, timeout=240, cwd=folder)
+    options = dict(capture_output=True, text=True, env=env, timeout=PATIENCE, cwd=folder)
     done = subprocess.run([sys.executable, "-c", code], **options)
     assert done.returncode == 0, done.stderr
     return done.stdout
