@@ -570,8 +570,11 @@ def test_without_absolute_positions(tmp_path):
     folder = saved.save(model, models.processor_of(settings), tmp_path / "model")
     again = models.load(folder)
     assert torch.equal(logits(again, images), logits(model, images))
-    with pytest.raises(ValueError, match="Not supported none"):
+    with pytest.raises(Exception, match="this model has iRPE"):
         type(model).from_pretrained(folder)
+    plain = models.build(dataclasses.replace(settings, rpe="none"), list("ab"))
+    with pytest.raises(ValueError, match="Not supported none"):
+        type(plain).from_pretrained(saved.save(plain, models.processor_of(settings), tmp_path / "plain"))
     same = models.build(dataclasses.replace(settings, positions=None, pretrained=str(folder)), list("ab"))
     assert torch.equal(logits(same, images), logits(model, images))
     with pytest.raises(ValueError, match="--positions sine, but .*model was trained without"):
