@@ -96,6 +96,23 @@ def test_skip_tokens_at_open_sizes():
     assert_same(exported(model, x, 15, OPEN), model, x, torch.randn(2, 16, 5, 4), torch.randn(2, 16, 2, 7))
 
 
+@pytest.mark.parametrize("ndim", [1, 3])
+def test_open_sizes_of_other_numbers_of_axes(ndim):
+    class Encoding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            _, self.rpe, _ = build_rpe(get_rpe_config(0.5, "cross" if ndim == 3 else "product", ndim=ndim), 8, 2)
+
+        def forward(self, x):  # (B, 16, *size)
+            return self.rpe(x.reshape(x.shape[0], 2, 8, -1).transpose(2, 3), size=x.shape[2:])
+
+    torch.manual_seed(0)
+    model, x, other = Encoding(), torch.randn(1, 16, *(7, 3, 2)[:ndim]), torch.randn(2, 16, *(9, 2, 5)[:ndim])
+    for table in model.parameters():
+        nn.init.normal_(table)
+    assert_same(exported(model, x, 15, {n: f"axis{n}" for n in (0, *range(2, 2 + ndim))}), model, x, other)
+
+
 def test_a_number_of_samples_that_the_exporter_takes_for_a_constant():
     class Unflattened(Attention):
         def forward(self, x):  # the exporter believes that what comes out of unflatten has the size of the example

@@ -145,6 +145,7 @@ def test_the_opener_of_webdataset_is_closed(walled):
         gopen(f"{shards.SCHEME}:{walled / 'pipe.tar'}")
 
 
+@pytest.mark.filterwarnings("ignore:unreadable image of a stream")
 def test_damaged_shards_end_the_run_and_pictures_that_are_none_are_left_out(tmp_path):
     pytest.importorskip("webdataset")
     png = io.BytesIO()
