@@ -305,11 +305,8 @@ def _parts(method: METHOD, offsets: Sequence[Tensor], alpha: Number, beta: Numbe
     if method == METHOD.CROSS:
         raise ValueError("cross has a map for each axis: ask for METHOD.CROSS_ROWS, METHOD.CROSS_COLS, ...")
     if method == METHOD.PRODUCT:
-        parts, stride = list[Tensor](), 1
-        for axis in range(-1, -1 - len(offsets), -1):
-            parts.insert(0, g(offsets[axis], axis) * stride)
-            stride *= 2 * int(_of_axis(axis, beta)[0]) + 1
-        return tuple(parts)
+        sides = [2 * int(_of_axis(axis - len(offsets), beta)[0]) + 1 for axis in range(len(offsets))]
+        return tuple(g(x, axis - len(sides)) * math.prod(sides[axis + 1 :]) for axis, x in enumerate(offsets))
     own = len(offsets) + _AXES[method]
     return tuple(
         g(x, _AXES[method]) if axis == own else torch.zeros_like(x, dtype=torch.long) for axis, x in enumerate(offsets)

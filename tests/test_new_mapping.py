@@ -11,10 +11,10 @@ pytest.importorskip("matplotlib")
 # one with an offset of its own for each pair, one that factors
 EDITS = {
     "    CROSS_TIME = 44\n": "    CROSS_TIME = 44\n    DIAGONAL = 50\n    STRIPES = 51\n",
-    "    if method == METHOD.PRODUCT:\n        parts": (
+    "    if method == METHOD.PRODUCT:\n        sides": (
         "    if method == METHOD.DIAGONAL:\n        return (g(offsets[0] + offsets[1]),)\n"
         "    if method == METHOD.STRIPES:\n        return g(offsets[0], -2) * 2, offsets[1].long() % 2\n"
-        "    if method == METHOD.PRODUCT:\n        parts"
+        "    if method == METHOD.PRODUCT:\n        sides"
     ),
     "    return math.prod(sides) if": (
         "    if method == METHOD.STRIPES:\n        return 2 * sides[0]\n    return math.prod(sides) if"
