@@ -4,7 +4,7 @@ import dataclasses
 import re
 from typing import Any
 
-from .irpe import _METHOD_NAMES, RPEConfig, SingleRPEConfig, get_rpe_config
+from .irpe import _METHOD_NAMES, Number, RPEConfig, SingleRPEConfig, get_rpe_config
 
 
 def rpe_config_from_string(text: str, *, skip: int = 0) -> RPEConfig:
@@ -13,34 +13,38 @@ def rpe_config_from_string(text: str, *, skip: int = 0) -> RPEConfig:
     >>> rpe_config_from_string("rpe-2.0-product-ctx-1-k", skip=1) == get_rpe_config(2.0, "product", "ctx", True, 1, "k")
     True
 
-    With `-clip` at its end offsets are clipped in place of sharing buckets logarithmically, as in Shaw et al. (NAACL
-    2018): index max(-b, min(b, round(x))) with b = int(2 * ratio), so as many buckets as without (the paper's Table 3).
+    Maps of other than two axes add their number, `rpe-1.9-product-ctx-1-k-3d`; a ratio for each axis stands with an x
+    between them, `rpe-1.0x1.9x1.9-product-ctx-1-k-3d`.
+
+    With `-clip` at the very end offsets are clipped in place of sharing buckets logarithmically, as in Shaw et al.
+    (NAACL 2018): index max(-b, min(b, round(x))) with b = int(2 * ratio), so as many buckets as without (the paper's
+    Table 3).
 
     A text of another form, or with a value that `get_rpe_config` refuses, is a ValueError.
     """
-    match = re.fullmatch(r"rpe-([^-]+)-([^-]+)-([^-]+)-([01])-([^-]+)(-clip)?", text)
+    match = re.fullmatch(r"rpe-([^-]+)-([^-]+)-([^-]+)-([01])-([^-]+)(?:-(\d+)d)?(-clip)?", text)
     try:
         if match is None:
             raise ValueError("it has another form")
-        ratio, method, mode, shared_head, rpe_on, clip = match.groups()
-        config = get_rpe_config(float(ratio), method, mode, shared_head == "1", skip, rpe_on)
+        ratios, method, mode, shared_head, rpe_on, ndim, clip = match.groups()
+        ratio: Number = tuple(map(float, ratios.split("x"))) if "x" in ratios else float(ratios)
+        config = get_rpe_config(ratio, method, mode, shared_head == "1", skip, rpe_on, int(ndim or 2))
         return _clipped(config) if clip else config
     except ValueError as error:
         raise ValueError(
             f"{text!r}: {error}; expected rpe-RATIO-METHOD-MODE-SHARED-ON such as 'rpe-2.0-product-ctx-1-k', perhaps "
-            "with -clip at its end"
+            "with -3d (the number of axes) and -clip at its end"
         ) from None
 
 
 def _clipped(config: RPEConfig) -> RPEConfig:
     """With alpha = beta, from where on all offsets are in the last bucket."""
-    return RPEConfig(
-        **{
-            name: dataclasses.replace(one, alpha=float(int(one.beta)), beta=float(int(one.beta)))
-            for name, one in vars(config).items()
-            if one is not None
-        }
-    )
+    clipped = {}
+    for name, one in vars(config).items():
+        if one is not None:
+            last = tuple(float(int(n)) for n in one.beta) if isinstance(one.beta, tuple) else float(int(one.beta))
+            clipped[name] = dataclasses.replace(one, alpha=last, beta=last)
+    return RPEConfig(**clipped)
 
 
 def rpe_config_to_string(config: RPEConfig) -> str:
@@ -56,8 +60,10 @@ def rpe_config_to_string(config: RPEConfig) -> str:
     one = next(iter(singles.values()), None)
     if one is None or any(other != one for other in singles.values()):
         raise ValueError(f"{config} has no string form: q, k and v have different configurations, or none")
-    mode, ratio = one.mode.replace("contextual", "ctx"), one.gamma / 8
+    mode, gammas = one.mode.replace("contextual", "ctx"), one.gamma if isinstance(one.gamma, tuple) else (one.gamma,)
+    ratio = "x".join(str(gamma / 8) for gamma in gammas)
     text = f"rpe-{ratio}-{_METHOD_NAMES[one.method]}-{mode}-{int(one.shared_head)}-{''.join(singles)}"
+    text += "" if one.ndim == 2 else f"-{one.ndim}d"
     for form in (text, text + "-clip"):
         if rpe_config_from_string(form, skip=one.skip) == config:
             return form

@@ -1,7 +1,7 @@
 """equip(model, config): image relative position encoding in a model that exists."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 from torch import nn
@@ -14,7 +14,7 @@ Blocks = slice | Iterable[int] | Callable[[int, str], bool]
 
 
 def equip(
-    model: Model, config: RPEConfig | str, *, blocks: Blocks | None = None, grid: tuple[int, int] | None = None
+    model: Model, config: RPEConfig | str, *, blocks: Blocks | None = None, grid: int | Sequence[int] | None = None
 ) -> Model:
     """Adds rpe_q, rpe_k and rpe_v to the attentions of `model`, in place, and returns it.
 
@@ -33,17 +33,19 @@ def equip(
             (number, name) that says yes or no; all when absent. Equip the others in a second call, with another
             configuration, if they are to differ.
         grid: (height, width) of the map in tokens, for models that cannot know it, such as a plain
-            `nn.TransformerEncoder`; without it their maps are taken for squares. Other models refuse it. For those
-            models the number of prefix tokens is the configuration's `skip`, and attentions of decoder layers are
-            left alone; they are equipped where no vision transformer is found.
+            `nn.TransformerEncoder`; one number for each axis where the configuration has another `ndim`, such as
+            (frames, height, width), and for a sequence n or (n,). Without it their maps are taken for squares, and with
+            ndim=1 for sequences of any length. Other models refuse it. For those models the number of prefix tokens is
+            the configuration's `skip`, and attentions of decoder layers are left alone; they are equipped where no
+            vision transformer is found.
 
     Returns:
         The same object.
 
     Raises:
         TypeError, ValueError: the model is not supported, with the reason and the list of what is; it is in
-            DistributedDataParallel or sharded by FSDP, which come after `equip`; the configuration has a `skip` that is
-            not the model's; `blocks` names none. Nothing has been changed then.
+            DistributedDataParallel or sharded by FSDP, which come after `equip`; the configuration has a `skip` or an
+            `ndim` that is not the model's; `blocks` names none. Nothing has been changed then.
     """
     if isinstance(config, str):
         config = rpe_config_from_string(config)
@@ -52,8 +54,7 @@ def equip(
             f"config is {config!r}; expected what get_rpe_config returns, or 'rpe-1.9-product-ctx-1-k' and the like"
         )
     _check_alone(model)
-    if grid is not None and not (len(grid) == 2 and all(isinstance(n, int) and n >= 1 for n in grid)):
-        raise ValueError(f"grid={grid!r}; expected (height, width) in tokens, both at least 1")
+    size = _size_of(grid)
     found = _find(model)
     names = {id(module): name for name, module in model.named_modules()}
     every = [attention for adapter, part in found for attention in adapter.attentions(part)]
@@ -63,13 +64,13 @@ def equip(
     for adapter, part, attentions in jobs:
         if not attentions and blocks is not None:
             continue
-        if reason := adapter.why_not(part, config, attentions, grid):
+        if reason := adapter.why_not(part, config, attentions, size):
             raise ValueError(f"iRPE cannot be added to {type(part).__name__}: {reason}. {_SUPPORTED}")
     if not chosen:
         raise ValueError(f"blocks={blocks!r} names none of the {len(every)} attentions of {type(model).__name__}")
     for adapter, part, attentions in jobs:
         if attentions:
-            adapter.equip(part, config, attentions, grid)
+            adapter.equip(part, config, attentions, size)
     from .integrations import hf_missing, timm_record
 
     hf_missing.zero_missing_tables(model)
@@ -125,11 +126,11 @@ class Adapter(Protocol):
         """All attentions of a part that could have encodings, in the order of the forward pass."""
 
     def why_not(
-        self, part: Any, config: RPEConfig, attentions: list[nn.Module], grid: tuple[int, int] | None
+        self, part: Any, config: RPEConfig, attentions: list[nn.Module], grid: tuple[int, ...] | None
     ) -> str | None:
         """The reason that these encodings cannot be added to these attentions of a part, or None."""
 
-    def equip(self, part: Any, config: RPEConfig, attentions: list[nn.Module], grid: tuple[int, int] | None) -> None:
+    def equip(self, part: Any, config: RPEConfig, attentions: list[nn.Module], grid: tuple[int, ...] | None) -> None:
         """Adds them, where `why_not` has no reason; more may be added later to the other attentions."""
 
     def is_equipped(self, part: Any) -> bool:
@@ -186,6 +187,16 @@ def _check_alone(model: nn.Module) -> None:
                 f"{type(module).__name__} is shared between processes ({shared.pop()}), which would not share the "
                 "tables: call equip or unequip first, and DistributedDataParallel or fully_shard after it"
             )
+
+
+def _size_of(grid: Any) -> tuple[int, ...] | None:
+    """`grid` as a number for each axis."""
+    if grid is None:
+        return None
+    size = tuple(grid) if isinstance(grid, Sequence) else (grid,)
+    if not size or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in size):
+        raise ValueError(f"grid={grid!r}; expected (height, width) in tokens, or one number for each axis, at least 1")
+    return size
 
 
 def _choose(blocks: Blocks | None, names: list[str]) -> list[bool]:

@@ -283,11 +283,21 @@ def test_refused_blocks(blocks, error, reason):
 
 def test_refused_grids():
     model = VisionTransformer(**SMALL)
-    for grid in ((0, 3), (2, 3, 4), (2.0, 3)):
+    for grid in ((0, 3), (), (2.0, 3), 0, 2.0, True):
         with pytest.raises(ValueError, match="expected .height, width. in tokens"):
             equip(model, "rpe-1.9-product-ctx-1-k", grid=grid)
-    with pytest.raises(ValueError, match="the model knows the size of its map; leave grid out"):
-        equip(model, "rpe-1.9-product-ctx-1-k", grid=(2, 3))
+    for grid in ((2, 3), (2, 3, 4)):
+        with pytest.raises(ValueError, match="the model knows the size of its map; leave grid out"):
+            equip(model, "rpe-1.9-product-ctx-1-k", grid=grid)
+
+
+@pytest.mark.parametrize("ndim", [1, 3])
+def test_models_of_images_refuse_other_axes(ndim):
+    model = VisionTransformer(**SMALL)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=rf"rpe_k has ndim={ndim}, but the maps of the model are images.*ndim=2 in"):
+        equip(model, f"rpe-1.9-product-ctx-1-k-{ndim}d")
+    assert snapshot(model) == before
 
 
 def test_tables_as_a_parameter_group():

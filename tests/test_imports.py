@@ -31,8 +31,9 @@ ALLOWED = {
     "irpe.convert": {"irpe.irpe", "irpe.config_io"},
     "irpe.fx": set(),
     "irpe.multihead_attention": {"irpe.irpe", "irpe.config_io", "irpe.fx"},
-    "irpe.integrations.torch_mha": {"irpe.irpe", "irpe.multihead_attention"},
-    "irpe.integrations.blocks": {"irpe.irpe"},
+    "irpe.integrations.axes": {"irpe.irpe"},
+    "irpe.integrations.torch_mha": {"irpe.irpe", "irpe.multihead_attention", "irpe.integrations.axes"},
+    "irpe.integrations.blocks": {"irpe.irpe", "irpe.integrations.axes"},
     "irpe.integrations.on_map": {"irpe.integrations.blocks"},
     "irpe.integrations.timm_beit": {"timm", "irpe.fx", "irpe.integrations.blocks", "irpe.integrations.on_map"},
     "irpe.integrations.timm_eva": {"timm", "irpe.fx", "irpe.integrations.blocks", "irpe.integrations.on_map"},
@@ -41,7 +42,9 @@ ALLOWED = {
     "irpe.integrations.timm_swin": {"timm", "irpe.fx", "irpe.integrations.blocks"},
     "irpe.integrations.timm_vit": {"timm", "irpe.fx", "irpe.integrations.blocks", "irpe.integrations.on_map"},
     "irpe.integrations.hf_missing": {"irpe.irpe"},
-    "irpe.integrations.hf_vit": {"transformers", "irpe.irpe", "irpe.config_io", "irpe.integrations.hf_vit"},
+    "irpe.integrations.hf_vit": {
+        *("transformers", "irpe.irpe", "irpe.config_io", "irpe.integrations.hf_vit", "irpe.integrations.axes")
+    },
     "irpe.equip": {"irpe.irpe", "irpe.config_io", "irpe.integrations"},
     "irpe.models": {"timm", "irpe.equip"},
     "irpe.detr": {"transformers", "irpe.irpe", "irpe.equip"},

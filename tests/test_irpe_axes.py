@@ -1,6 +1,7 @@
 """Maps of one, three and four axes: loops over all pairs of tokens, modules, attention, compiled and saved graphs."""
 
 import itertools
+import json
 import math
 
 import pytest
@@ -20,6 +21,10 @@ from irpe import (
     get_single_rpe_config,
     piecewise_index,
     rpe_attention,
+    rpe_config_from_dict,
+    rpe_config_from_string,
+    rpe_config_to_dict,
+    rpe_config_to_string,
 )
 from irpe.irpe import _AXES
 
@@ -267,3 +272,51 @@ def test_sizes_that_do_not_fit(arguments, message):
 def test_configurations_that_do_not_fit(arguments, message):
     with pytest.raises(ValueError, match=message):
         get_rpe_config(**arguments)
+
+
+@given(
+    ratios=st.lists(st.floats(0.6, 50), min_size=1, max_size=4),
+    method=st.sampled_from(["product", "cross"]),
+    ndim=st.integers(1, 4),
+    skip=st.integers(0, 2),
+    clip=st.booleans(),
+)
+def test_dict_and_string_forms_go_both_ways(ratios, method, ndim, skip, clip):
+    ratio = tuple(ratios) if len(ratios) == ndim > 1 else ratios[0]
+    text = rpe_config_to_string(get_rpe_config(ratio, method, "ctx", False, skip, "qk", ndim)) + "-clip" * clip
+    config = rpe_config_from_string(text, skip=skip)
+    assert config.rpe_k.ndim == ndim and (
+        clip or config == get_rpe_config(ratio, method, "ctx", False, skip, "qk", ndim)
+    )
+    assert rpe_config_to_string(config) == text
+    assert rpe_config_from_dict(json.loads(json.dumps(rpe_config_to_dict(config)))) == config
+
+
+def test_string_forms_are_the_documented_ones():
+    for text, config in (
+        ("rpe-1.9-product-ctx-1-k-3d", get_rpe_config(ndim=3)),
+        ("rpe-20.0-euc-ctx-1-k-1d", get_rpe_config(20, "euc", ndim=1)),
+        ("rpe-1.0x1.9x1.9-product-ctx-1-k-3d", get_rpe_config((1.0, 1.9, 1.9), ndim=3)),
+        ("rpe-1.9x2.5-product-ctx-1-k", get_rpe_config((1.9, 2.5))),
+    ):
+        assert rpe_config_from_string(text) == config and rpe_config_to_string(config) == text
+    clipped = rpe_config_from_string("rpe-1.0x1.9-product-ctx-1-k-clip").rpe_k
+    assert (clipped.alpha, clipped.beta, clipped.gamma) == ((2.0, 3.0), (2.0, 3.0), (8.0, 15.2))
+    old = rpe_config_to_dict(get_rpe_config())
+    del old["rpe_k"]["ndim"]  # written before there were other maps than images
+    assert rpe_config_from_dict(old) == get_rpe_config()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rpe-1.0x1.9x1.9-product-ctx-1-k", "one for each of 2 axes"),
+        ("rpe-1.0x1.9x1.9-euc-ctx-1-k-3d", "expected one number"),
+        ("rpe-1.9-product-ctx-1-k-7d", "expected 1 to 4 axes"),
+        ("rpe-1.9-product-ctx-1-k-clip-3d", "another form.*-clip at its end"),
+        ("rpe-1.9x-product-ctx-1-k-2d", "could not convert"),
+    ],
+)
+def test_strings_that_are_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        rpe_config_from_string(text)

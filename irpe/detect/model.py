@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, ConvNextConfig, DetrConfig, DetrForObjectDetection, DetrImageProcessor
 
-from ..config_io import rpe_config_from_string, rpe_config_to_dict
+from ..config_io import rpe_config_from_dict, rpe_config_from_string
 from ..detr import detr_r50, detr_state_dict
 from ..equip import equip, rpe_parameters
 from ..integrations import hf_vit
@@ -176,8 +176,8 @@ def _pretrained(settings: Settings, classes: Sequence[str], say: Say) -> Any:
     config = _config(name)
     has, wanted = getattr(config, "irpe", None), settings.rpe
     if has and wanted is not None:
-        asked = None if wanted == "none" else rpe_config_to_dict(rpe_config_from_string(wanted))
-        if asked is None or any(entry["rpe_config"] != asked for entry in has):
+        asked = None if wanted == "none" else rpe_config_from_string(wanted)
+        if asked is None or any(rpe_config_from_dict(entry["rpe_config"]) != asked for entry in has):
             raise ValueError(f"--rpe {wanted}, but {name} was trained with another iRPE; leave --rpe out")
     model = load(name, auxiliary_loss=True)
     _set_classes(model, known_classes(settings) or [], classes, name, say)

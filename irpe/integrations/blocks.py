@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..irpe import RPEConfig, RPEModule, build_rpe, rpe_attention
+from .axes import why_not_axes
 
 
 class EncodedAttention:
@@ -80,7 +81,7 @@ class BlockFamily:
         return [attn for attn in found if isinstance(attn, nn.Module)]
 
     def why_not(
-        self, part: Any, config: RPEConfig, attentions: list[nn.Module], grid: tuple[int, int] | None
+        self, part: Any, config: RPEConfig, attentions: list[nn.Module], grid: tuple[int, ...] | None
     ) -> str | None:
         """The reason that these encodings cannot be added to these attentions of a model, or None."""
         equipped = self.is_equipped(part)
@@ -107,12 +108,14 @@ class BlockFamily:
             return "it has iRPE already; call unequip first, or name other blocks"
         if grid is not None:
             return f"grid={grid}, but the model knows the size of its map; leave grid out"
+        if reason := why_not_axes(config, 2):
+            return reason
         for name, single in vars(config).items():
             if single is not None and single.skip not in (0, _skip(part)):
                 return f"{name} has skip={single.skip}, but the model has {_skip(part)} prefix tokens; leave skip at 0"
         return None
 
-    def equip(self, part: Any, config: RPEConfig, attentions: list[nn.Module], grid: tuple[int, int] | None) -> None:
+    def equip(self, part: Any, config: RPEConfig, attentions: list[nn.Module], grid: tuple[int, ...] | None) -> None:
         """Adds rpe_q, rpe_k and rpe_v to attentions of a model, which `why_not` has no reason against."""
         config = RPEConfig(**{n: one and dataclasses.replace(one, skip=_skip(part)) for n, one in vars(config).items()})
         for attention in attentions:

@@ -27,11 +27,11 @@ class _Refusals:
         return []
 
     def why_not(
-        self, part: Any, config: RPEConfig, attentions: list[nn.Module], grid: tuple[int, int] | None
+        self, part: Any, config: RPEConfig, attentions: list[nn.Module], grid: tuple[int, ...] | None
     ) -> str | None:
         return next(reason for cls, reason in _REASONS.items() if isinstance(part, cls))
 
-    def equip(self, part: Any, config: RPEConfig, attentions: list[nn.Module], grid: tuple[int, int] | None) -> None:
+    def equip(self, part: Any, config: RPEConfig, attentions: list[nn.Module], grid: tuple[int, ...] | None) -> None:
         raise AssertionError("why_not has a reason against every part")
 
     def is_equipped(self, part: Any) -> bool:

@@ -1,7 +1,8 @@
 """torch's own attention: iRPE in `nn.MultiheadAttention`, wherever it stands, and in torchvision's vision transformer.
 
 An equipped attention is called as before and knows its map without any state: it has the constant `rpe_grid` (equip's
-`grid`), or takes its tokens for a square. torchvision's `VisionTransformer` has square images only, and checks them.
+`grid`, a number for each axis), or takes its tokens for a square, with ndim=1 for a sequence. torchvision's
+`VisionTransformer` has square images only, and checks them.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from torch import nn
 
 from ..irpe import RPEConfig
 from ..multihead_attention import RPEMultiheadAttention, add_encodings, remove_encodings, why_no_encodings
+from .axes import why_not_axes
 
 
 class EquippedMultiheadAttention(RPEMultiheadAttention):
@@ -38,7 +40,7 @@ def attentions(part: nn.Module) -> list[nn.Module]:
 
 
 def why_not(
-    part: nn.Module, config: RPEConfig, attentions: list[nn.Module], grid: tuple[int, int] | None
+    part: nn.Module, config: RPEConfig, attentions: list[nn.Module], grid: tuple[int, ...] | None
 ) -> str | None:
     """The reason that these encodings cannot be added to these attentions of a part, or None."""
     if not attentions and not is_equipped(part):
@@ -47,6 +49,8 @@ def why_not(
             "are, equip the one attention, such as layer.self_attn, with grid=(height, width)"
         )
     if _is_vit(part) and (reason := _why_not_vit(part, config, grid)):
+        return reason
+    if reason := _why_not_grid(part, config, grid):
         return reason
     config = _config_for(part, config)
     names = {id(module): name for name, module in part.named_modules()}
@@ -64,7 +68,7 @@ def why_not(
     return None
 
 
-def equip(part: nn.Module, config: RPEConfig, attentions: list[nn.Module], grid: tuple[int, int] | None) -> None:
+def equip(part: nn.Module, config: RPEConfig, attentions: list[nn.Module], grid: tuple[int, ...] | None) -> None:
     """Adds rpe_q, rpe_k and rpe_v to attentions of a part, which `why_not` has no reason against."""
     for attention in attentions:
         one: Any = attention
@@ -102,7 +106,20 @@ def _config_for(part: nn.Module, config: RPEConfig) -> RPEConfig:
     return RPEConfig(**{name: one and dataclasses.replace(one, skip=1) for name, one in vars(config).items()})
 
 
-def _why_not_vit(vit: Any, config: RPEConfig, grid: tuple[int, int] | None) -> str | None:
+def _why_not_grid(part: nn.Module, config: RPEConfig, grid: tuple[int, ...] | None) -> str | None:
+    if _is_vit(part):
+        return why_not_axes(config, 2)
+    for name, single in vars(config).items():
+        if single is None:
+            continue
+        if grid is not None and len(grid) != single.ndim:
+            return f"grid={grid}, but {name} has ndim={single.ndim}; expected as many numbers as axes"
+        if grid is None and single.ndim > 2:
+            return f"{name} has ndim={single.ndim}, and nothing in the model tells the size of its map: pass grid="
+    return None
+
+
+def _why_not_vit(vit: Any, config: RPEConfig, grid: tuple[int, ...] | None) -> str | None:
     torchvision = sys.modules["torchvision.models.vision_transformer"]
     if type(vit) is not torchvision.VisionTransformer:
         return (

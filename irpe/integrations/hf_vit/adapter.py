@@ -37,7 +37,7 @@ def attentions(part: nn.Module) -> list[nn.Module]:
 attentions_of = attentions  # for where an argument has the name
 
 
-def why_not(part: Any, config: RPEConfig, attentions: list[nn.Module], grid: tuple[int, int] | None) -> str | None:
+def why_not(part: Any, config: RPEConfig, attentions: list[nn.Module], grid: tuple[int, ...] | None) -> str | None:
     """The reason that these encodings cannot be added to these attentions of a part, or None."""
     known = lookup(part)
     assert known is not None
@@ -68,7 +68,7 @@ def why_not(part: Any, config: RPEConfig, attentions: list[nn.Module], grid: tup
     return None
 
 
-def equip(part: Any, config: RPEConfig, attentions: list[nn.Module], grid: tuple[int, int] | None) -> None:
+def equip(part: Any, config: RPEConfig, attentions: list[nn.Module], grid: tuple[int, ...] | None) -> None:
     """Adds rpe_q, rpe_k and rpe_v to attentions of a part, which `why_not` has no reason against."""
     from . import attention
 
