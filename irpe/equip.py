@@ -144,9 +144,10 @@ _SUPPORTED = (
     "Supported are timm's VisionTransformer (vit, deit, deit3, with registers, with dynamic image sizes), "
     "VisionTransformerDistilled (deit distilled), Eva (eva02, dinov3, vit with rope), Beit and SwinTransformer (v1); "
     "of transformers ViT, DeiT, BEiT, DINOv2 (with registers or not), DINOv3 ViT, the vision towers of CLIP and "
-    "SigLIP, and the encoder of DETR; torchvision's VisionTransformer; nn.MultiheadAttention in nn.TransformerEncoder, "
-    "nn.TransformerEncoderLayer or modules of your own; all alone or inside another module. For other models add the "
-    "modules of build_rpe to the attention yourself, or use RPEMultiheadAttention, see the README"
+    "SigLIP, the encoder of DETR, and on videos (ndim=3) VideoMAE and V-JEPA 2; torchvision's VisionTransformer; "
+    "nn.MultiheadAttention in nn.TransformerEncoder, nn.TransformerEncoderLayer or modules of your own; all alone or "
+    "inside another module. For other models add the modules of build_rpe to the attention yourself, or use "
+    "RPEMultiheadAttention, see the README"
 )
 
 

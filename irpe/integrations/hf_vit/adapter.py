@@ -2,13 +2,15 @@
 
 import copy
 import dataclasses
+import importlib
 from typing import Any
 
 from torch import nn
 
 from ...config_io import rpe_config_to_dict
 from ...irpe import RPEConfig, build_rpe
-from .families import Family, class_name, family_of, lookup
+from ..axes import why_not_axes
+from .families import Family, class_name, family_of, lookup, own_class
 
 
 def find(model: nn.Module) -> list[Any]:
@@ -31,7 +33,7 @@ def attentions(part: nn.Module) -> list[nn.Module]:
     if known is None or not isinstance(known[1], Family):
         return []
     layers = part.get_submodule(known[1].layers)
-    return [one for one in layers.modules() if class_name(type(one)) == known[1].attention_name]
+    return [one for one in layers.modules() if class_name(own_class(one)) == known[1].attention_name]
 
 
 attentions_of = attentions  # for where an argument has the name
@@ -46,11 +48,13 @@ def why_not(part: Any, config: RPEConfig, attentions: list[nn.Module], grid: tup
         return family
     if any(has_rpe(attn) for attn in attentions):
         return "it has iRPE already; call unequip first, or name other blocks"
-    cls = getattr(type(part), "irpe_original", type(part))
+    cls = own_class(part)
     if class_name(cls) != name:
         return f"{cls.__name__} changes {name.rpartition('.')[2]}"
     if grid is not None:
         return f"grid={grid}, but the model knows the size of its map; leave grid out"
+    if reason := why_not_axes(config, family.ndim):
+        return reason
     layers = part.get_submodule(family.layers)
     if len(attentions_of(part)) != len(layers):
         expected = f"expected one {family.attention} in each, as transformers has it from 5.18 on"
@@ -78,10 +82,11 @@ def equip(part: Any, config: RPEConfig, attentions: list[nn.Module], grid: tuple
     every, first = attentions_of(part), not is_equipped(part)
     for attn in attentions:
         one: Any = attn
-        weight = one.q_proj.weight
+        query = getattr(one, family.query)
+        weight = query.weight
         dtype = weight.dtype if weight.is_floating_point() else part.dtype  # of quantized weights
-        heads = one.q_proj.out_features // one.head_dim
-        rpe = build_rpe(config, one.head_dim, heads, device=weight.device, dtype=dtype)
+        head_dim = one.head_dim if hasattr(one, "head_dim") else one.attention_head_size
+        rpe = build_rpe(config, head_dim, query.out_features // head_dim, device=weight.device, dtype=dtype)
         one.rpe_q, one.rpe_k, one.rpe_v = (rp and rp.train(one.training) for rp in rpe)
         # the name of the attention function is read from the configuration, which all layers share
         one.config_without_irpe, one.config = one.config, copy.copy(one.config)
@@ -90,9 +95,7 @@ def equip(part: Any, config: RPEConfig, attentions: list[nn.Module], grid: tuple
             one.register_forward_pre_hook(attention.map_beside_mask, with_kwargs=True)
     if first:
         if family.swapped:
-            from . import detr
-
-            detr.swap(part)
+            _swapping(family).swap(part)
         else:
             part.register_forward_pre_hook(attention.tell_map, with_kwargs=True)
     entry = {"attentions": [every.index(attn) for attn in attentions], "rpe_config": rpe_config_to_dict(config)}
@@ -117,17 +120,13 @@ def unequip(part: Any) -> None:
             one: Any = attn
             one.config = one.config_without_irpe
             del one.config_without_irpe, one.rpe_q, one.rpe_k, one.rpe_v
-            _remove_hook(one, attention.map_beside_mask)
-    _remove_hook(part, attention.tell_map)
+            attention.remove_hook(one, attention.map_beside_mask)
+    attention.remove_hook(part, attention.tell_map)
     if family_of(part).swapped:
-        from . import detr
-
-        detr.swap_back(part)
+        _swapping(family_of(part)).swap_back(part)
     if hasattr(part.config, "irpe"):
         del part.config.irpe
 
 
-def _remove_hook(module: nn.Module, function: Any) -> None:
-    for key, hook in list(module._forward_pre_hooks.items()):
-        if hook is function:
-            del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+def _swapping(family: Family) -> Any:
+    return importlib.import_module(f".{family.swapped}", __package__)

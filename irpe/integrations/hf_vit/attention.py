@@ -21,6 +21,16 @@ class Map(NamedTuple):
     height: int
     width: int
     output_attentions: bool
+    frames: int | None = None  # of a video, in tokens
+    positions: Tensor | None = None  # (B, L, 3): where its tokens are, if some are left out
+
+    def places(self) -> dict[str, Any]:
+        """Height, width, size and positions as `rpe_attention` takes them."""
+        if self.positions is not None:
+            return dict(positions=self.positions)
+        if self.frames is not None:
+            return dict(size=(self.frames, self.height, self.width), positions=None)
+        return dict(height=self.height, width=self.width, positions=None)
 
 
 class OnMap(NamedTuple):
@@ -44,6 +54,24 @@ def tell_map(part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     rows, columns = patch if isinstance(patch, Iterable) else (patch, patch)
     height, width = image.shape[-2] // rows, image.shape[-1] // columns
     return args, {**kwargs, "irpe_map": Map(height, width, wants_attentions(part.config, kwargs))}
+
+
+def remove_hook(module: nn.Module, function: Any) -> None:
+    """Takes a pre-hook out of a module, if it is there."""
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if hook is function:
+            del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+
+
+class View:
+    """A module with some attributes replaced, for one call."""
+
+    def __init__(self, module: Any, **replaced: Any) -> None:
+        self._module = module
+        self.__dict__.update(replaced)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
 
 
 def map_beside_mask(attn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -78,6 +106,8 @@ def attention(
     """
     if isinstance(attention_mask, OnMap):
         attention_mask, irpe_map = attention_mask
+    if irpe_map is None:
+        irpe_map = getattr(module, "irpe_map", None)  # of a view of the module, made for this call
     if not hasattr(module, "rpe_k"):
         raise RuntimeError(
             f'{type(module).__name__} has attn_implementation="{NAME}", but no tables: leave the implementation as it '
@@ -97,17 +127,17 @@ def attention(
         )
     if (module.is_causal if is_causal is None else is_causal) and attention_mask is None:
         attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
-    of_map: dict[str, Any] = dict(height=irpe_map.height, width=irpe_map.width)
+    places = irpe_map.places()
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     rpe = module.rpe_q, module.rpe_k, module.rpe_v
     if irpe_map.output_attentions:
-        written_out = _Encodings.of(query, key, *rpe, of_map | dict(positions=None))
+        written_out = _Encodings.of(query, key, *rpe, places)
         query, scaled_key = query * scaling, key * scaling
         bias = written_out.bias(query, scaled_key, attention_mask)
         out, weights = written_out.formula(query, key, value, *bias, dropout)
         return out.transpose(1, 2).contiguous(), weights
     out = rpe_attention(
-        query, key, value, *rpe, **of_map, scale=scaling, attn_mask=attention_mask, dropout_p=dropout
+        query, key, value, *rpe, **places, scale=scaling, attn_mask=attention_mask, dropout_p=dropout
     )  # fmt: skip
     return out.transpose(1, 2).contiguous(), None
 

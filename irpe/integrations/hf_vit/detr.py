@@ -12,21 +12,10 @@ from typing import Any
 from torch import Tensor
 from transformers.models.detr.modeling_detr import DetrForSegmentation, DetrModel
 
-from .attention import Map, wants_attentions
+from .attention import Map, View, wants_attentions
 
 
-class _View:
-    """A module with some attributes replaced, for one call."""
-
-    def __init__(self, module: Any, **replaced: Any) -> None:
-        self._module = module
-        self.__dict__.update(replaced)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-
-class _DetrView(_View):
+class _DetrView(View):
     _size: tuple[int, int] | None = None
 
     def input_projection(self, feature: Tensor) -> Tensor:
@@ -62,7 +51,7 @@ class RPEDetrForSegmentation(DetrForSegmentation):
 
     @functools.wraps(DetrForSegmentation.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        view = _View(self, detr=_View(self.detr, model=_DetrView(self.detr.model)))
+        view = View(self, detr=View(self.detr, model=_DetrView(self.detr.model)))
         return DetrForSegmentation.forward(view, *args, **kwargs)
 
     @classmethod

@@ -18,8 +18,10 @@ class Family:
     attention: str
     prefix: int  # number of tokens in front of the map, without registers
     registers: bool = False  # whether there are `config.num_register_tokens` more
-    swapped: bool = False  # the class of a part has to change, because only its forward knows the map
+    swapped: str = ""  # the file here that changes classes of a part, because only their forward knows the map
     hands_on: bool = True  # the attention gives its keyword arguments to the attention function
+    query: str = "q_proj"  # the attention's projection of queries
+    ndim: int = 2  # axes of the map
 
     @property
     def attention_name(self) -> str:
@@ -47,8 +49,16 @@ FAMILIES = (
     ),
     Family("clip.modeling_clip", ("CLIPVisionModel",), "encoder.layers", "CLIPAttention", 1),
     Family("siglip.modeling_siglip", ("SiglipVisionModel",), "encoder.layers", "SiglipAttention", 0, hands_on=False),
-    Family(_DETR, ("DetrModel",), "encoder.layers", "DetrSelfAttention", 0, swapped=True),
-    Family(_DETR, ("DetrForSegmentation",), "detr.model.encoder.layers", "DetrSelfAttention", 0, swapped=True),
+    Family(
+        "videomae.modeling_videomae", ("VideoMAEModel",), "encoder.layer", "VideoMAESelfAttention", 0,
+        swapped="videomae", query="query", ndim=3,
+    ),
+    Family(
+        "vjepa2.modeling_vjepa2", ("VJEPA2Model",), "encoder.layer", "VJEPA2RopeAttention", 0,
+        swapped="vjepa2", query="query", ndim=3,
+    ),
+    Family(_DETR, ("DetrModel",), "encoder.layers", "DetrSelfAttention", 0, swapped="detr"),
+    Family(_DETR, ("DetrForSegmentation",), "detr.model.encoder.layers", "DetrSelfAttention", 0, swapped="detr"),
 )  # fmt: skip
 
 _WINDOWS = "its attention runs in windows that move between layers"
@@ -79,6 +89,11 @@ def lookup(module: nn.Module) -> tuple[str, Family | str] | None:
         if (name := class_name(cls)) in _KNOWN:
             return name, _KNOWN[name]
     return None
+
+
+def own_class(module: nn.Module) -> type:
+    """The class that transformers gave a module, whatever `equip` has made of it."""
+    return getattr(type(module), "irpe_original", type(module))
 
 
 def family_of(part: nn.Module) -> Family:
