@@ -1,15 +1,17 @@
-"""convert_tables(state_dict, old, new): learned tables for another mapping, other heads, other places."""
+"""convert_tables(state_dict, old, new): learned tables for another mapping, other axes, other heads, other places."""
 
+import math
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .config_io import rpe_config_from_string
-from .irpe import METHOD, Number, RPEConfig, SingleRPEConfig, get_num_buckets, get_offset_ids_2d
+from .irpe import _AXES, _CROSS_PARTS, METHOD, RPEConfig, SingleRPEConfig, _of_axis, get_bucket_map, get_num_buckets
 
-_KEY = re.compile(r"((?:.*\.)?)(rpe_[qkv])\.(?:(rp_rows|rp_cols)\.)?lookup_table_(weight|bias)")
+_KEY = re.compile(rf"((?:.*\.)?)(rpe_[qkv])\.(?:({'|'.join(_CROSS_PARTS)})\.)?lookup_table_(weight|bias)")
 
 
 def convert_tables(
@@ -19,6 +21,7 @@ def convert_tables(
     *,
     height: int | None = None,
     width: int | None = None,
+    size: int | Sequence[int] | None = None,
     num_heads: int | None = None,
     head_dim: int | None = None,
     drop: bool = False,
@@ -36,10 +39,19 @@ def convert_tables(
     product. Else it is the nearest thing: product to euc averages directions, product to cross keeps what a row and a
     column say apart. Buckets without a pair on the map stay zero, as in a new model: name the largest map that matters.
 
+    Maps with other axes have the last ones in common: (height, width) of a video are those of its frames. Tables of
+    images become those of videos by meaning the same whatever the offset in time ("inflated"), and those of videos
+    become those of images by what they say within a frame. On a video of equal frames an inflated attention gives each
+    of them the output that the image had: there are as many equal keys as frames, each with its share of the weight.
+    Prefix tokens are no frames: each has to be there as many times as frames (`skip` times frames) to weigh the same.
+
     | from | to | tables |
     |---|---|---|
     | any method and ratio | the same | copied whole |
-    | | another | as above; needs `height` and `width` |
+    | | another | as above; needs `height` and `width`, or `size` |
+    | product or cross, 2 axes | the same, 3 | inflated: copied for each offset in time; cross's new table is zero |
+    | product, 3 axes | the same, 2 | the tables of offset 0 in time |
+    | any | other axes | as above, over the pairs of `size` |
     | shared by all heads | one for each | copied; needs `num_heads` |
     | one for each head | shared | refused unless all are equal: heads have no dimensions in common |
     | contextual | bias, or back | refused: one is a vector that meets queries or keys, the other a number |
@@ -52,7 +64,7 @@ def convert_tables(
             tables keep dtype and device.
         old_config, new_config: from `get_rpe_config`, with the `skip` of the tables, or in string form: then tables
             have the bucket of prefix tokens if the old ones have it.
-        height, width: of the map, in tokens.
+        height, width: of the map, in tokens; size: instead, one number for each axis of `new_config`.
         num_heads: H, where there is a table for each head, and there was none before.
         head_dim: D, where encodings are added and no old table tells it.
         drop: True leaves out the tables of encodings that `new_config` does not have.
@@ -62,8 +74,10 @@ def convert_tables(
             describe, or none at all.
     """
     old, new = _as_config(old_config, "old_config"), _as_config(new_config, "new_config")
-    if (height is None) != (width is None):
-        raise ValueError(f"height={height}, width={width}: give both or neither")
+    if (height is None) != (width is None) or (height is not None and size is not None):
+        raise ValueError(f"height={height}, width={width}, size={size}: give both or neither, or size alone")
+    if height is not None and width is not None:
+        size = (height, width)
     attentions: dict[str, dict[str, dict[str | None, Tensor]]] = {}  # prefix, rpe_q and so on, rows or cols or None
     for key, value in state_dict.items():
         if match := _KEY.fullmatch(key):
@@ -74,7 +88,8 @@ def convert_tables(
             attentions.setdefault(prefix, {}).setdefault(name, {})[part] = value
     if not attentions:
         raise ValueError("the state dict has no tables of iRPE (rpe_k.lookup_table_weight and the like)")
-    options = _Options(height, width, num_heads, head_dim)
+    numbers = None if size is None else (size,) if isinstance(size, int) else tuple(size)
+    options = _Options(numbers, num_heads, head_dim)
     result: dict[str, Tensor] = {}
     for key, value in state_dict.items():
         match = _KEY.fullmatch(key)
@@ -104,8 +119,7 @@ def _as_config(config: RPEConfig | str, name: str) -> RPEConfig:
 
 
 class _Options(NamedTuple):
-    height: int | None
-    width: int | None
+    size: tuple[int, ...] | None
     num_heads: int | None
     head_dim: int | None
 
@@ -119,13 +133,21 @@ class _Encoding(NamedTuple):
 
 
 def _parts(single: SingleRPEConfig) -> dict[str | None, METHOD]:
+    """The method of each table, by the name of its module."""
     if single.method == METHOD.CROSS:
-        return {"rp_rows": METHOD.CROSS_ROWS, "rp_cols": METHOD.CROSS_COLS}
+        return dict(list(zip(_CROSS_PARTS, _AXES, strict=True))[-single.ndim :])
     return {None: single.method}
 
 
-def _mapping(single: SingleRPEConfig) -> tuple[METHOD, Number, Number, Number]:
-    return single.method, single.alpha, single.beta, single.gamma
+def _sizes(single: SingleRPEConfig) -> list[int]:
+    """Buckets of each table, the one of prefix tokens not counted."""
+    numbers = (single.alpha, single.beta, single.gamma, single.ndim)
+    return [get_num_buckets(method, *numbers) for method in _parts(single).values()]
+
+
+def _axes(single: SingleRPEConfig) -> list[tuple[float, ...]]:
+    """alpha, beta, gamma of each axis."""
+    return [_of_axis(axis, single.alpha, single.beta, single.gamma) for axis in range(-single.ndim, 0)]
 
 
 def _buckets_first(name: str, single: SingleRPEConfig) -> tuple[int, ...]:
@@ -136,25 +158,26 @@ def _buckets_first(name: str, single: SingleRPEConfig) -> tuple[int, ...]:
 
 
 def _read(found: dict[str | None, Tensor], single: SingleRPEConfig, name: str, described: bool) -> _Encoding:
-    parts, size = _parts(single), get_num_buckets(*_mapping(single))
+    parts, sizes = _parts(single), _sizes(single)
     if found.keys() != parts.keys():
         raise ValueError(f"{name} has other tables than old_config says, which has the method {single.method!r} there")
-    sizes = {single.num_buckets} if described else {size, size + 1}
     order, tables = _buckets_first(name, single), []
-    for part in parts:
+    for part, size in zip(parts, sizes, strict=True):
         table = found[part]
         shape = tuple(table.shape)
-        if len(shape) != len(order) or shape[order[0]] not in sizes or (single.shared_head and shape[0] != 1):
+        counts = [size + (single.skip > 0)] if described else [size, size + 1]
+        if len(shape) != len(order) or shape[order[0]] not in counts or (single.shared_head and shape[0] != 1):
             raise ValueError(
-                f"a table of {name} has shape {shape}; old_config has {' or '.join(map(str, sorted(sizes)))} buckets "
+                f"a table of {name} has shape {shape}; old_config has {' or '.join(map(str, counts))} buckets "
                 f"there, the one of prefix tokens counted, and shared_head={single.shared_head}: name the ratio, "
                 "method, shared_head and skip that it was made with"
             )
         table = table.permute(order)
         tables.append(table.unsqueeze(-1) if single.mode == "bias" else table)
-    if len({len(table) for table in tables}) > 1:
-        raise ValueError(f"the two tables of {name} have different numbers of buckets")
-    return _Encoding(single, tables, len(tables[0]) > size)
+    skips = {len(table) > size for table, size in zip(tables, sizes, strict=True)}
+    if len(skips) > 1:
+        raise ValueError(f"the tables of {name} have different numbers of buckets")
+    return _Encoding(single, tables, skips.pop())
 
 
 def _convert(
@@ -209,8 +232,7 @@ def _zeros(name: str, single: SingleRPEConfig, skip: bool, given: list[_Encoding
         size("num_heads", heads, options.num_heads, not single.shared_head),
         size("head_dim", dims, options.head_dim, single.mode != "bias"),
     )
-    shape = (get_num_buckets(*_mapping(single)) + skip, *heads_and_dim)
-    return [given[0].tables[0].new_zeros(shape) for _ in _parts(single)]
+    return [given[0].tables[0].new_zeros(size + skip, *heads_and_dim) for size in _sizes(single)]
 
 
 def _for_heads(table: Tensor, old: SingleRPEConfig, new: SingleRPEConfig, name: str, options: _Options) -> Tensor:
@@ -233,12 +255,15 @@ def _for_heads(table: Tensor, old: SingleRPEConfig, new: SingleRPEConfig, name: 
 
 def _remap(one: _Encoding, new: SingleRPEConfig, skip: bool, options: _Options) -> list[Tensor]:
     """The tables under the mapping of `new`, with the bucket of prefix tokens if `skip`."""
-    old, like = one.single, one.tables[0]
-    size = get_num_buckets(*_mapping(old))
-    tables, last = [table[:size] for table in one.tables], [table[size:] for table in one.tables]
-    if _mapping(old) != _mapping(new):
-        tables = [table.to(like.dtype) for table in _closest(tables, old, new, options)]
-        both = torch.stack(last).double().sum(0)  # cross adds the buckets of its two tables
+    like, sizes = one.tables[0], _sizes(one.single)
+    tables = [table[:size] for table, size in zip(one.tables, sizes, strict=True)]
+    last = [table[size:] for table, size in zip(one.tables, sizes, strict=True)]
+    if (copied := _copied(tables, one.single, new)) is not None:
+        tables = copied
+        last = [torch.zeros_like(last[0])] * (len(tables) - len(last)) + last
+    else:
+        tables = [table.to(like.dtype) for table in _closest(tables, one.single, new, options)]
+        both = torch.stack(last).double().sum(0)  # cross adds the buckets of its tables
         last = [(both / len(tables)).to(like.dtype)] * len(tables)
     if not skip:
         return tables
@@ -247,33 +272,60 @@ def _remap(one: _Encoding, new: SingleRPEConfig, skip: bool, options: _Options) 
     return [torch.cat(pair) for pair in zip(tables, last, strict=True)]
 
 
+def _copied(tables: list[Tensor], old: SingleRPEConfig, new: SingleRPEConfig) -> list[Tensor] | None:
+    """The tables where `new` has the mapping of `old`, on the axes that they have in common; None where it has not."""
+    common = min(old.ndim, new.ndim)
+    if old.method != new.method or _axes(old)[-common:] != _axes(new)[-common:]:
+        return None
+    more = _axes(new)[:-common] or _axes(old)[:-common]  # the axes that only one of them has
+    if not more or old.method in _AXES:
+        return tables
+    if old.method == METHOD.PRODUCT:
+        buckets = [2 * int(beta) + 1 for _, beta, _ in more]
+        if new.ndim > old.ndim:
+            return [tables[0].repeat(math.prod(buckets), 1, 1)]
+        return [tables[0].unflatten(0, (*buckets, -1))[tuple(n // 2 for n in buckets)]]
+    if old.method == METHOD.CROSS and new.ndim > old.ndim:
+        zeros = [tables[0].new_zeros(size, *tables[0].shape[1:]) for size in _sizes(new)[: len(more)]]
+        return zeros + tables
+    return None
+
+
 def _closest(tables: list[Tensor], old: SingleRPEConfig, new: SingleRPEConfig, options: _Options) -> list[Tensor]:
     """Least squares over the pairs of tokens of the map, in float64."""
-    height, width = options.height, options.width
-    if height is None or width is None:
+    size = options.size
+    if size is None:
         raise ValueError(
-            "another method or ratio: pass height= and width= of the map in tokens, whose pairs decide what is closest"
+            "another method or ratio, or axes that cannot be copied: pass height= and width= of the map in tokens, or "
+            "size=, whose pairs decide what is closest"
         )
+    if len(size) != new.ndim:
+        raise ValueError(f"size={size}, but new_config has ndim={new.ndim}; expected {new.ndim} numbers")
+    size = (1,) * (old.ndim - new.ndim) + size  # an image is one frame
+    device = tables[0].device
 
     def ids(single: SingleRPEConfig, method: METHOD) -> Tensor:
-        return get_offset_ids_2d(method, height, width, *_mapping(single)[1:], device=tables[0].device).flatten()
+        own = size[-single.ndim :]
+        grid = get_bucket_map(method, own, 0, single.alpha, single.beta, single.gamma).grid()
+        shape = [2 * n - 1 for n in size]  # offsets on axes that a configuration lacks mean nothing to it
+        return grid.reshape(shape[-single.ndim :]).expand(shape).flatten().to(device, torch.long)
 
     parts = zip(tables, _parts(old).values(), strict=True)
     # of each offset, (P, H', D)
     encoding = torch.stack([table.double()[ids(old, method)] for table, method in parts]).sum(0)
-    rows = height - torch.arange(1 - height, height, device=encoding.device).abs()
-    cols = width - torch.arange(1 - width, width, device=encoding.device).abs()
-    pairs = (rows[:, None] * cols).flatten().double()  # how many pairs of tokens have this offset, (P)
-    means = []
-    for method in _parts(new).values():
-        size = get_num_buckets(method, *_mapping(new)[1:])
+    pairs = torch.ones((), dtype=torch.double, device=device)  # how many pairs of tokens have this offset, (P)
+    for n in size:
+        pairs = pairs.unsqueeze(-1) * (n - torch.arange(1 - n, n, device=device).abs())
+    pairs = pairs.flatten()
+    means, count = [], len(_parts(new))
+    for method, buckets in zip(_parts(new).values(), _sizes(new), strict=True):
         where = ids(new, method)
-        total = pairs.new_zeros(size).index_add(0, where, pairs)
-        mean = encoding.new_zeros(size, *encoding.shape[1:]).index_add(0, where, encoding * pairs[:, None, None])
+        total = pairs.new_zeros(buckets).index_add(0, where, pairs)
+        mean = encoding.new_zeros(buckets, *encoding.shape[1:]).index_add(0, where, encoding * pairs[:, None, None])
         means.append(mean / total.clamp(min=1)[:, None, None])
-        if len(_parts(new)) == 2:
-            # as the count of pairs is a product of rows and columns, the best sum of a row and a column is mean of the
-            # row + mean of the column - mean of all, which both tables share
+        if count > 1:
+            # as the count of pairs is a product over the axes, the best sum of a row and a column is mean of the row +
+            # mean of the column - mean of all, which all tables share; and so on for more axes
             overall = (encoding * pairs[:, None, None]).sum(0) / pairs.sum()
-            means[-1] = torch.where(total[:, None, None] > 0, means[-1] - overall / 2, means[-1])
+            means[-1] = torch.where(total[:, None, None] > 0, means[-1] - overall * (count - 1) / count, means[-1])
     return means
