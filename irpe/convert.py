@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from .config_io import rpe_config_from_string
-from .irpe import _AXES, _CROSS_PARTS, METHOD, RPEConfig, SingleRPEConfig, _of_axis, get_bucket_map, get_num_buckets
+from .irpe import (
+    _AXES,
+    _CROSS_PARTS,
+    METHOD,
+    RPEConfig,
+    SingleRPEConfig,
+    _as_int,
+    _of_axis,
+    get_bucket_map,
+    get_num_buckets,
+)
 
 _KEY = re.compile(rf"((?:.*\.)?)(rpe_[qkv])\.(?:({'|'.join(_CROSS_PARTS)})\.)?lookup_table_(weight|bias)")
 
@@ -301,6 +311,8 @@ def _closest(tables: list[Tensor], old: SingleRPEConfig, new: SingleRPEConfig, o
         )
     if len(size) != new.ndim:
         raise ValueError(f"size={size}, but new_config has ndim={new.ndim}; expected {new.ndim} numbers")
+    names = ("height", "width") if len(size) == 2 else [f"size[{axis}]" for axis in range(len(size))]
+    size = tuple(_as_int(n, name, 1) for n, name in zip(size, names, strict=True))
     size = (1,) * (old.ndim - new.ndim) + size  # an image is one frame
     device = tables[0].device
 

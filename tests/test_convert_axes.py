@@ -202,7 +202,12 @@ def test_the_given_tables_are_left_alone():
         ("rpe-1.9-product-ctx-1-k", "rpe-2.5-product-ctx-1-k-3d", dict(height=2, width=4), r"\(2, 4\), but.*ndim=3"),
         ("rpe-1.9-product-ctx-1-k", "rpe-2.5-product-ctx-1-k-3d", dict(size=8), r"size=\(8,\), but.*ndim=3"),
         ("rpe-1.9-product-ctx-1-k", "rpe-2.5-product-ctx-1-k", dict(height=2, width=4, size=(2, 4)), "or size alone"),
-        ("rpe-1.9-product-ctx-1-k", "rpe-2.5-product-ctx-1-k-3d", dict(size=(0, 2, 4)), "size=0; expected at least 1"),
+        (
+            "rpe-1.9-product-ctx-1-k",
+            "rpe-2.5-product-ctx-1-k-3d",
+            dict(size=(0, 2, 4)),
+            r"size\[0\]=0; expected at least 1",
+        ),
         ("rpe-2.5-product-ctx-1-k-3d", "rpe-2.5-product-ctx-1-k", {}, "old_config has 1331 or 1332 buckets"),
     ],
 )
