@@ -5,7 +5,7 @@ import io
 import platform
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 REMEDY = 'install what the command `irpe` needs, in the folder of irpe: pip install ".[train]"'
 try:
@@ -79,21 +79,32 @@ def show(
         float | None, typer.Option(help="Scale of the piecewise index; by default that of the paper for each method.")
     ] = None,
     skip: Annotated[int, typer.Option(help="Number of tokens in front of the map.")] = 1,
+    frames: Annotated[
+        int | None, typer.Option(help="Of a video, in tokens: draws a slice of the map for each.")
+    ] = None,
     query: Annotated[
         tuple[int, int] | None, typer.Option(metavar="ROW COLUMN", help="The token to look from, counted from 0.")
     ] = None,
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("runs/buckets.png"),
 ) -> None:
     """Draw which bucket each offset of query and key falls in, and count the buckets that are used."""
-    from . import viz
+    from . import viz, viz_axes
 
     names = list(dict.fromkeys(method or viz.RATIOS))
     if max(height, width) > 256:
         raise typer.BadParameter(f"{height}x{width} tokens; expected at most 256 along a side")
-    groups = [checked(viz.bucket_maps, one, height, width, ratio=ratio, skip=skip) for one in names]
+    if frames is not None and not 1 <= frames <= 16:
+        raise typer.BadParameter(f"--frames {frames}; expected 1 to 16")
     if out.suffix.lower() != ".png":
         raise typer.BadParameter(f"--out {out}; expected a file name that ends in .png")
-    path = checked(viz.draw_buckets, out, groups, query)
+    groups: list[Any]
+    if frames is None:
+        groups = [checked(viz.bucket_maps, one, height, width, ratio=ratio, skip=skip) for one in names]
+        path = checked(viz.draw_buckets, out, groups, query)
+    else:
+        size = frames, height, width
+        groups = [checked(viz_axes.video_maps, one, size, ratio=ratio, skip=skip) for one in names]
+        path = checked(viz_axes.draw_slices, out, groups, query and (frames * 3 // 7, *query))
     for one, group in zip(names, groups, strict=True):
         used = " + ".join(str(table.used()) for table in group)
         total = f" = {sum(table.used() for table in group)}" if len(group) > 1 else ""

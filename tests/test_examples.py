@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-NEEDS = {"timm_model": "timm", "transformers_model": "transformers", "detr": "transformers"}
+NEEDS = {"timm_model": "timm", "transformers_model": "transformers", "detr": "transformers", "video": "transformers"}
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ def test_example(file, run_python):
     assert not losses or sum(losses[-3:]) < sum(losses[:3])
 
 
-def test_there_are_four_and_each_fits_a_screen():
-    assert [file.stem for file in EXAMPLES] == ["detr", "plain_torch", "timm_model", "transformers_model"]
+def test_there_are_five_and_each_fits_a_screen():
+    assert [file.stem for file in EXAMPLES] == ["detr", "plain_torch", "timm_model", "transformers_model", "video"]
     for file in EXAMPLES:
         assert len(file.read_text().splitlines()) < 40, file.name
