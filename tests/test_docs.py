@@ -74,3 +74,17 @@ def test_what_migrate_says_of_configurations_and_modules():
     assert repr(build_rpe(config, 64, 6)[1]) in text
     for name in METHOD.__members__:
         assert f"{name}` {METHOD[name].value}" in text.replace("METHOD.", "")
+
+
+def test_code_of_axes():
+    """The blocks one after the other, and what the page says of a video of equal frames."""
+    import torch
+
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "axes.md").read_text(), re.DOTALL):
+        exec(compile(block, "axes.md", "exec"), names)
+    assert names["out"].shape == (1, 2, 61, 16)
+    x = torch.randn(2, 3 * 4, 32)
+    image, video = (names[name].eval() for name in ("image", "video"))
+    torch.testing.assert_close(video(x.repeat(1, 2, 1)), image(x).repeat(1, 2, 1))
+    names["sentences"](torch.randn(1, 7, 32))
