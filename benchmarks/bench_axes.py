@@ -83,7 +83,8 @@ def main() -> None:
         print(f"{name:10} {one['forward']:.3f} s ({ratios[0]:.2f})  {one['both']:.3f} s ({ratios[1]:.2f})"
               f"  {one['memory_mib']:.0f} MiB")  # fmt: skip
     if options.out:
-        machine = next((x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), "")
+        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+        machine = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "")
         about = dict(size=SIZE, B=B, H=H, D=D, rounds=options.rounds, threads=torch.get_num_threads(), cpu=machine)
         about |= dict(torch=torch.__version__, load=os.getloadavg()[0])
         options.out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
