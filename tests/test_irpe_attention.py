@@ -180,7 +180,9 @@ def test_autocast():
 
 def test_signature_is_fixed():
     kinds = {name: p.kind for name, p in inspect.signature(rpe_attention).parameters.items()}
-    assert list(kinds) == ("q k v rpe_q rpe_k rpe_v height width positions scale attn_mask dropout_p backend".split())
+    assert list(kinds) == (
+        "q k v rpe_q rpe_k rpe_v height width size positions scale attn_mask dropout_p backend".split()
+    )
     assert all(kinds[name] == inspect.Parameter.KEYWORD_ONLY for name in list(kinds)[6:])
 
 

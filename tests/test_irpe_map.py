@@ -193,10 +193,10 @@ def test_no_tensor_of_all_pairs_in_a_call(run_python):
             return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024
         torch.set_num_threads(2)
         for method in ("cross", "euc"):
-            rpe = build_rpe(get_rpe_config(method=method, skip=1, rpe_on="qkv"), 8, 1)
-            small = torch.randn(3, 1, 1, 1 + 6 * 4, 8, requires_grad=True)
+            rpe = build_rpe(get_rpe_config(method=method, skip=1, rpe_on="qkv"), 8, 2)
+            small = torch.randn(3, 1, 2, 1 + 6 * 4, 8, requires_grad=True)
             rpe_attention(*small, *rpe, height=6, width=4).sum().backward()  # code and thread pools are loaded now
-            x = torch.randn(3, 1, 1, 1 + 64 * 64, 8, requires_grad=True)
+            x = torch.randn(3, 1, 2, 1 + 64 * 64, 8, requires_grad=True)  # a head for each thread: no sums of parts
             before = peak()
             rpe_attention(*x, *rpe, height=64, width=64).sum().backward()
             print(peak() - before)

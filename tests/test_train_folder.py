@@ -13,7 +13,7 @@ pytest.importorskip("timm")
 pytest.importorskip("sklearn")
 
 from safetensors.torch import load_file
-from train_tiny import SMALL, STILL, environment, irpe, log, pictures
+from train_tiny import SMALL, STILL, environment, irpe, log, pictures, words
 
 from irpe.runs import checkpoint, folder, tensors
 
@@ -37,17 +37,6 @@ def ended(data, tmp_path_factory):
 @pytest.fixture
 def run(ended, tmp_path):
     return shutil.copytree(ended, tmp_path / "run")
-
-
-class Said(str):
-    """What was printed, compared without white space: lines are wrapped anywhere, in frames."""
-
-    def __contains__(self, text):
-        return "".join(text.split()) in "".join(self.split())
-
-
-def words(result):
-    return Said("".join(" " if one in "│╭╮╰╯─\n" else one for one in result.output))
 
 
 def content(place):

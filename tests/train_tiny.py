@@ -71,9 +71,16 @@ def irpe(*arguments):
     return CliRunner().invoke(app, [str(one) for one in arguments], catch_exceptions=False)
 
 
+class Said(str):
+    """What was printed, in one line; what it contains is compared without white space: lines are wrapped anywhere."""
+
+    def __contains__(self, text):
+        return "".join(text.split()) in "".join(self.split())
+
+
 def words(result):
     """What was printed, in one line and without frames."""
-    return " ".join("".join(" " if one in "│╭╮╰╯─\n" else one for one in result.output).split())
+    return Said(" ".join("".join(" " if one in "│╭╮╰╯─\n" else one for one in result.output).split()))
 
 
 def process(*arguments, processes=1, **options):
