@@ -700,7 +700,7 @@ def test_settings():
             tiny(**options)
     with pytest.raises(ValueError, match="--batch-size 4 cannot be shared by 3 processes"):
         trainer_of(settings, World(0, 3, torch.device("cpu")))
-    with pytest.raises(ValueError, match="--batch-size 4 cannot be shared by 1 processes and 3 batches of each"):
+    with pytest.raises(ValueError, match="--batch-size 4 cannot be shared by 1 processes x 3 accumulated batches"):
         trainer_of(tiny(accumulate=3))
     with pytest.raises(ValueError, match="--recipe paper; expected one of finetune, detr, digits"):
         settings_from({"data": "coco"}, "paper")
