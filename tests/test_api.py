@@ -1,0 +1,49 @@
+"""docs/api.md and the public names: each has the other."""
+
+import importlib
+import inspect
+
+import pytest
+from api import MODULES, PAGE, page, public
+
+pytest.importorskip("timm")
+pytest.importorskip("transformers")
+CORE = ["irpe.irpe", "irpe.multihead_attention", "irpe.convert", "irpe.config_io", "irpe.equip"]
+
+
+def test_the_page_has_every_public_name_with_its_line():
+    assert PAGE.read_text(encoding="utf-8") == page(), "`python tests/api.py` writes it"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_what_a_module_exports_is_on_the_page(name):
+    module = importlib.import_module(name)
+    if hasattr(module, "__all__") and MODULES[name][1] is None:
+        assert set(public(name)) == set(module.__all__)
+    assert all(inspect.getdoc(found) for found in public(name).values())
+
+
+@pytest.mark.parametrize(
+    "name", ["irpe.irpe", "irpe.multihead_attention", "irpe.convert", "irpe.config_io", "irpe.equip"]
+)
+def test_functions_and_classes_of_the_core_are_public_or_have_an_underscore(name):
+    """Beside what modules of the package share: adapters are of its own, and their protocol is described at equip."""
+    module = importlib.import_module(name)
+    own = {
+        one
+        for one, found in vars(module).items()
+        if (inspect.isclass(found) or inspect.isfunction(found)) and found.__module__ == name and one[0] != "_"
+    }
+    shared = {"Adapter", "add_encodings", "keep_fused_kernels_away", "remove_encodings", "why_no_encodings"}
+    assert own - set(public("irpe")) <= shared
+
+
+def test_the_copied_operators_have_no_other_public_functions():
+    for name in ("rpe_ops.rpe_index", "rpe_ops.rpe_attention", "rpe_ops.reference"):
+        module = importlib.import_module(name)
+        own = {
+            one
+            for one, found in vars(module).items()
+            if (inspect.isclass(found) or inspect.isfunction(found)) and found.__module__ == name and one[0] != "_"
+        }
+        assert own == set(public(name))
