@@ -9,7 +9,8 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "api.md"
 INTRODUCTION = """# Public names
 
 What stands here stays as it is until a version says otherwise; everything else is internal, with an underscore or
-without. `help(name)` has arguments, shapes, errors and sources. The page is made of the docstrings (`python tests/api.py`).
+without. `help(name)` has arguments, shapes, errors and sources. The page is made of the docstrings
+(`python tests/api.py`).
 """
 # what each module is for, and its public names where it has no __all__
 MODULES = {
