@@ -21,7 +21,12 @@ from .irpe import METHOD, get_bucket_map, get_single_rpe_config
 from .irpe import BucketMap as OffsetMap
 
 RATIOS = {"euc": 20.0, "quant": 33.0, "cross": 20.0, "product": 1.9}  # the paper's, at 14x14 tokens; of others 1.9
-_TITLES = {METHOD.QUANT: "Quantization", METHOD.CROSS_ROWS: "Cross: rows", METHOD.CROSS_COLS: "Cross: columns"}
+_TITLES = {
+    METHOD.QUANT: "Quantization",
+    METHOD.CROSS_ROWS: "Cross: rows",
+    METHOD.CROSS_COLS: "Cross: columns",
+    METHOD.CROSS_DEPTH: "Cross: frames",
+}
 _AXES = torch.floor_divide, torch.remainder  # of a bucket by the number of columns: its row and its column
 _SKIP_COLOR = (0.62, 0.62, 0.62)
 COLORS = ("#7f7f7f", "#d95f02", "#1b6ca8", "#6a3d9a", "#1b9e77", "#a6761d")  # of curves

@@ -10,9 +10,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .irpe import METHOD, get_bucket_map, get_single_rpe_config
-from .viz import _TITLES, RATIOS, _bare, _borders, _compass, _fade, _save
+from .viz import RATIOS, _bare, _borders, _compass, _fade, _save, _title
 
-TITLES = {**_TITLES, METHOD.CROSS_DEPTH: "Cross: frames"}
 _PARTS = (METHOD.CROSS_DEPTH, METHOD.CROSS_ROWS, METHOD.CROSS_COLS)
 
 
@@ -111,7 +110,7 @@ def draw_slices(path: Path, groups: Sequence[tuple[VideoMap, ...]], query: tuple
             _bare(ax)
             if frame == query[0]:
                 ax.plot(query[2], query[1], "o", ms=4, mfc="white", mec="black", mew=1.0)
-        line[0].set_ylabel(f"{TITLES[one.method]},\nratio {one.ratio:g}\n{one.used()} buckets", fontsize=7.5)
+        line[0].set_ylabel(f"{_title(one.method)},\nratio {one.ratio:g}\n{one.used()} buckets", fontsize=7.5)
     for frame, ax in enumerate(figure.axes[:frames]):
         ax.set_title(f"frame {frame}", fontsize=9)
     return _save(figure, path)
