@@ -893,7 +893,7 @@ def rpe_attention(
         bias = None if bias is None else bias.to(q.dtype)
         out = F.scaled_dot_product_attention(q, k, v, bias, dropout_p, scale=scale)
         return out if empty is None else out.masked_fill(empty, 0.0)
-    return rpe.formula(q * scale, k, v, bias, empty, dropout_p)[0]
+    return rpe.formula(q * scale, k, v, bias, empty, lambda weights: F.dropout(weights, dropout_p))[0]
 
 
 class _Encodings(NamedTuple):
@@ -963,13 +963,13 @@ class _Encodings(NamedTuple):
         return mask if bias is None else bias + mask, empty
 
     def formula(
-        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, empty: Tensor | None, dropout_p: float
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Any, empty: Tensor | None, drop: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """(out, weights), (B, H, Lq, D) and (B, H, Lq, Lk), of scaled q and what `bias` has returned."""
+        """(out, weights), (B, H, Lq, D) and (B, H, Lq, Lk), of scaled q, what `bias` has returned, and a dropout."""
         scores = q @ k.transpose(-2, -1)
         weights = (scores if bias is None else scores + bias).softmax(-1)
         if empty is not None:
             weights = weights.masked_fill(empty, 0.0)
-        weights = F.dropout(weights, dropout_p)
+        weights = drop(weights)
         out = weights @ v
         return (out if self.v is None else out + self.v(weights, **self.of_q)), weights

@@ -232,7 +232,7 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
         rpe = _Encodings.of(q, k, self.rpe_q, self.rpe_k, self.rpe_v, size | dict(positions=positions))
         q, k_scaled = q * self.head_dim**-0.5, k * self.head_dim**-0.5
         bias, empty = rpe.bias(q, k_scaled, mask)
-        out, weights = rpe.formula(q, k, v, bias, empty, dropout_p)
+        out, weights = rpe.formula(q, k, v, bias, empty, lambda weights: F.dropout(weights, dropout_p))
         if empty is not None:  # a query without a key is NaN in torch
             out, weights = out.masked_fill(empty, torch.nan), weights.masked_fill(empty, torch.nan)
         return out, weights

@@ -9,6 +9,7 @@ import timm
 import torch
 from equipped import QKV, Equipped, assert_same, fill, gradients, spread, tables_of
 from families import FAMILIES, SHARED, attention_names, images, make, of
+from timm.utils import AttentionExtract
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -230,6 +231,31 @@ class Matrix(Equipped):
         first = model(image)
         torch.manual_seed(3)
         assert torch.equal(model(image), first)
+
+    @pytest.mark.parametrize("hook_type", ["forward", "forward_pre"])
+    def test_attention_maps(self, family, hook_type):
+        """timm's AttentionExtract on modules, where fused_attn=False lets the weights pass through attn_drop."""
+
+        def maps(model):
+            for module in model.modules():
+                if hasattr(module, "fused_attn"):
+                    module.fused_attn = False
+            found = AttentionExtract(model, method="hook", hook_type=hook_type)(image)
+            return found, model(image)
+
+        plain, image = FAMILIES[family].build().eval(), image_of(family)
+        model = equip(copy.deepcopy(plain), QKV).eval()
+        expected, _ = maps(plain)
+        got, _ = maps(model)
+        assert got.keys() == expected.keys() and len(got) >= 1
+        for name in got:
+            torch.testing.assert_close(got[name], expected[name], rtol=1e-12, atol=1e-12)
+        fused = make(family).eval()
+        expected = fused(image)
+        got, out = maps(fused)
+        torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+        for weights in got.values():
+            torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
 
     def test_forward_intermediates(self, family):
         model, image = make(family), image_of(family)

@@ -35,10 +35,12 @@ FEATURES = {
     "test_compiled": "compile",
     "test_compile_fullgraph": "compile",
     "test_compile_fullgraph_with_image_sizes_in_turns": "compile",
+    "test_attention_maps": "attention maps",
+    "test_features_of_a_block_and_its_attention": "fx",
     "test_export": "export",
     "test_export_with_dynamic_batch": "export",
 }
-LIBRARIES = {"test_timm": "timm", "test_hf": "transformers", "test_torch": "torch and torchvision"}
+LIBRARIES = {"test_timm": "timm", "test_fx": "timm", "test_hf": "transformers", "test_torch": "torch and torchvision"}
 
 outcomes: dict[tuple[str, str], dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
 

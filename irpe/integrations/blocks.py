@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..irpe import RPEConfig, RPEModule, build_rpe, rpe_attention
+from ..irpe import RPEConfig, RPEModule, _Encodings, build_rpe, rpe_attention
 from .axes import why_not_axes
 
 
@@ -32,10 +32,15 @@ class EncodedAttention:
         """Attention with the encodings, its heads side by side: (B, H, L, D) each -> (B, L, H * D)."""
         if is_causal:  # as in timm's own formula, a mask that is given beside it is not used
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-        x = rpe_attention(
-            q, k, v, self.rpe_q, self.rpe_k, self.rpe_v, height=height, width=width, scale=self.scale,
-            attn_mask=mask, dropout_p=self.attn_drop.p if self.training else 0.0,
-        )  # fmt: skip
+        rpe = (self.rpe_q, self.rpe_k, self.rpe_v)
+        places: dict[str, Any] = dict(height=height, width=width)
+        if getattr(self, "fused_attn", True):
+            dropout_p = self.attn_drop.p if self.training else 0.0
+            x = rpe_attention(q, k, v, *rpe, **places, scale=self.scale, attn_mask=mask, dropout_p=dropout_p)
+        else:  # weights pass through attn_drop, where hooks look at them
+            written_out = _Encodings.of(q, k, *rpe, places | dict(positions=None))
+            bias, empty = written_out.bias(q * self.scale, k * self.scale, mask)
+            x, _ = written_out.formula(q * self.scale, k, v, bias, empty, self.attn_drop)
         return x.transpose(1, 2).flatten(2)
 
 

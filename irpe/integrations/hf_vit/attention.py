@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -134,7 +135,7 @@ def attention(
         written_out = _Encodings.of(query, key, *rpe, places)
         query, scaled_key = query * scaling, key * scaling
         bias = written_out.bias(query, scaled_key, attention_mask)
-        out, weights = written_out.formula(query, key, value, *bias, dropout)
+        out, weights = written_out.formula(query, key, value, *bias, lambda weights: F.dropout(weights, dropout))
         return out.transpose(1, 2).contiguous(), weights
     out = rpe_attention(
         query, key, value, *rpe, **places, scale=scaling, attn_mask=attention_mask, dropout_p=dropout
