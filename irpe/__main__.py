@@ -1,4 +1,4 @@
-"""The command `irpe`: train, evaluate, predict, export, compare, sweep, detect, show and info."""
+"""The command `irpe`: train, evaluate, predict, export, compare, sweep, detect, bench, show and info."""
 
 import importlib.metadata
 import io
@@ -13,7 +13,7 @@ try:
     from rich.table import Table
 
     from ._version import __version__
-    from .cli import compare, detect, export, predict, sweep, train
+    from .cli import bench, compare, detect, export, predict, sweep, train
     from .cli.common import checked, console, new_folder
 except ImportError as error:
     raise SystemExit(f"irpe: {error}; {REMEDY}") from None
@@ -53,6 +53,7 @@ app.command()(export.export)
 app.command()(compare.compare)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(sweep.sweep)
 app.command()(detect.detect)
+app.command()(bench.bench)
 
 
 def main() -> None:

@@ -52,6 +52,7 @@ def predict(
     """
     with sentences() as printer:
         from ..prediction import Detector, pictures_in, read
+        from ..runs.world import device_of
         from ..saving import load
 
         check_place(json_file, csv_file)
@@ -60,7 +61,7 @@ def predict(
         said = getattr(model, "predict", None)
         if said is None:
             raise ValueError(f"{source} is a {type(model).__name__}, neither a classifier nor a detector")
-        model.to(_device(device))
+        model.to(device_of(device))
         detects = isinstance(said, Detector)
         if annotations is not None and not detects:
             raise ValueError("--annotations: only detectors have boxes; leave it out")
@@ -94,20 +95,6 @@ def predict(
             printer.print(f"unreadable: {words}", soft_wrap=True)
         if bad:
             raise typer.Exit(1)
-
-
-def _device(name: str) -> Any:
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device {name}; expected auto, cpu, cuda or cuda:NUMBER") from None
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: no CUDA device is visible; expected cpu")
-    return found
 
 
 def _batches(files: Sequence[Path], size: int) -> Iterator[Sequence[Path]]:

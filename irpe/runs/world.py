@@ -74,7 +74,7 @@ def started(device: str) -> Iterator[World]:
     """
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     local = int(os.environ.get("LOCAL_RANK", 0))
-    chosen = _device(device, local)
+    chosen = device_of(device, local)
     if size == 1:
         yield World(0, 1, chosen)
         return
@@ -86,7 +86,8 @@ def started(device: str) -> Iterator[World]:
     dist.destroy_process_group()
 
 
-def _device(name: str, local: int) -> torch.device:
+def device_of(name: str, local: int = 0) -> torch.device:
+    """The device of an option --device, of the process `local` of this machine; ValueError where it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
