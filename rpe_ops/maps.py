@@ -84,7 +84,7 @@ def look_up(table: Tensor, place: Map) -> Tensor:
     """Y[b, h, i, j] = table[b, h, i, ids[i, j]] by torch.gather, which wants int64 ids: a slice of rows at a time."""
     if isinstance(place, Tensor):
         return table.gather(-1, place.long().expand(*table.shape[:2], *place.shape))
-    return _LookUp.apply(table, *tensor_and_numbers(place, place[3]))
+    return (_look_up if torch.compiler.is_compiling() else _LookUp.apply)(table, *tensor_and_numbers(place, place[3]))
 
 
 def sum_up(x: Tensor, place: Map, num_buckets: int) -> Tensor:
@@ -95,7 +95,16 @@ def sum_up(x: Tensor, place: Map, num_buckets: int) -> Tensor:
     if isinstance(place, Tensor):
         zeros = x.new_zeros(*x.shape[:3], num_buckets)
         return zeros.scatter_add(-1, place.long().expand(x.shape), x)
-    return _SumUp.apply(x, *tensor_and_numbers(place, num_buckets))
+    return (_sum_up if torch.compiler.is_compiling() else _SumUp.apply)(x, *tensor_and_numbers(place, num_buckets))
+
+
+# plain, for torch.compile, which refuses functions that have forward derivatives
+def _look_up(table: Tensor, offsets: Tensor, numbers: tuple[int, ...]) -> Tensor:
+    return _joined(table, offsets, numbers, look_up)
+
+
+def _sum_up(x: Tensor, offsets: Tensor, numbers: tuple[int, ...]) -> Tensor:
+    return _joined(x, offsets, numbers, lambda some, ids: sum_up(some, ids, numbers[3]))
 
 
 def _joined(
@@ -111,10 +120,7 @@ class _LookUp(torch.autograd.Function):
     """`look_up` on a grid, which keeps no ids for its gradient: they are built again, a slice at a time."""
 
     generate_vmap_rule = True
-
-    @staticmethod
-    def forward(table: Tensor, offsets: Tensor, numbers: tuple[int, ...]) -> Tensor:
-        return _joined(table, offsets, numbers, look_up)
+    forward = staticmethod(_look_up)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -136,10 +142,7 @@ class _SumUp(torch.autograd.Function):
 
     generate_vmap_rule = True
     setup_context = staticmethod(_LookUp.setup_context)
-
-    @staticmethod
-    def forward(x: Tensor, offsets: Tensor, numbers: tuple[int, ...]) -> Tensor:
-        return _joined(x, offsets, numbers, lambda some, ids: sum_up(some, ids, numbers[3]))
+    forward = staticmethod(_sum_up)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

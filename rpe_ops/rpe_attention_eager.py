@@ -165,7 +165,8 @@ def _dropout(seed: Tensor, shape: Sequence[int], dropout_p: float, dtype: torch.
     """(B, H, Lq, Lk) of 1 / (1 - p), and 0 where hash(seed, b, h, i, j) is below p * 2^24."""
     B, H, Lq, Lk = shape
     count = [torch.arange(n, dtype=torch.int32, device=seed.device) for n in (B * H, Lq, Lk)]
-    low, high = seed.reshape(1).view(torch.int32)
+    seed = seed.reshape(())
+    low, high = (seed << 32 >> 32).int(), (seed >> 32).int()
     key = _mix(_mix(low + (0x9E3779B9 - 2**32)) ^ high)
     key = _mix(key ^ count[0].view(B, H, 1, 1))
     key = _mix(key ^ count[1].view(Lq, 1))
