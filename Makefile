@@ -15,10 +15,10 @@ demo: .venv/ops  ## train a small vision transformer with and without iRPE on re
 	$(BIN)/irpe train
 
 test: .venv/ops  ## every test but the long ones
-	$(PYTEST) -m "not slow and not gpu" --outcomes build/fast.json
+	$(PYTEST) -m "not slow and not gpu" --outcomes=build/fast.json
 
 test-slow: .venv/ops  ## the long ones
-	$(PYTEST) -m "slow and not gpu" --outcomes build/slow.json
+	$(PYTEST) -m "slow and not gpu" --outcomes=build/slow.json
 
 test-full: test test-slow  ## every test that needs no GPU; the support matrix that they make goes to build/support.md
 	$(BIN)/python tests/support.py build/fast.json build/slow.json > build/support.md

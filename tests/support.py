@@ -1,7 +1,7 @@
 """docs/support.md, the matrix of model families and features, made from the outcomes of the tests.
 
-    python -m pytest -m "not slow and not gpu" --outcomes build/fast.json
-    python -m pytest -m "slow and not gpu" --outcomes build/slow.json
+    python -m pytest -m "not slow and not gpu" --outcomes=build/fast.json
+    python -m pytest -m "slow and not gpu" --outcomes=build/slow.json
     python tests/support.py build/fast.json build/slow.json > docs/support.md
 
 A test function that stands in FEATURES and has a parameter `family` (or one whose name ends so) fills a cell: yes where
