@@ -34,10 +34,11 @@ class EncodedAttention:
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
         rpe = (self.rpe_q, self.rpe_k, self.rpe_v)
         places: dict[str, Any] = dict(height=height, width=width)
-        if getattr(self, "fused_attn", True):
+        watched = self.attn_drop._forward_hooks or self.attn_drop._forward_pre_hooks
+        if getattr(self, "fused_attn", True) or not watched:
             dropout_p = self.attn_drop.p if self.training else 0.0
             x = rpe_attention(q, k, v, *rpe, **places, scale=self.scale, attn_mask=mask, dropout_p=dropout_p)
-        else:  # weights pass through attn_drop, where hooks look at them
+        else:  # as in timm's own formula, weights pass through attn_drop, where hooks look at them
             written_out = _Encodings.of(q, k, *rpe, places | dict(positions=None))
             bias, empty = written_out.bias(q * self.scale, k * self.scale, mask)
             x, _ = written_out.formula(q * self.scale, k, v, bias, empty, self.attn_drop)
