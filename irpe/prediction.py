@@ -1,6 +1,5 @@
 """What a model says of pictures: `model.predict` of models that `irpe.load` gives."""
 
-import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,8 +67,7 @@ class Preprocessing:
         """That of `irpe evaluate`: picture -> image (channels, height, width)."""
         from .train.loader import Shape, Transform
 
-        settings: Any = types.SimpleNamespace(in_chans=len(self.mean), interpolation=self.interpolation)
-        return Transform(settings, Shape(self.size, self.mean, self.std, self.crop_pct), training=False)
+        return Transform(Shape(self.size, self.mean, self.std, self.crop_pct), self.interpolation)
 
 
 class Classifier:
@@ -121,9 +119,7 @@ class Classifier:
         Raises:
             ValueError: a file is no picture, or outputs are not numbers.
         """
-        if isinstance(pictures, (list, tuple)):
-            return [guesses for batch in chunks(pictures, batch_size) for guesses in self.of(batch, top)]
-        return self.of([pictures], top)[0]
+        return _of_each(pictures, batch_size, lambda batch: self.of(batch, top))
 
     @torch.inference_mode()
     def of(self, pictures: Sequence[Picture], top: int = 5) -> list[list[Guess]]:
@@ -175,9 +171,7 @@ class Detector:
         Raises:
             ValueError: a file is no picture, or outputs are not numbers.
         """
-        if isinstance(pictures, (list, tuple)):
-            return [found for batch in chunks(pictures, batch_size) for found in self.of(batch, threshold)]
-        return self.of([pictures], threshold)[0]
+        return _of_each(pictures, batch_size, lambda batch: self.of(batch, threshold))
 
     @torch.inference_mode()
     def of(self, pictures: Sequence[Picture], threshold: float = 0.5) -> list[list[Found]]:
@@ -212,6 +206,13 @@ class Detector:
         values = zip(one["scores"].tolist(), one["labels"].tolist(), one["boxes"].tolist(), strict=True)
         boxes = [Found(self.classes[label], score, tuple(box), label) for score, label, box in values]
         return sorted(boxes, key=lambda found: -found.score)
+
+
+def _of_each(pictures: Any, size: int, of: Callable[[Sequence[Picture]], list[Any]]) -> Any:
+    """What `of` says of one picture, or a list of that for several, in batches of at most `size`."""
+    if not isinstance(pictures, (list, tuple)):
+        return of([pictures])[0]
+    return [found for batch in chunks(pictures, size) for found in of(batch)]
 
 
 def read(picture: Picture, mode: str, *, turned: bool = False) -> Any:

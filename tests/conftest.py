@@ -56,6 +56,18 @@ def run_python(fresh, tmp_path):
     return run
 
 
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """The folder of a run of `irpe train` on tiny pictures, beside their folder `data`; for reading alone."""
+    from train_tiny import SMALL, irpe, pictures
+
+    place = tmp_path_factory.mktemp("tiny")
+    data = pictures(place / "data", per_class=8)
+    result = irpe("train", data, *SMALL, "--device", "cpu", "--out", place, "--name", "run")
+    assert result.exit_code == 0, result.output
+    return place / "run"
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from equipped import fill, tables_of
 from torch import nn
 
 from irpe import get_bucket_ids, get_rpe_config
@@ -44,17 +45,6 @@ def make(family, config=QKV, *, tables=True, dtype=torch.float64, **settings):
         nn.init.normal_(one, mean=0.5 * (one.dim() == 1), std=0.3)
     model = model.to(dtype).eval()
     return fill(equip(model, config)) if tables else model
-
-
-def fill(model):
-    torch.manual_seed(1)
-    for table in tables_of(model).values():
-        nn.init.normal_(table)
-    return model
-
-
-def tables_of(model):
-    return {name: one for name, one in model.named_parameters() if "lookup_table" in name}
 
 
 def videos(family, dtype=torch.float64, size=None):

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from PIL import Image
-from train_tiny import SMALL, irpe, pictures, words
+from train_tiny import irpe, words
 
 import irpe as package
 from irpe.drawing import with_boxes
@@ -15,31 +15,22 @@ from irpe.prediction import Found
 pytest.importorskip("timm")
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    place = tmp_path_factory.mktemp("run")
-    data = pictures(place / "data", per_class=8)
-    result = irpe("train", data, *SMALL, "--device", "cpu", "--out", place, "--name", "run")
-    assert result.exit_code == 0, result.output
-    return place / "run"
-
-
 @pytest.fixture
-def files(run):
-    return sorted((run.parent / "data" / "val").rglob("*.png"))
+def files(tiny_run):
+    return sorted((tiny_run.parent / "data" / "val").rglob("*.png"))
 
 
 def predict(*arguments):
     return irpe("predict", *arguments, "--device", "cpu")
 
 
-def test_a_run_as_table_json_and_csv(run, files, tmp_path):
+def test_a_run_as_table_json_and_csv(tiny_run, files, tmp_path):
     places = ("--json", tmp_path / "new" / "all.json", "--csv", tmp_path / "all.csv")
-    result = predict(run, run.parent / "data" / "val", "--top", 2, "--batch-size", 5, *places)
+    result = predict(tiny_run, tiny_run.parent / "data" / "val", "--top", 2, "--batch-size", 5, *places)
     assert result.exit_code == 0, result.output
     values = json.loads((tmp_path / "new" / "all.json").read_text())
     assert [one["file"] for one in values] == [str(file) for file in files]
-    expected = package.load(run).predict(files, top=2)
+    expected = package.load(tiny_run).predict(files, top=2)
     for one, guesses in zip(values, expected, strict=True):
         assert [guess["label"] for guess in one["predictions"]] == [guess.label for guess in guesses]
         assert [guess["score"] for guess in one["predictions"]] == pytest.approx([one.score for one in guesses])
@@ -50,7 +41,7 @@ def test_a_run_as_table_json_and_csv(run, files, tmp_path):
     assert f"{best['label']} {100 * best['score']:.1f} %" in words(result)
 
 
-def test_one_picture_of_any_kind(run, files, tmp_path):
+def test_one_picture_of_any_kind(tiny_run, files, tmp_path):
     """Formats, modes and sizes that the data did not have; the names of files are no markup."""
     image = Image.open(files[0])
     kinds = {"a.jpg": "L", "b.webp": "RGB", "c.bmp": "RGBA", "[red]d.gif": "P", "e.tiff": "I;16"}
@@ -58,22 +49,22 @@ def test_one_picture_of_any_kind(run, files, tmp_path):
         (image.resize((70, 31)) if mode != "I;16" else image.convert("I").convert("I;16")).convert(mode).save(
             tmp_path / name
         )
-    result = predict(run, *sorted(tmp_path.iterdir()), "--top", 1)
+    result = predict(tiny_run, *sorted(tmp_path.iterdir()), "--top", 1)
     assert result.exit_code == 0, result.output
     assert all(name in words(result).replace(" ", "") for name in kinds)
 
 
-def test_an_exported_file(run, files, tmp_path):
+def test_an_exported_file(tiny_run, files, tmp_path):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     for batch in (0, 3):  # any number of images, and three of them
         file = tmp_path / f"model{batch}.onnx"
-        assert irpe("export", run, "--out", file, "--batch", batch).exit_code == 0
+        assert irpe("export", tiny_run, "--out", file, "--batch", batch).exit_code == 0
         facts = json.loads(file.with_name(f"{file.name}.json").read_text())
         assert facts["use"] == f"irpe predict {file.name} picture.jpg" and "crop_pct" in facts["input"]["resize"]
         places = [tmp_path / f"{batch}.json", tmp_path / "run.json"]
         assert predict(file, *files[:7], "--json", places[0], "--batch-size", 4).exit_code == 0
-        assert predict(run, *files[:7], "--json", places[1]).exit_code == 0
+        assert predict(tiny_run, *files[:7], "--json", places[1]).exit_code == 0
         found, expected = (json.loads(place.read_text()) for place in places)
         for one, other in zip(found, expected, strict=True):
             scores, others = (
@@ -88,30 +79,30 @@ def test_an_exported_file(run, files, tmp_path):
     assert "model3.onnx cannot be read" in words(predict(file, files[0]))
 
 
-def test_unreadable_pictures_are_named_and_the_others_told(run, files, tmp_path):
+def test_unreadable_pictures_are_named_and_the_others_told(tiny_run, files, tmp_path):
     (tmp_path / "broken.png").write_bytes(files[0].read_bytes()[:60])
     (tmp_path / "text.jpg").write_text("no picture")
-    result = predict(run, tmp_path, files[0])
+    result = predict(tiny_run, tmp_path, files[0])
     assert result.exit_code == 1
     text = words(result)
     assert "unreadable:" in text and "broken.png" in text and "text.jpg" in text and "digit" in text
     for options, sentence in (
-        ([run, tmp_path / "absent.png"], "absent.png does not exist"),
-        ([run, files[0], "--weights", "ema"], "does not exist"),
-        ([run, files[0], "--annotations", files[0]], "only detectors have boxes"),
+        ([tiny_run, tmp_path / "absent.png"], "absent.png does not exist"),
+        ([tiny_run, files[0], "--weights", "ema"], "does not exist"),
+        ([tiny_run, files[0], "--annotations", files[0]], "only detectors have boxes"),
         ([tmp_path / "nothing" / "there", files[0]], "expected a folder, an .onnx file"),
         ([tmp_path, files[0]], "has neither config.json nor settings.json"),
-        ([run, files[0], "--json", run], "cannot be a file"),
+        ([tiny_run, files[0], "--json", tiny_run], "cannot be a file"),
     ):
         result = predict(*options)
         assert result.exit_code == 2 and sentence in words(result), result.output
-    assert "--device no; expected auto, cpu" in words(irpe("predict", run, files[0], "--device", "no"))
+    assert "--device no; expected auto, cpu" in words(irpe("predict", tiny_run, files[0], "--device", "no"))
     (tmp_path / "empty").mkdir()
-    assert "has no pictures" in words(predict(run, tmp_path / "empty"))
+    assert "has no pictures" in words(predict(tiny_run, tmp_path / "empty"))
 
 
-def test_outputs_that_are_no_numbers(run, files):
-    model = package.load(run)
+def test_outputs_that_are_no_numbers(tiny_run, files):
+    model = package.load(tiny_run)
     with torch.no_grad():
         model.head.bias[0] = float("nan")
     with pytest.raises(ValueError, match="the outputs are not numbers"):

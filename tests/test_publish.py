@@ -9,22 +9,13 @@ import pytest
 import torch
 from fresh import PATIENCE
 from hub_stand_in import hub
-from train_tiny import SMALL, environment, irpe, pictures
+from train_tiny import environment
 
 import irpe as package
 from irpe.publish import card
 
 pytest.importorskip("timm")
 huggingface_hub = pytest.importorskip("huggingface_hub")
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    place = tmp_path_factory.mktemp("run")
-    data = pictures(place / "data", per_class=8)
-    result = irpe("train", data, *SMALL, "--device", "cpu", "--out", place, "--name", "run")
-    assert result.exit_code == 0, result.output
-    return place / "run"
 
 
 def process(code, address, home, folder):
@@ -41,9 +32,11 @@ def process(code, address, home, folder):
 
 
 @pytest.mark.slow
-def test_a_run_goes_to_the_hub_and_comes_back(run, tmp_path):
+def test_a_run_goes_to_the_hub_and_comes_back(tiny_run, tmp_path):
     with hub() as (address, repositories, _):
-        code = f"import irpe; print(irpe.push_to_hub({str(run)!r}, 'user/name', license='mit', text='For *tests*.'))"
+        code = (
+            f"import irpe; print(irpe.push_to_hub({str(tiny_run)!r}, 'user/name', license='mit', text='For *tests*.'))"
+        )
         assert process(code, address, tmp_path / "home", tmp_path).split() == [f"{address}/user/name"]
         files = repositories["user/name"]
         assert {"README.md", "config.json", "irpe.json", "model.safetensors"} <= set(files)
@@ -51,10 +44,10 @@ def test_a_run_goes_to_the_hub_and_comes_back(run, tmp_path):
         text = files["README.md"].decode()
         # the snippet, literally, and what it finds
         (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-        picture = next((run.parent / "data" / "val").rglob("*.png"))
+        picture = next((tiny_run.parent / "data" / "val").rglob("*.png"))
         (tmp_path / "picture.jpg").write_bytes(picture.read_bytes())
         said = process(f"{snippet}\nprint(found[0].label)", address, tmp_path / "other", tmp_path)
-        assert said.split()[-1] == package.load(run).predict(picture)[0].label
+        assert said.split()[-1] == package.load(tiny_run).predict(picture)[0].label
         # a name that is not there
         code = "import irpe\ntry: irpe.load('user/other')\nexcept ValueError as error: print('ValueError', error)\n"
         assert "ValueError user/other is neither here nor on the hub" in process(
@@ -63,9 +56,9 @@ def test_a_run_goes_to_the_hub_and_comes_back(run, tmp_path):
     data = huggingface_hub.ModelCard(text).data
     assert (data.license, data.library_name, data.pipeline_tag) == ("mit", "irpe", "image-classification")
     figures = {one.metric_name: one.metric_value for one in data.eval_results}
-    best = json.loads((run / "result.json").read_text())["best"]["val"]
+    best = json.loads((tiny_run / "result.json").read_text())["best"]["val"]
     assert figures["top-1 accuracy in percent"] == best["top1"]
-    assert "For *tests*." in text and "rpe-1.9-product-ctx-1-k" in text and str(run) not in text
+    assert "For *tests*." in text and "rpe-1.9-product-ctx-1-k" in text and str(tiny_run) not in text
 
 
 def test_the_card_of_a_model_without_figures(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from train_tiny import RPE, SMALL, irpe, pictures
+from train_tiny import RPE, irpe
 
 import irpe as package
 from irpe import equip, rpe_parameters, unequip
@@ -264,30 +264,21 @@ def test_plain_models_are_saved_as_well(tmp_path):
     assert same(package.load(tmp_path / "transformers"), plain, (3, 32, 32))
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    place = tmp_path_factory.mktemp("run")
-    data = pictures(place / "data", per_class=8)
-    result = irpe("train", data, *SMALL, "--device", "cpu", "--out", place, "--name", "run")
-    assert result.exit_code == 0, result.output
-    return place / "run"
-
-
-def test_a_run(run, tmp_path):
+def test_a_run(tiny_run, tmp_path):
     from irpe.runs.tensors import read_safetensors
     from irpe.train.run import settings_of, weights_of
 
-    model = package.load(run)
-    best = read_safetensors(weights_of(run, "best"))
+    model = package.load(tiny_run)
+    best = read_safetensors(weights_of(tiny_run, "best"))
     assert all(torch.equal(one, best[name]) for name, one in model.state_dict().items())
-    last = package.load(run, weights="last").state_dict()
+    last = package.load(tiny_run, weights="last").state_dict()
     assert any(not torch.equal(one, best[name]) for name, one in last.items())
-    _, classes = settings_of(run)
+    _, classes = settings_of(tiny_run)
     assert model.predict.classes == classes == [f"digit{k}" for k in range(4)]
-    files = sorted((run.parent / "data" / "val").rglob("*.png"))
+    files = sorted((tiny_run.parent / "data" / "val").rglob("*.png"))
     guesses = model.predict(files, batch_size=7)
     right = sum(one[0].label == file.parent.name for one, file in zip(guesses, files, strict=True))
-    evaluated = irpe("evaluate", run, "--device", "cpu", "--json", tmp_path / "score.json")
+    evaluated = irpe("evaluate", tiny_run, "--device", "cpu", "--json", tmp_path / "score.json")
     assert evaluated.exit_code == 0
     assert 100 * right / len(files) == pytest.approx(json.loads((tmp_path / "score.json").read_text())["top1"])
     assert all(sum(one.score for one in each) == pytest.approx(1) for each in guesses)
@@ -295,11 +286,13 @@ def test_a_run(run, tmp_path):
     assert model.predict(files[3])[0].label == guesses[3][0].label
     assert model.predict(Image.open(files[3]), top=1)[0].score == pytest.approx(guesses[3][0].score, abs=1e-5)
     # what the run's own README says
-    text = (run / "README.md").read_text().replace("THIS_FOLDER", str(run)).replace("picture.jpg", str(files[0]))
+    text = (
+        (tiny_run / "README.md").read_text().replace("THIS_FOLDER", str(tiny_run)).replace("picture.jpg", str(files[0]))
+    )
     names = {}
     exec("\n".join(line.strip() for line in text.splitlines() if line.startswith(("    import", "    found"))), names)
     assert names["found"] == model.predict(files[0])
-    assert f"irpe predict {run} {files[0]}" in text and "resized to cover 8x13, the middle of 8x12 pixels" in text
+    assert f"irpe predict {tiny_run} {files[0]}" in text and "resized to cover 8x13, the middle of 8x12 pixels" in text
     # what is published is the same model
     package.save(model, tmp_path / "saved")
     again = package.load(tmp_path / "saved")
@@ -307,8 +300,8 @@ def test_a_run(run, tmp_path):
     assert again.predict.preprocessing == model.predict.preprocessing
 
 
-def test_predict_stays_with_its_model(run):
-    model = package.load(run)
+def test_predict_stays_with_its_model(tiny_run):
+    model = package.load(tiny_run)
     twin = copy.deepcopy(model)
     assert twin.predict.model is twin
     assert pickle.loads(pickle.dumps(model)).predict.model is not model

@@ -1,8 +1,5 @@
 """Equipped vision transformers of timm: outputs, gradients, checkpointing, threads, compile, export, copies."""
 
-import copy
-import io
-import pickle
 import threading
 
 import families
@@ -285,33 +282,6 @@ def test_second_backward_through_checkpointing():
     expected = second()
     model.set_grad_checkpointing()
     assert_same(second(), expected)
-
-
-@pytest.mark.parametrize("ran", [False, True])
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
-def test_copies_stand_alone(how, ran):
-    model = make()
-    wide, square = images(8, 32), images(16, 16)
-    if ran:
-        model(square).sum().backward()
-        model.zero_grad()
-    if how == "deepcopy":
-        other = copy.deepcopy(model)
-    elif how == "pickle":
-        other = pickle.loads(pickle.dumps(model))
-    else:
-        file = io.BytesIO()
-        torch.save(model, file)
-        file.seek(0)
-        other = torch.load(file, weights_only=False)
-    assert type(other) is type(model)
-    assert torch.equal(other(wide), model(wide))
-    assert {id(one) for one in other.modules()}.isdisjoint({id(one) for one in model.modules()})
-    nn.init.zeros_(other.blocks[0].attn.rpe_k.lookup_table_weight)
-    expected = model(wide)
-    assert (other(wide) - expected).abs().max() > 1e-9
-    unequip(other)
-    assert torch.equal(model(wide), expected)
 
 
 def test_set_input_size_and_reset_classifier():

@@ -73,7 +73,7 @@ def test_archives_are_read_right_by_several_processes_after_this_one_has_read_th
     source = data.open_data(settings(packed(folder / "train", tmp_path / "all.tar"), val_share=0.25)).train
     expected = [source[k][0].tobytes() for k in range(len(source))]  # the archive is open now
     options = settings("all.tar", loader_workers=2)
-    transform = loader.Transform(options, loader.Shape((8, 12), (0.0,), (1.0,), 1.0), training=False)
+    transform = loader.Transform(loader.Shape((8, 12), (0.0,), (1.0,), 1.0), options.interpolation)
     seen = []
     for batch in loader.eval_loader(source, transform, options, 0, 1, 3):
         seen += [(image[0] * 255).round().byte().numpy().tobytes() for image in batch.images[batch.real]]
@@ -310,7 +310,7 @@ def test_an_order_holds_every_image_once_and_with_repeats_in_a_row():
 def test_evaluation_has_every_image_once_and_as_many_batches_everywhere(folder, size):
     source = data.Subset(data.open_data(settings(folder)).val, range(11))
     options = settings(folder)
-    transform = loader.Transform(options, loader.Shape((8, 12), (0.0,), (1.0,), 1.0), training=False)
+    transform = loader.Transform(loader.Shape((8, 12), (0.0,), (1.0,), 1.0), options.interpolation)
     seen, lengths = [], set()
     for rank in range(size):
         batches = list(loader.eval_loader(source, transform, options, rank, size, 2))

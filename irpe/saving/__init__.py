@@ -162,13 +162,14 @@ def _run(folder: Path, values: Any, weights: str) -> Any:
         return load(found)
     from ..prediction import Preprocessing
     from ..train import model as models
+    from ..train.loader import evaluated
 
     settings, classes = job.settings_of(folder)
     file = job.weights_of(folder, weights)
     settings = replace(settings, pretrained=str(file), grad_checkpointing=False)
     model = models.build(settings, len(classes), strict=True)
     shape = models.shape_of(settings, model)
-    interpolation = settings.interpolation.replace("random", "bicubic")
+    interpolation = evaluated(settings.interpolation)
     preprocessing = Preprocessing(shape.size, shape.mean, shape.std, shape.crop_pct, interpolation)
     return with_classifier(model, classes, preprocessing, len(classes))
 

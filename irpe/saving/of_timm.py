@@ -76,12 +76,13 @@ def load_timm(folder: Path, config: dict[str, Any], note: dict[str, Any]) -> Any
     from timm.data import resolve_model_data_config
 
     from ..prediction import Preprocessing
+    from ..train.loader import evaluated
 
     model = _build_timm(config)
     fill(model, folder)
     data = resolve_model_data_config(model)
     values = {"size": data["input_size"][1:], **{key: data[key] for key in ("mean", "std", "crop_pct")}}
-    values["interpolation"] = str(data["interpolation"]).replace("random", "bicubic")
+    values["interpolation"] = evaluated(str(data["interpolation"]))
     preprocessing = Preprocessing.from_dict(note.get("preprocessing") or values, folder / CONFIG)
     names = config.get("label_names") or note.get("classes")
     return with_classifier(model, names, preprocessing, model.num_classes)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .._version import __version__
 from ..runs.files import write_json
 from . import model as models
+from .loader import evaluated
 from .settings import Settings
 
 FORMATS = {".pt2": "torch.export", ".onnx": "ONNX"}
@@ -93,7 +94,7 @@ def export(
             "name": INPUT, "shape": [batch or "batch", settings.in_chans, *shape.size], "dtype": "float32",
             "scale": "pixels in [0, 1], minus mean, divided by std", "mean": shape.mean, "std": shape.std,
             "resize": "so that it covers size / crop_pct, then the middle of size", "crop_pct": shape.crop_pct,
-            "interpolation": settings.interpolation.replace("random", "bicubic"),
+            "interpolation": evaluated(settings.interpolation),
         },
         "use": f"irpe predict {path.name} picture.jpg",
         "output": {"name": OUTPUT, "shape": [batch or "batch", len(classes)]},

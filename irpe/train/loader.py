@@ -103,23 +103,26 @@ class StreamSamples(IterableDataset[Sample]):
 
 
 class Transform:
-    """timm's transform for training or evaluation, for images of `size` (height, width)."""
+    """timm's transform: picture -> image (channels, height, width).
 
-    def __init__(self, settings: Settings, shape: "Shape", training: bool) -> None:
+    Args:
+        shape: of the images.
+        interpolation: of the resize; "random" is that of training, and bicubic in evaluation.
+        training: the settings whose augmentations are applied; without them that of evaluation.
+    """
+
+    def __init__(self, shape: "Shape", interpolation: str, training: Settings | None = None) -> None:
         from timm.data import create_transform
 
-        self.channels = settings.in_chans
+        settings, self.channels = training, len(shape.mean)
         self.seen: tuple[int, ...] | None = None  # of the resized picture, around what evaluation looks at
-        common: dict[str, Any] = dict(
-            input_size=(settings.in_chans, *shape.size), mean=shape.mean, std=shape.std,
-            interpolation=settings.interpolation,
-        )  # fmt: skip
-        if not training:
-            if settings.interpolation == "random":
-                common["interpolation"] = "bicubic"
-            self.apply = create_transform(**common, crop_pct=shape.crop_pct)
+        common: dict[str, Any] = dict(input_size=(self.channels, *shape.size), mean=shape.mean, std=shape.std)
+        if settings is None:
+            steady = evaluated(interpolation)
+            self.apply = create_transform(**common, interpolation=steady, crop_pct=shape.crop_pct)
             self.seen = tuple(math.floor(side / shape.crop_pct) for side in shape.size)
             return
+        common["interpolation"] = interpolation
         augment = None if settings.auto_augment == "none" else settings.auto_augment
         check_augment(augment)
         # crops are stretched by 3/4 to 4/3 when they become images, whatever the shape of those is
@@ -136,6 +139,11 @@ class Transform:
 
     def __call__(self, image: Any) -> Tensor:
         return self.apply(image if self.seen is None else middle(image, *self.seen))
+
+
+def evaluated(interpolation: str) -> str:
+    """The interpolation of evaluation, where that of training may be drawn anew for each picture."""
+    return "bicubic" if interpolation == "random" else interpolation
 
 
 def middle(image: Image.Image, height: int, width: int) -> Image.Image:

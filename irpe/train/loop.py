@@ -54,7 +54,7 @@ class Trainer(trainer.Trainer):
 
     def batches(self, epoch: int, first: int) -> Iterator[Batch]:
         """What this process takes of an epoch, from step `first` of it on."""
-        transform = Transform(self.settings, self.shape, training=True)
+        transform = Transform(self.shape, self.settings.interpolation, self.settings)
         found = iter(train_loader(self.data.train, transform, self.settings, self.share, epoch=epoch, first=first))
         if isinstance(self.data.train, IterableDataset):
             for _ in range(first * self.settings.accumulate):  # a stream has no other way to the place where it was
@@ -176,7 +176,7 @@ class Trainer(trainer.Trainer):
         return Measured(values, score.top1, words)
 
     def _score(self, model: nn.Module, log: Log, stop: Stop) -> Score:
-        transform = Transform(self.settings, self.shape, training=False)
+        transform = Transform(self.shape, self.settings.interpolation)
         score, bad = evaluate(
             model, self.data.val, transform, self.settings, self.world, num_classes=len(self.data.classes),
             interrupted=lambda: bool(stop()), on_batch=log.measuring,

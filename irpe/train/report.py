@@ -57,7 +57,7 @@ def encodings(
     model: nn.Module, settings: Settings, shape: Shape, source: Any, examples: int = 5, count: int = 32
 ) -> Encodings | None:
     """What the encodings on keys have learned, by `count` images of a source, of which some are shown; or None."""
-    transform = Transform(settings, shape, training=False)
+    transform = Transform(shape, settings.interpolation)
     images = []
     for index in np.linspace(0, len(source) - 1, min(count, len(source))).astype(int):
         try:

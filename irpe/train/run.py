@@ -75,7 +75,9 @@ def train(settings: Settings, make_folder: MakeFolder, resume: str | None, conso
         start = start_of(resume, settings, KIND)
         fresh = dataclasses.replace(settings, pretrained=None) if start.path else settings
         trainer = Trainer(settings, data, models.build(fresh, len(data.classes), say), world)
-        Transform(settings, trainer.shape, training=True)  # refuses what timm cannot make, before there is a folder
+        Transform(
+            trainer.shape, settings.interpolation, settings
+        )  # refuses what timm cannot make, before there is a folder
         sources = (settings.pretrained,)
         with writing(trainer, KIND, start, make_folder, record(trainer), say, sources) as folder:
             trainer.run(folder, console, stop)
@@ -176,7 +178,7 @@ def measure(
             settings = dataclasses.replace(settings, pretrained=str(weights))
         model = models.build(settings, len(data.classes), say, strict=True)
         model.to(world.device)
-        transform = Transform(settings, models.shape_of(settings, model), training=False)
+        transform = Transform(models.shape_of(settings, model), settings.interpolation)
         return evaluate(model, data.val, transform, settings, world, num_classes=len(data.classes))
 
 
