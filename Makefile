@@ -34,15 +34,18 @@ ops: .venv/installed  ## the C++ and CUDA operators, in place: CUDA where nvcc i
 	@touch .venv/ops
 
 ASAN = cd build/asan && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  RPE_OPS_CXXFLAGS="-O1 -g -fsanitize=address" $(CURDIR)/$(BIN)/python -m pytest -q -s -p no:cacheprovider
+	  RPE_OPS_CXXFLAGS="-O1 -g -fsanitize=address" $(CURDIR)/$(BIN)/python
+ASAN_TESTS = $(ASAN) -m pytest -q -s -p no:cacheprovider
 asan: .venv/installed  ## the operators' tests against a build that stops at any read or write out of bounds
 	rm -rf build/asan && mkdir -p build/asan && cp -r rpe_ops build/asan && rm -rf build/asan/rpe_ops/build build/asan/rpe_ops/*.so
 	RPE_OPS_CUDA=0 RPE_OPS_CXXFLAGS="-O1 -g -fsanitize=address -fno-omit-frame-pointer" RPE_OPS_LDFLAGS=-fsanitize=address \
 	  $(BIN)/python build/asan/rpe_ops/setup.py build_ext --inplace
-	$(ASAN) --numprocesses=auto -m "not slow and not gpu" -k "not compile" $(addprefix $(CURDIR)/tests/test_rpe_,index.py index_kernels.py \
+	$(ASAN) -c 'import os; from rpe_ops import _native; assert _native.LOADED["cpu"].startswith(os.getcwd()), _native.LOADED'
+	$(ASAN_TESTS) --numprocesses=auto -m "not slow and not gpu" -k "not compile" $(addprefix $(CURDIR)/tests/test_rpe_,index.py index_kernels.py \
 	  attention.py attention_maps.py)
-	$(ASAN) -k "law or strides" $(CURDIR)/tests/test_rpe_index_cuda.py & index=$$!; \
-	  $(ASAN) -k "5-7 or 1-20 or matrices" $(CURDIR)/tests/test_rpe_attention_cuda.py $(CURDIR)/tests/test_warp_on_host.py && wait $$index
+	$(ASAN_TESTS) -k "law or strides" $(CURDIR)/tests/test_rpe_index_cuda.py & index=$$!; \
+	  $(ASAN_TESTS) -k "5-7 or 1-20 or matrices" $(CURDIR)/tests/test_rpe_attention_cuda.py $(CURDIR)/tests/test_warp_on_host.py; \
+	  attention=$$?; wait $$index && exit $$attention
 
 bench: .venv/ops  ## operators beside torch's own on this CPU, as ratios, and both held down to AVX2: six minutes on two quiet cores; JSON in benchmarks/results/
 	$(BIN)/python benchmarks/bench_rpe_index.py --rounds 8 --no-flat --out benchmarks/results

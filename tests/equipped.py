@@ -90,7 +90,7 @@ class Equipped:
             metafunc.parametrize("copied_family", cls.copied or cls.families())
 
     @pytest.mark.parametrize(
-        ("how", "ran"), [("deepcopy", False), ("deepcopy", True), ("pickle", True), ("torch.save", False)]
+        ("how", "ran"), [("deepcopy", False), ("deepcopy", True), ("pickle", True), ("torch.save", True)]
     )
     def test_copies_stand_alone(self, copied_family, how, ran):
         model = self.make(copied_family)

@@ -245,17 +245,18 @@ class Matrix(Equipped):
 
         plain, image = FAMILIES[family].build().eval(), image_of(family)
         model = equip(copy.deepcopy(plain), QKV).eval()
-        expected, _ = maps(plain)
+        without, _ = maps(plain)
         got, _ = maps(model)
-        assert got.keys() == expected.keys() and len(got) >= 1
+        assert got.keys() == without.keys() and len(got) >= 1
         for name in got:
-            torch.testing.assert_close(got[name], expected[name], rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(got[name], without[name], rtol=1e-12, atol=1e-12)
         fused = make(family).eval()
         expected = fused(image)
         got, out = maps(fused)
         torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
-        for weights in got.values():
+        for name, weights in got.items():  # which the output was made of
             torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+            assert (weights - without[name]).abs().max() > 1e-6
 
     def test_forward_intermediates(self, family):
         model, image = make(family), image_of(family)

@@ -14,7 +14,7 @@ PATIENCE = 900
 
 # -P keeps the working directory off sys.path; an editable installation of this checkout is hidden too
 SERVER = f"""
-import importlib, json, os, signal, sys
+import importlib, json, os, signal, sys, types
 sys.path[:] = [one for one in sys.path if "__editable__" not in one]
 sys.meta_path[:] = [one for one in sys.meta_path if "editable" not in repr(one).lower()]
 import torch
@@ -25,7 +25,7 @@ for wish in map(json.loads, sys.stdin):
     child = os.fork() if {FORK} else 0
     if child == 0:
         break
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    print(wish["number"], os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 else:
     sys.exit()
 for descriptor, file in enumerate((os.devnull, wish["stdout"], wish["stderr"])):
@@ -36,7 +36,10 @@ os.environ.clear()
 os.environ.update(wish["environment"])
 os.chdir(wish["cwd"])
 sys.path[:0] = wish["path"]
-exec(compile(wish["code"], "<test>", "exec"))
+if "numpy.random" in sys.modules:
+    sys.modules["numpy.random"].seed()  # as in a process that has just begun; Python's own does it after a fork
+sys.modules["__main__"] = main = types.ModuleType("__main__")
+exec(compile(wish["code"], "<test>", "exec"), main.__dict__)
 """
 
 FORBID = """
@@ -57,7 +60,7 @@ class Fresh:
     """
 
     def __init__(self, *libraries):
-        self.libraries, self.server = libraries, None
+        self.libraries, self.server, self.served = libraries, None, 0
 
     def start(self):
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -74,19 +77,34 @@ class Fresh:
             err.touch()
             wish = dict(code=prefix + textwrap.dedent(code), cwd=str(cwd), path=[str(one) for one in path])
             wish |= dict(environment=given if environment is None else environment, stdout=str(out), stderr=str(err))
-            status = self.serve(json.dumps(wish) + "\n")
+            status = self.serve(wish)
             return subprocess.CompletedProcess(code, status, out.read_text(), err.read_text())
 
     def serve(self, wish):
+        self.served += 1
+        line = json.dumps(wish | dict(number=self.served)) + "\n"
         if not FORK:
             server = self.start()
-            server.communicate(wish)
+            server.communicate(line)
             return server.returncode
         if self.server is None:
             self.server = self.start()
-        self.server.stdin.write(wish)
-        self.server.stdin.flush()
-        return int(self.server.stdout.readline())
+        try:
+            self.server.stdin.write(line)
+            self.server.stdin.flush()
+            answer = self.server.stdout.readline().split()
+        except BaseException:  # a time limit of pytest: what is answered later belongs to this run
+            self.stop()
+            raise
+        if not answer or int(answer[0]) != self.served:
+            self.stop()
+            raise RuntimeError(f"the server of interpreters has ended, or answers another run: {answer}")
+        return int(answer[1])
+
+    def stop(self):
+        self.server.kill()
+        self.server.wait()
+        self.server = None
 
     def close(self):
         if self.server is not None:

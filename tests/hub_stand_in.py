@@ -13,8 +13,8 @@ SHA = "0123456789abcdef0123456789abcdef01234567"
 
 @contextmanager
 def hub():
-    """(address, {repository: {file: bytes}}, [what was asked])."""
-    repositories, asked = {}, []
+    """(address, {repository: {file: bytes}})."""
+    repositories = {}
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -34,7 +34,6 @@ def hub():
         def do_POST(self):
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             path = urlsplit(self.path).path
-            asked.append(path)
             if path == "/api/repos/create":
                 values = json.loads(body)
                 name = "/".join(filter(None, (values.get("organization"), values["name"])))
@@ -58,7 +57,6 @@ def hub():
 
         def do_GET(self):
             path = unquote(urlsplit(self.path).path)
-            asked.append(path)
             parts = path.strip("/").split("/")
             if parts[0] == "api":
                 name = "/".join(parts[2:4])
@@ -86,7 +84,7 @@ def hub():
     address = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield address, repositories, asked
+        yield address, repositories
     finally:
         server.shutdown()
         server.server_close()

@@ -5,7 +5,8 @@
     python tests/support.py build/fast.json build/slow.json > docs/support.md
 
 A test function that stands in FEATURES and has a parameter `family` (or one whose name ends so) fills a cell: yes where
-all its cases have passed, no where one has not, empty where none ran.
+some of its cases have passed and none failed (others are skipped: what the plain model cannot do either), no where one
+has failed, empty where none ran.
 """
 
 import json
@@ -86,8 +87,9 @@ def page():
     lines = [
         "# What `equip` supports",
         "",
-        "Made by the tests (`make support`), not by hand: **yes** where every case of that family and feature has",
-        "passed, empty where no test looks at it on its own. CI makes it anew and compares.",
+        "Made by the tests (`make support`), not by hand: **yes** where cases of that family and feature have passed",
+        "and none has failed (what the plain model cannot do either is skipped), empty where no test looks at it on",
+        "its own. CI makes it anew and compares.",
     ]
     for library in dict.fromkeys(LIBRARIES.values()):
         rows = {family: cells for (one, family), cells in outcomes.items() if one == library}

@@ -23,27 +23,20 @@ def test_what_a_module_exports_is_on_the_page(name):
     assert all(inspect.getdoc(found) for found in public(name).values())
 
 
-@pytest.mark.parametrize(
-    "name", ["irpe.irpe", "irpe.multihead_attention", "irpe.convert", "irpe.config_io", "irpe.equip"]
-)
+def own(name):
+    """The functions and classes that a module defines, but for those with an underscore."""
+    found = vars(importlib.import_module(name)).items()
+    defined = {key for key, one in found if inspect.isclass(one) or inspect.isfunction(one) if one.__module__ == name}
+    return {key for key in defined if key[0] != "_"}
+
+
+@pytest.mark.parametrize("name", CORE)
 def test_functions_and_classes_of_the_core_are_public_or_have_an_underscore(name):
     """Beside what modules of the package share: adapters are of its own, and their protocol is described at equip."""
-    module = importlib.import_module(name)
-    own = {
-        one
-        for one, found in vars(module).items()
-        if (inspect.isclass(found) or inspect.isfunction(found)) and found.__module__ == name and one[0] != "_"
-    }
     shared = {"Adapter", "add_encodings", "keep_fused_kernels_away", "remove_encodings", "why_no_encodings"}
-    assert own - set(public("irpe")) <= shared
+    assert own(name) - set(public("irpe")) <= shared
 
 
-def test_the_copied_operators_have_no_other_public_functions():
-    for name in ("rpe_ops.rpe_index", "rpe_ops.rpe_attention", "rpe_ops.reference"):
-        module = importlib.import_module(name)
-        own = {
-            one
-            for one, found in vars(module).items()
-            if (inspect.isclass(found) or inspect.isfunction(found)) and found.__module__ == name and one[0] != "_"
-        }
-        assert own == set(public(name))
+@pytest.mark.parametrize("name", ["rpe_ops.rpe_index", "rpe_ops.rpe_attention", "rpe_ops.reference"])
+def test_the_copied_operators_have_no_other_public_functions(name):
+    assert own(name) == set(public(name))

@@ -134,6 +134,9 @@ def test_there_and_back(method):
     assert back.keys() == image.keys()
     if method == "product":
         assert all(torch.equal(back[key], image[key]) for key in image)
+    q, k, v = torch.randn(3, 2, HEADS, 1 + HEIGHT * WIDTH, DIM, dtype=torch.float64)
+    got, expected = (attend(filled(old, tables), q, k, v, (HEIGHT, WIDTH)) for tables in (back, image))
+    assert (got - expected).abs().max() <= 1e-12
 
 
 def pairs_matrix(single, size):

@@ -139,7 +139,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
         "def tell(index, epoch):\n"
         "    print(*[one.pid for one in multiprocessing.active_children()], flush=True)\n"
         "if __name__ == '__main__':\n"
-        "    demo.fit_all([demo.Run('none', 0, 4e-3, epochs=1000, limit=64)], 1, tell)\n"
+        "    demo.fit_all([demo.Run('none', 0, 4e-3, epochs=10**7, limit=64)], 1, tell)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(

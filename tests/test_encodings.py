@@ -9,7 +9,7 @@ import numpy as np
 from timm.models import VisionTransformer
 from torch import nn
 
-from irpe import RPEMultiheadAttention, equip
+from irpe import RPEMultiheadAttention, equip, unequip
 from irpe.encodings import learned
 
 SIDES = ["rpe-1.9-product-ctx-1-k", "rpe-20-cross-ctx-0-qk", "rpe-20-euc-bias-0-k", "rpe-33-quant-ctx-1-k"]
@@ -90,5 +90,6 @@ class OnPlaces(nn.Module):
 
 
 def test_without_encodings_on_keys_of_a_map_there_is_nothing():
-    for model in (vit("rpe-1.9-product-ctx-1-v"), OnPlaces()):
+    plain = vit("rpe-1.9-product-ctx-1-k")
+    for model in (vit("rpe-1.9-product-ctx-1-v"), OnPlaces(), unequip(plain)):
         assert learned(model, images(), images()[:, 0], (0,), "") is None

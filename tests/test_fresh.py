@@ -8,14 +8,17 @@ import support
 
 
 def test_a_run_sees_nothing_of_another_or_of_the_tests(run_python, tmp_path):
-    run_python("import os, sys; torch.seen = os.environ['SEEN'] = '1'; sys.modules['irpe'] = torch; os.chdir('/')")
+    run_python(
+        "import os, sys, torch; torch.seen = os.environ['SEEN'] = '1'; sys.modules['irpe'] = torch; os.chdir('/')"
+    )
     done = run_python(
         """
-        import os, sys
-        print(hasattr(torch, "seen"), "SEEN" in os.environ, "irpe" in sys.modules, "pytest" in sys.modules, os.getcwd())
+        import os, sys, torch
+        print("json" in globals(), hasattr(torch, "seen"), "SEEN" in os.environ)
+        print("irpe" in sys.modules, "pytest" in sys.modules, os.getcwd())
         """
     )
-    assert done.stdout.split() == [*["False"] * 4, str(tmp_path)]
+    assert done.stdout.split() == [*["False"] * 5, str(tmp_path)]
 
 
 def test_how_a_run_ends(run_python):

@@ -26,9 +26,9 @@ from irpe import (
     rpe_config_to_dict,
     rpe_config_to_string,
 )
-from irpe.irpe import _AXES
 from rpe_ops import _native
 
+AXES = {METHOD.CROSS_TIME: -4, METHOD.CROSS_DEPTH: -3, METHOD.CROSS_ROWS: -2, METHOD.CROSS_COLS: -1}
 SIZES = [(7,), (2, 3, 4), (2, 3, 1, 4)]
 SINGLE = [method for method in METHOD if method != METHOD.CROSS]
 
@@ -44,7 +44,7 @@ def bucket(method, offset, ratios):
     if method == METHOD.QUANT:
         return g(sum(d * d for d in offset), ratios[0])
     if method != METHOD.PRODUCT:
-        return g(offset[_AXES[method]], ratios[_AXES[method]])
+        return g(offset[AXES[method]], ratios[AXES[method]])
     number = 0
     for d, ratio in zip(offset, ratios, strict=True):
         number = number * (2 * int(2 * ratio) + 1) + g(d, ratio)
@@ -55,7 +55,9 @@ def loop_ids(method, size, skip, ratios):
     cells = list(itertools.product(*map(range, size)))
     buckets = [[bucket(method, [a - b for a, b in zip(i, j, strict=True)], ratios) for j in cells] for i in cells]
     ids = torch.tensor(buckets)
-    return nn.functional.pad(ids, (skip, 0, skip, 0), value=get_num_buckets(method, *numbers(ratios), len(size)))
+    sides = [2 * int(2 * ratio) + 1 for ratio in ratios]
+    last = math.prod(sides) if method == METHOD.PRODUCT else sides[AXES.get(method, 0)]
+    return nn.functional.pad(ids, (skip, 0, skip, 0), value=last)
 
 
 def numbers(ratios):
@@ -68,8 +70,8 @@ def numbers(ratios):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("method", SINGLE)
 def test_ids_are_those_of_a_loop(method, size, skip):
-    if -_AXES.get(method, 0) > len(size):
-        with pytest.raises(ValueError, match=f"sees axis {_AXES[method]}, but the map has {len(size)}"):
+    if -AXES.get(method, 0) > len(size):
+        with pytest.raises(ValueError, match=f"sees axis {AXES[method]}, but the map has {len(size)}"):
             get_bucket_map(method, size, skip, *numbers([1.9] * len(size)))
         return
     ratios = [1.9] * len(size)

@@ -23,7 +23,7 @@ def loop_id(method, query, key, width, skip, ratio):
     alpha, beta, gamma = ratio, 2 * ratio, 8 * ratio
     b = int(beta)
     if query < skip or key < skip:
-        return get_num_buckets(method, alpha, beta, gamma)
+        return (2 * b + 1) ** 2 if method == "product" else 2 * b + 1
     dr = (query - skip) // width - (key - skip) // width
     dc = (query - skip) % width - (key - skip) % width
     return FORMULAS[method](dr, dc, lambda x: g(x, alpha, beta, gamma), b)

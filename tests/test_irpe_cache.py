@@ -345,7 +345,7 @@ def test_devices_have_their_own_ids(made):
     assert {str(key[-1]) for key in made} == {"cpu", "cuda:0"}
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(None, marks=pytest.mark.slow), True])
 def test_a_graph_with_several_maps(dynamic):
     """Cross has two, other encodings have others, and so have other sizes: all of them constants of one graph."""
     configs = (get_single_rpe_config(20, "cross", skip=1), get_single_rpe_config(2.5, skip=1))

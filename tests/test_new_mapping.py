@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 from conftest import ROOT
+from methods import FORMULAS, METHODS, TABLES
 
 pytest.importorskip("timm")
 pytest.importorskip("matplotlib")
@@ -72,3 +73,8 @@ def test_a_mapping_touches_one_file(tmp_path, run_python):
         text = text.replace(old, new)
     (tmp_path / "irpe" / "irpe.py").write_text(text)
     assert "DONE" in run_python(USE, path=[tmp_path]).stdout
+
+
+def test_the_lists_of_mappings_are_whole():
+    """A name that irpe.py loses would make every test that goes through them quietly shorter."""
+    assert set(TABLES) == set(FORMULAS) and {"euc", "quant", "cross", "product"} <= set(METHODS)

@@ -33,7 +33,7 @@ def process(code, address, home, folder):
 
 @pytest.mark.slow
 def test_a_run_goes_to_the_hub_and_comes_back(tiny_run, tmp_path):
-    with hub() as (address, repositories, _):
+    with hub() as (address, repositories):
         code = (
             f"import irpe; print(irpe.push_to_hub({str(tiny_run)!r}, 'user/name', license='mit', text='For *tests*.'))"
         )

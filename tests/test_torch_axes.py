@@ -1,18 +1,17 @@
 """equip on torch's own attention, where maps have other than two axes: sequences and volumes."""
 
 import copy
-import io
 import itertools
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from equipped import Equipped, fill, gradients, spread
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from irpe import equip, get_bucket_ids, get_rpe_config, unequip
-from irpe.integrations.torch_mha import EquippedMultiheadAttention
 
 E, HEADS = 12, 2
 
@@ -84,13 +83,6 @@ def make(family, config=None, *, tables=True):
     return (fill(equip(model, config or config_of(family), grid=grid)) if tables else model), x
 
 
-def fill(model):
-    for name, one in model.named_parameters():
-        if "lookup_table" in name:
-            nn.init.normal_(one)
-    return model
-
-
 def attentions(model):
     return [one for one in model.modules() if isinstance(one, nn.MultiheadAttention)]
 
@@ -120,10 +112,29 @@ def by_hand(attention, size, skip):
     return forward
 
 
-def gradients(model, out):
-    model.zero_grad()
-    (out * torch.arange(out.numel()).view_as(out).cos()).sum().backward()
-    return {name: one.grad.clone() for name, one in model.named_parameters()}
+class TestEquipped(Equipped):
+    @staticmethod
+    def families():
+        return FAMILIES
+
+    @staticmethod
+    def build(family):
+        return make(family, tables=False)[0]
+
+    @staticmethod
+    def equip(model, family):
+        return equip(model, config_of(family), grid=FAMILIES[family][2])
+
+    @staticmethod
+    def run(model, family):
+        return model(make(family, tables=False)[1])
+
+    @staticmethod
+    def snapshot(model):
+        return [
+            (name, type(one), sorted(vars(one)), list(one._parameters), list(one._modules), len(one._forward_pre_hooks))
+            for name, one in model.named_modules()
+        ]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -144,12 +155,12 @@ def test_zero_tables_change_nothing(family):
 def test_outputs_and_gradients_are_those_of_the_formula(family, shared):
     model, x = make(family, config_of(family, shared=shared))
     got = model(x)
-    found = gradients(model, got)
+    found = gradients(model, spread(got))
     for one in attentions(model):
         one.forward = by_hand(one, *FAMILIES[family][3:])
     expected = model(x)
     assert (got - expected).abs().max() <= 1e-11
-    wanted = gradients(model, expected)
+    wanted = gradients(model, spread(expected))
     for name, one in wanted.items():
         assert (found[name] - one).abs().max() <= 1e-10 * max(1, one.abs().max()), name
     for one in attentions(model):
@@ -161,49 +172,28 @@ def test_outputs_and_gradients_are_those_of_the_formula(family, shared):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_method_reaches_every_head(family, method):
     model, x = make(family, config_of(family, method))
-    got = gradients(model, model(x))
+    got = gradients(model, spread(model(x)))
     axes = len(FAMILIES[family][3]) if method == "cross" else 1
     tables = [name for name in got if "lookup_table" in name]
     assert len(tables) == 2 * 3 * axes
     assert all(got[name].flatten(1).abs().amax(1).min() > 1e-9 for name in tables)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_unequip_gives_the_original_back(family):
-    model, x = make(family, tables=False)
-    before = model(x)
-    equip(model, config_of(family), grid=FAMILIES[family][2])
-    assert all(type(one) is EquippedMultiheadAttention for one in attentions(model))
-    assert torch.equal(unequip(model)(x), before)
-    assert all(type(one) is nn.MultiheadAttention and "rpe_grid" not in vars(one) for one in attentions(model))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_state_dicts(family):
-    model, x = make(family)
-    file = io.BytesIO()
-    torch.save(model.state_dict(), file)
-    file.seek(0)
-    other = equip(make(family, tables=False)[0], config_of(family), grid=FAMILIES[family][2])
-    other.load_state_dict(torch.load(file))
-    assert torch.equal(other(x), model(x))
-
-
 def test_checkpointing():
     model, x = make("vision transformer on volumes")
-    expected = gradients(model, model(x))
+    expected = gradients(model, spread(model(x)))
     model.checkpointing = True
-    for name, one in gradients(model, model(x)).items():
+    for name, one in gradients(model, spread(model(x))).items():
         torch.testing.assert_close(one, expected[name], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compiled(family):
-    torch._dynamo.reset()
     model, x = make(family)
-    expected = gradients(model, model(x))
+    expected = gradients(model, spread(model(x)))
     out = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
-    for name, one in gradients(model, out).items():
+    for name, one in gradients(model, spread(out)).items():
         assert (one - expected[name]).abs().max() <= 1e-10 * max(1, expected[name].abs().max()), name
 
 

@@ -323,7 +323,7 @@ def test_evaluation_has_every_image_once_and_as_many_batches_everywhere(folder, 
 def test_what_an_augmentation_draws_depends_on_the_place_in_the_epoch_alone(folder):
     options = settings_from("deit", {"data": str(folder), "batch_size": 4, **NO_WORKERS})
     source = data.open_data(options).train
-    transform = loader.Transform(options, loader.Shape((8, 12), (0.5,), (0.5,), 1.0), training=True)
+    transform = loader.Transform(loader.Shape((8, 12), (0.5,), (0.5,), 1.0), options.interpolation, options)
 
     def batches(rank=0, size=1, first=0, epoch=3, **more):
         share = seeds.Share(rank, size, 4, 1)
@@ -343,7 +343,9 @@ def test_what_an_augmentation_draws_depends_on_the_place_in_the_epoch_alone(fold
 def test_non_square_grey_and_normalised():
     options = settings_from("small", {"data": "digits", "in_chans": 1, "img_size": "8x12", "crop_scale": 1.0})
     for training in (True, False):
-        transform = loader.Transform(options, loader.Shape((8, 12), (0.25,), (0.5,), 1.0), training=training)
+        transform = loader.Transform(
+            loader.Shape((8, 12), (0.25,), (0.5,), 1.0), options.interpolation, options if training else None
+        )
         image = transform(Image.new("L", (30, 50), 255))
         assert image.shape == (1, 8, 12)
         assert torch.allclose(image, torch.tensor(1.5))
@@ -356,7 +358,7 @@ def stretch(size, scale, picture):
 
     options = settings_from("small", {"data": "digits", "crop_scale": scale})
     shape = loader.Shape(size, (0.0,) * 3, (1.0,) * 3, 1.0)
-    crop = loader.Transform(options, shape, training=True).apply.transforms[0]
+    crop = loader.Transform(shape, options.interpolation, options).apply.transforms[0]
     random.seed(0)
     boxes = [crop.get_params(Image.new("L", picture), crop.scale, crop.ratio) for _ in range(500)]
     found = [(size[1] / width) / (size[0] / height) for _, _, height, width in boxes]
@@ -376,7 +378,7 @@ def test_crop_scale_1_keeps_all_of_a_picture_of_the_same_shape_and_else_the_midd
             assert stretch(size, 1.0, picture) == pytest.approx((1, 1, 1), abs=0.01)
         options = settings_from("small", {"data": "digits", "crop_scale": 1.0})
         shape = loader.Shape(size, (0.0,) * 3, (1.0,) * 3, 1.0)
-        crop = loader.Transform(options, shape, training=True).apply.transforms[0]
+        crop = loader.Transform(shape, options.interpolation, options).apply.transforms[0]
         image = Image.new("L", (2 * size[1], 2 * size[0]))
         assert crop.get_params(image, crop.scale, crop.ratio) == (0, 0, 2 * size[0], 2 * size[1])
         wide = Image.new("L", (3 * size[1], size[0]))
@@ -390,7 +392,7 @@ def test_square_images_are_trained_on_as_timm_does():
     for scale, ratio in ((0.08, None), (0.6, None), (1.0, (1.0, 1.0))):
         options = settings_from("deit", {"data": "digits", "crop_scale": scale})
         shape = loader.Shape((32, 32), (0.5,) * 3, (0.5,) * 3, 1.0)
-        ours = loader.Transform(options, shape, training=True)
+        ours = loader.Transform(shape, options.interpolation, options)
         theirs = create_transform(
             (3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", is_training=True, ratio=ratio,
             scale=(scale, 1.0), hflip=0.5, auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.25, re_mode="pixel",
@@ -410,7 +412,7 @@ def test_square_images_are_trained_on_as_timm_does():
 def test_strips_are_cut_before_they_are_resized(size, shape):
     """In little memory, and to what timm makes of all of them (of the ones that it can be asked for)."""
     options = settings_from("small", {"data": "digits"})
-    ours = loader.Transform(options, loader.Shape(shape, (0.0,) * 3, (1.0,) * 3, 0.875), training=False)
+    ours = loader.Transform(loader.Shape(shape, (0.0,) * 3, (1.0,) * 3, 0.875), options.interpolation)
     if size[0] * size[1] > 1:
         cut = loader.middle(Image.new("L", size), *ours.seen)
         assert cut.width * cut.height < 200_000 and min(cut.size) == min(size)

@@ -94,7 +94,7 @@ def test_encodings_are_what_the_attention_adds(tmp_path, rpe):
     attention = vit.blocks[block].attn
     heard = []
     handle = attention.qkv.register_forward_hook(lambda module, args, output: heard.append(output))
-    transform = loader.Transform(settings, shape, training=False)
+    transform = loader.Transform(shape, settings.interpolation)
     with torch.no_grad():
         vit(transform(found.val[0][0])[None])
         handle.remove()

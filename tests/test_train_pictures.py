@@ -90,7 +90,7 @@ def test_16_bits_in_a_stream(tmp_path):
             archive.addfile(info, io.BytesIO(content))
     more = {"train_split": "train-0.tar", "val_split": "train-0.tar", "num_classes": 2, "train_samples": 1}
     options = settings(f"wds/{tmp_path}", loader_workers=0, crop_pct=1.0, **more)
-    transform = loader.Transform(options, loader.Shape((4, 6), (0.0,), (1.0,), 1.0), training=False)
+    transform = loader.Transform(loader.Shape((4, 6), (0.0,), (1.0,), 1.0), options.interpolation)
     (batch,) = loader.eval_loader(data.open_data(options).val, transform, options, 0, 1, 1)
     assert np.array_equal((batch.images[0, 0] * 255).round().numpy(), ramp()[1])
 
