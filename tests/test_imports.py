@@ -68,7 +68,8 @@ def within(name, allowed):
     return any(name == one or name.startswith(one + ".") for one in allowed)
 
 
-BELOW_COMMANDS = {name for name in map(module_name, FILES) if not within(name, ["irpe.cli", "irpe.__main__"])}
+BELOW_COMMANDS = {module_name(file).removesuffix(".__init__") for file in FILES} - {"irpe", "irpe.__main__"}
+BELOW_COMMANDS = {name for name in BELOW_COMMANDS if not within(name, ["irpe.cli"])}
 for above in ("saving", "publish", "prediction", "drawing", "bench"):
     ALLOWED[f"irpe.{above}"] = {*THIRD_PARTY, *BELOW_COMMANDS}
 

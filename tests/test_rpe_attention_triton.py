@@ -343,10 +343,11 @@ def test_it_says_why_not_here_either(monkeypatch):
 def test_importing_rpe_ops_imports_no_triton_and_needs_none(run_python):
     code = """
 import sys
+import torch
 loaded = "triton" in sys.modules
 import rpe_ops
 assert ("triton" in sys.modules) == loaded
 rpe_ops.rpe_attention.rpe_attention(*torch.randn(3, 1, 1, 4, 8))
 """
-    run_python("import torch\n" + code, path=[ROOT])
+    run_python(code, path=[ROOT])
     run_python(code, path=[ROOT], forbid={"triton"})
