@@ -173,7 +173,7 @@ def gpu_attention(results: Path, in_short: bool = False) -> str:
         where = f"{line['map'].removesuffix('+0')}, B={line['B']}, H={line['H']}"
         cells = [f"{ratios[key]:.3g}" if ratios[key] >= 10 else f"{ratios[key]:.2f}" for key in columns]
         rows.append([f"{where}, {PASSES[line['pass']]}", f"{microseconds:,.0f} us", *cells])
-    return f"{table(['', 'flash', *columns.values()], rows)}\n\n{under.split('; ')[0] if in_short else under}"
+    return f"{table(['', 'flash', *columns.values()], rows)}\n\n{under}"
 
 
 def gpu_models(results: Path) -> str:

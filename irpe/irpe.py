@@ -97,6 +97,18 @@ def _check_piecewise(alpha: float, beta: float, gamma: float) -> None:
         )
 
 
+def _check_numbers(method: METHOD, alpha: Number, beta: Number, gamma: Number, ndim: int) -> None:
+    if not 1 <= _as_int(ndim, "ndim", 1) <= len(_AXES):
+        raise ValueError(f"ndim={ndim}; expected 1 to {len(_AXES)} axes")
+    for name, number in (("alpha", alpha), ("beta", beta), ("gamma", gamma)):
+        one_distance = method in (METHOD.EUCLIDEAN, METHOD.QUANT)
+        if isinstance(number, tuple) and (len(number) != ndim or one_distance):
+            expected = f"one number, or for product and cross one for each of {ndim} axes"
+            raise ValueError(f"{name}={number} for {method!r}; expected {expected}")
+    for axis in range(-ndim, 0):
+        _check_piecewise(*_of_axis(axis, alpha, beta, gamma))
+
+
 def _of_axis(axis: int, *numbers: Number) -> tuple[float, ...]:
     """alpha, beta or gamma of one axis, counted from the last one: -1, -2, ..."""
     return tuple(number[axis] if isinstance(number, tuple) else number for number in numbers)
@@ -132,24 +144,20 @@ class SingleRPEConfig:
         if mode is None:
             raise ValueError(f"unknown mode {self.mode!r}; expected one of {', '.join(_MODES)}")
         object.__setattr__(self, "method", _as_method(self.method))
-        if _as_int(self.ndim, "ndim", 1) > len(_AXES):
-            raise ValueError(f"ndim={self.ndim}; expected 1 to {len(_AXES)} axes")
         for name in ("alpha", "beta", "gamma"):
             number = getattr(self, name)
-            if isinstance(number, (tuple, list)):
-                if len(number) != self.ndim or self.method in (METHOD.EUCLIDEAN, METHOD.QUANT):
-                    expected = f"one number, or for product and cross one for each of {self.ndim} axes"
-                    raise ValueError(f"{name}={number} for {self.method!r}; expected {expected}")
-                object.__setattr__(self, name, tuple(number))
-        for axis in range(-self.ndim, 0):
-            _check_piecewise(*_of_axis(axis, self.alpha, self.beta, self.gamma))
+            object.__setattr__(self, name, tuple(number) if isinstance(number, list) else number)
+        _check_numbers(self.method, self.alpha, self.beta, self.gamma, self.ndim)
         object.__setattr__(self, "mode", mode)
         object.__setattr__(self, "shared_head", bool(self.shared_head))
         object.__setattr__(self, "skip", _as_int(self.skip, "skip", 0))
 
     @property
     def num_buckets(self) -> int:
-        """Number of columns N of each table: the mapping's own buckets, and one more where skip > 0."""
+        """Number of columns N of each table: the mapping's own buckets, and one more where skip > 0.
+
+        ValueError for cross with a ratio for each axis, whose tables differ: ask `iRPE_Cross.parts`.
+        """
         return get_num_buckets(self.method, self.alpha, self.beta, self.gamma, self.ndim) + (self.skip > 0)
 
 
@@ -175,12 +183,12 @@ def get_single_rpe_config(
     ndim: int = 2,
 ) -> SingleRPEConfig:
     """Configuration of one encoding; the arguments are explained at `get_rpe_config`."""
-    numbers = []
-    for one in ratio if isinstance(ratio, (tuple, list)) else (ratio,):
-        if not isinstance(one, (int, float)) or not math.isfinite(one) or one <= 0:
-            raise ValueError(f"ratio={ratio!r}; expected a finite number above 0, such as 1.9, or one for each axis")
-        numbers.append(float(one))
-    alpha, beta, gamma = (tuple(one * n for one in numbers) if len(numbers) > 1 else numbers[0] * n for n in (1, 2, 8))
+    ratios = tuple(ratio) if isinstance(ratio, (tuple, list)) else (ratio,)
+    if not ratios or not all(isinstance(one, (int, float)) and 0 < one < math.inf for one in ratios):
+        raise ValueError(f"ratio={ratio!r}; expected a finite number above 0, such as 1.9, or one for each axis")
+    alpha, beta, gamma = (
+        tuple(float(one) * n for one in ratios) if len(ratios) > 1 else float(ratios[0]) * n for n in (1, 2, 8)
+    )
     return SingleRPEConfig(_as_method(method), mode, shared_head, skip, alpha, beta, gamma, ndim)
 
 
@@ -261,35 +269,14 @@ def get_num_buckets(method: str | METHOD, alpha: Number, beta: Number, gamma: Nu
     >>> get_num_buckets("product", 1.9, 3.8, 15.2)
     49
     """
-    method, sides = _as_method(method), []
+    method = _as_method(method)
+    _check_numbers(method, alpha, beta, gamma, ndim)
     if -_AXES.get(method, -1) > ndim:
         raise ValueError(f"{method!r} sees axis {_AXES[method]}, but the map has {ndim}")
-    for axis in range(-ndim, 0):
-        _check_piecewise(*_of_axis(axis, alpha, beta, gamma))
-        sides.append(2 * int(_of_axis(axis, beta)[0]) + 1)
+    sides = [2 * int(_of_axis(axis, beta)[0]) + 1 for axis in range(-ndim, 0)]
     if method == METHOD.CROSS and len(set(sides)) > 1:
         raise ValueError("cross has tables of different sizes here: ask for METHOD.CROSS_ROWS, METHOD.CROSS_COLS, ...")
     return math.prod(sides) if method == METHOD.PRODUCT else sides[_AXES.get(method, 0)]
-
-
-def get_offset_ids_2d(
-    method: str | METHOD,
-    height: int,
-    width: int,
-    alpha: Number,
-    beta: Number,
-    gamma: Number,
-    dtype: torch.dtype = torch.long,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """ids[h-1+dr, w-1+dc] = bucket of the offset (dr, dc) = (row, column of the query) - (row, column of the key).
-
-    >>> get_offset_ids_2d("product", 2, 2, 1.9, 3.8, 15.2).tolist()
-    [[16, 17, 18], [23, 24, 25], [30, 31, 32]]
-
-    Arguments are those of `get_bucket_ids_2d`. Returns (2h - 1, 2w - 1) ids, the offset 0 in the middle.
-    """
-    return get_bucket_map(method, (height, width), 0, alpha, beta, gamma).grid().to(device, dtype)
 
 
 def _parts(method: METHOD, offsets: Sequence[Tensor], alpha: Number, beta: Number, gamma: Number) -> tuple[Tensor, ...]:
@@ -474,6 +461,13 @@ def _build(kind: str, mapping: str, size: tuple[int, ...], device: torch.device)
     return F.pad(ids, (int(skip), 0, int(skip), 0), value=bucket_map.num_buckets - 1)
 
 
+def _build_aside(*key: Any) -> Tensor:
+    """`_build` in a thread of its own, which no mode of the caller reaches and no trace records: a plain tensor."""
+    with ThreadPoolExecutor(1) as aside:
+        return aside.submit(_build, *key).result()
+
+
+_kept = functools.lru_cache(64)(_build_aside)  # offsets, where rpe_ops is absent
 # compiled graphs ask rpe_ops: torch 2.11 would say True in all of them
 _is_exporting = torch.compiler.is_exporting if _constants is None else _constants.is_exporting
 
@@ -490,10 +484,10 @@ def _is_open(size: Any) -> bool:
 
 def _open_ids(mapping: str, num_buckets: int, columns: int, size: tuple[Any, ...], device: torch.device) -> Tensor:
     """ids (L, L) for the sizes that an ONNX file is run with, by operators of integers, which every runtime has."""
-    _, skip, _, _, gamma = mapping.split()
-    ends = (math.ceil(max(map(float, gamma.split(",")))) + 2,) * len(size)  # offsets beyond have the bucket of these
-    with ThreadPoolExecutor(1) as aside:  # which is not recorded
-        offsets = aside.submit(_build, "offsets", mapping, ends, device).result()
+    method, skip, _, _, gamma = mapping.split()
+    reach = max(map(float, gamma.split(",")))  # farther offsets have its bucket; of quant it is a square
+    ends = (math.ceil(math.sqrt(reach) if method == "quant" else reach) + 2,) * len(size)
+    offsets = _build_aside("offsets", mapping, ends, device)
     ends, size = ((1, *ends), (1, *size)) if len(size) == 1 else (ends, size)
     grid = BucketMap(offsets, ends, int(skip), num_buckets, columns).grid()
     places = zip(_cells(size, device), ends, strict=True)
@@ -501,7 +495,9 @@ def _open_ids(mapping: str, num_buckets: int, columns: int, size: tuple[Any, ...
     return F.pad(ids.long(), (int(skip), 0, int(skip), 0), value=num_buckets - 1)
 
 
-def _bucket_map(mapping: str, num_buckets: int, columns: int, size: tuple[int, ...], x: Tensor) -> BucketMap | Tensor:
+def _bucket_map(
+    mapping: str, num_buckets: int, columns: int, skip: int, size: tuple[int, ...], x: Tensor
+) -> BucketMap | Tensor:
     """The map on x's device, which `rpe_ops` keeps; ids where it has more than two axes, where its size varies in a
     graph, and in graphs that are saved for others to run.
     """
@@ -515,13 +511,15 @@ def _bucket_map(mapping: str, num_buckets: int, columns: int, size: tuple[int, .
         varies, size = numbers is None, size if numbers is None else numbers
     if varies:
         return _build("symbols", mapping, size, x.device)
-    if _constants is None:
+    if _constants is not None:
+        built = _constants.made(_build_aside, kind, mapping, size, x.device)
+    elif torch.compiler.is_compiling():
         built = _build(kind, mapping, size, x.device)
     else:
-        built = _constants.made(_build, kind, mapping, size, x.device)
+        built = (_kept if kind == "offsets" else _build_aside)(kind, mapping, size, x.device)
     if kind != "offsets":
         return built
-    return BucketMap(built, (1, *size)[-2:], int(mapping.split()[1]), num_buckets, columns)
+    return BucketMap(built, (1, *size)[-2:], skip, num_buckets, columns)
 
 
 def _size(
@@ -536,7 +534,7 @@ def _size(
     if height is not None:
         size = (height, width)  # type: ignore[assignment]
     if size is None:
-        rest = operator.index(tokens) - skip
+        rest = (tokens if ndim == 1 else operator.index(tokens)) - skip  # a row may be of any length in a graph
         side = rest if ndim == 1 else math.isqrt(max(rest, 0))
         if rest < 1 or ndim > 2 or side**ndim != rest:
             remedy = "pass height= and width=" if ndim == 2 else "pass size="
@@ -547,15 +545,15 @@ def _size(
         if _is_open(tokens):
             side = ((tokens - skip) ** (1 / ndim)).round().long()
         return (side,) * ndim
-    size = (size,) if isinstance(size, (int, Tensor)) else tuple(size)
-    if len(size) != ndim:
-        raise ValueError(f"size={size}, but the configuration has ndim={ndim}; expected {ndim} numbers")
+    axes: Any = tuple(size) if isinstance(size, (list, tuple)) else (size,)
+    if len(axes) != ndim:
+        raise ValueError(f"size={axes}, but the configuration has ndim={ndim}; expected {ndim} numbers")
     names = ("height", "width") if ndim == 2 else tuple(f"size[{axis}]" for axis in range(ndim))
-    size = tuple(map(_as_int, size, names, (1,) * ndim))
-    if (total := skip + functools.reduce(operator.mul, size)) != tokens:
-        factors = " * ".join(f"{name}={n}" for n, name in zip(size, names, strict=True))
+    axes = tuple(map(_as_int, axes, names, (1,) * ndim))
+    if (total := skip + functools.reduce(operator.mul, axes)) != tokens:
+        factors = " * ".join(f"{name}={n}" for n, name in zip(axes, names, strict=True))
         raise ValueError(f"skip={skip} + {factors} = {total} tokens, but the input has {tokens}")
-    return size
+    return axes
 
 
 def _rpe_index(input: Tensor, where: BucketMap | Tensor) -> Tensor:
@@ -575,7 +573,7 @@ def _rpe_bucket_sum(input: Tensor, where: BucketMap | Tensor, num_buckets: int) 
     if _takes(where):
         return _operators.rpe_bucket_sum(input, where, num_buckets)
     ids = where if isinstance(where, Tensor) else where.ids(torch.long)
-    if _to_onnx():  # whose scatter_add keeps the last one alone before opset 16
+    if _to_onnx():  # whose scatter_add keeps the last one alone before opset 16; a product with Lq * Lk * N numbers
         member = ids.unsqueeze(-1) == torch.arange(num_buckets, device=ids.device)  # (.., Lq, Lk, N)
         return (input.unsqueeze(-2) @ member.to(input.dtype)).squeeze(-2)
     zeros = input.new_zeros(*input.shape[:3], num_buckets)
@@ -676,7 +674,7 @@ class iRPE(nn.Module):
         where: BucketMap | Tensor
         if positions is None:
             axes = _size(x.shape[2], self.rpe_config, height, width, size)
-            where = _bucket_map(self._mapping, self.num_buckets, self._columns, axes, x)
+            where = _bucket_map(self._mapping, self.num_buckets, self._columns, self.rpe_config.skip, axes, x)
         else:
             where = self._ids_at(x, positions)
         bias = self.mode == "bias"
@@ -738,10 +736,12 @@ class iRPE(nn.Module):
         raise TypeError("torch.jit.script cannot read iRPE: use torch.jit.trace, torch.export or torch.onnx.export")
 
     def extra_repr(self) -> str:
-        where = "on queries or keys" if self.transposed else "on values"
+        where, alpha = "on queries or keys" if self.transposed else "on values", self.rpe_config.alpha
+        alphas = "x".join(f"{a:g}" for a in (alpha if isinstance(alpha, tuple) else (alpha,)))
         return (
             f"{_METHOD_NAMES[self.method]}, {self.mode}, {where}, head_dim={self.head_dim}, num_heads={self.num_heads}"
-            f", num_buckets={self.num_buckets}, skip={self.rpe_config.skip}, alpha={self.rpe_config.alpha:g}"
+            f", num_buckets={self.num_buckets}, skip={self.rpe_config.skip}, alpha={alphas}"
+            f"{'' if self.rpe_config.ndim == 2 else f', ndim={self.rpe_config.ndim}'}"
         )
 
 
@@ -764,15 +764,18 @@ class iRPE_Cross(nn.Module):
             raise ValueError(f"method {method!r} has one table: use iRPE")
         given = kwargs.get("rpe_config")
         ndim = 2 if given is None else getattr(given, "ndim", 2)
-        for name, part in list(zip(_CROSS_PARTS, _AXES, strict=True))[-ndim:]:
-            self.add_module(name, iRPE(head_dim, num_heads, mode, part, **kwargs))
-        last = self.parts()[-1]
+        self._names = _CROSS_PARTS[-ndim:]
+        for name, method in zip(self._names, list(_AXES)[-ndim:], strict=True):
+            self.add_module(name, iRPE(head_dim, num_heads, mode, method, **kwargs))
+        *others, last = self.parts()
         self.method, self.mode, self.transposed = METHOD.CROSS, last.mode, last.transposed
-        self.head_dim, self.num_heads, self.num_buckets = last.head_dim, last.num_heads, last.num_buckets  # of each
+        self.head_dim, self.num_heads = last.head_dim, last.num_heads
+        # of each; None where a ratio for each axis makes them differ
+        self.num_buckets = last.num_buckets if all(one.num_buckets == last.num_buckets for one in others) else None
 
     def parts(self) -> list[iRPE]:
         """The module of each axis."""
-        return list(self.children())  # type: ignore[arg-type]
+        return [self._modules[name] for name in self._names]  # type: ignore[misc]
 
     def tables(self, x: Tensor, *size: Any, **options: Any) -> list[tuple[Tensor, BucketMap | Tensor]]:
         """The pairs (table, map) of rows and of columns, see `iRPE.tables`."""
@@ -888,7 +891,8 @@ def rpe_attention(
         return _attention.rpe_attention(q, k, v, *rpe.tables(q, k), **options)[0]
     bias, empty = rpe.bias(q * scale, k * scale, attn_mask)
     trains = not records and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias))
-    trains = trains or getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0  # forward mode, which sdpa lacks
+    # in forward mode, which sdpa lacks; the name is private, and without it sdpa says so
+    trains = trains or getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0
     if backend == "sdpa" or (backend is None and rpe_v is None and not trains):
         bias = None if bias is None else bias.to(q.dtype)
         out = F.scaled_dot_product_attention(q, k, v, bias, dropout_p, scale=scale)

@@ -69,6 +69,12 @@ def to_onnx() -> bool:
     return torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()
 
 
+def with_sizes_that_vary_in_no_graph(x: Tensor) -> Tensor:
+    """x, marked for torch.compile, which without the mark makes a second graph when another size comes."""
+    x._dynamo_static_indices = {0, 1}  # type: ignore[attr-defined]
+    return x
+
+
 def constant(function: Callable[..., Any]) -> Callable[..., Any]:
     """What torch.compiler.assume_constant_result does: that would import the whole compiler here."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -3,14 +3,15 @@
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _torch
 
-Build = Callable[[str, str, tuple[int, ...], torch.device], Tensor]  # of kind, mapping, size, device
+# of kind, mapping, size, device: a plain tensor, whatever mode or trace the caller is in
+Build = Callable[[str, str, tuple[int, ...], torch.device], Tensor]
 
 
 def made(build: Build, kind: str, mapping: str, size: tuple[int, ...], device: torch.device) -> Tensor:
@@ -19,7 +20,7 @@ def made(build: Build, kind: str, mapping: str, size: tuple[int, ...], device: t
     size: of numbers, see `numbers_of`.
     """
     if not torch.compiler.is_dynamo_compiling():
-        return _kept.get(kind, _build_aside)(build, kind, mapping, size, device)
+        return _kept.get(kind, _made)(build, kind, mapping, size, device)
     name = " ".join(map(str, (build.__module__, kind, mapping, *size, device.type, device.index)))
     for other in " .,-":
         name = name.replace(other, "m" if other == "-" else "_")
@@ -42,22 +43,16 @@ def is_exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
-def _build_aside(build: Build, *key: object) -> Tensor:
-    """Made in a thread of its own, which no mode of the caller reaches: no FakeTensor and no inference tensor gets into
-    the cache, and no trace records how.
-    """
-    with ThreadPoolExecutor(1) as clean:
-        built = clean.submit(build, *key).result()  # type: ignore[arg-type]
-    built._dynamo_static_indices = {0, 1}  # type: ignore[attr-defined]  # torch.compile: sizes that vary in no graph
-    return built
+def _made(build: Build, *key: Any) -> Tensor:
+    return _torch.with_sizes_that_vary_in_no_graph(build(*key))
 
 
 # offsets are small, ids of all pairs of tokens are not
-_kept = {"offsets": functools.lru_cache(1024)(_build_aside), "ids": functools.lru_cache(16)(_build_aside)}
+_kept = {"offsets": functools.lru_cache(1024)(_made), "ids": functools.lru_cache(16)(_made)}
 
 
 @_torch.constant
-def _add_constant(name: str, *key: object) -> None:
+def _add_constant(name: str, *key: Any) -> None:
     """For torch.compile, which names a constant after the function it comes from: a function for this map alone.
 
     It stays for good: compiled graphs are thrown away with the function that their constant came from.
@@ -65,7 +60,7 @@ def _add_constant(name: str, *key: object) -> None:
     if not hasattr(_add_constant, name):
 
         def constant() -> Tensor:
-            return _kept.get(key[1], _build_aside)(*key)  # type: ignore[call-overload]
+            return _kept.get(key[1], _made)(*key)
 
         constant.__code__ = constant.__code__.replace(co_name=name)
         setattr(_add_constant, name, _torch.constant(constant))

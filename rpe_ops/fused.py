@@ -106,12 +106,12 @@ def attention(
         if not takers:
             return rpe_attention_eager.attention(q, k, v, on_q, on_k, on_v, **settings)
         call = call._replace(backend=takers[0])
-    function = RPEAttention.apply
-    if torch.compiler.is_compiling():
-        # one tensor twice, a map of q and k or q that is k, is more than torch.compile takes
+    compiling = torch.compiler.is_compiling()
+    if compiling:  # one tensor twice, a map of q and k or q that is k, is more than torch.compile takes
         k, v, maps = k.view_as(k), v.view_as(v), [x.view_as(x) for x in maps]
-        # and where nothing is trained it calls forward with one argument too many
-        function = function if trains else RPEAttention.forward
+    # without a derivative to come autograd is a third of a small call, and torch.compile adds an argument to forward
+    plain = not trains and (compiling or not (_torch.transforms_active() or _torch.forward_mode()))
+    function = RPEAttention.forward if plain else RPEAttention.apply
     out, _, *sums = function(call, q, k, v, mask, seed, *tables, *maps)
     return out, [] if weights_v else sums
 

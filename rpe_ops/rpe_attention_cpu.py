@@ -83,7 +83,8 @@ def _in_bfloat16() -> bool:
         return False  # RPE_OPS_ISA names what the machine lacks: calls say so, an import does not
 
 
-IN_BFLOAT16 = _in_bfloat16()  # bfloat16 is multiplied as such; else as float32
+# bfloat16 is multiplied as such, else as float32; as at the import, though kernels read RPE_OPS_ISA in every call
+IN_BFLOAT16 = _in_bfloat16()
 
 
 def _empty_heads(q: Tensor, tokens: int) -> Tensor:

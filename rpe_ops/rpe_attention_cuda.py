@@ -69,7 +69,8 @@ def why_not_call(call: Any, q: Tensor, tables: list[Tensor]) -> str | None:
             return f"takes {_PLACES} rows and columns of buckets, those of skip tokens counted"
         pieces = height * ((width + 15) // 16) + (skip + 15) // 16
         if height > _MOST_HEIGHT or width > _MOST_WIDTH or pieces > _MOST_PIECES:
-            return f"takes maps up to 128 x 128, and here is {height} x {width} behind {skip} tokens"
+            most = f"{_MOST_HEIGHT} high, {_MOST_WIDTH} wide, and of {16 * _MOST_PIECES} tokens, rows filled up to 16"
+            return f"takes maps up to {most}; here is {height} x {width} behind {skip} tokens"
     return None
 
 

@@ -24,6 +24,8 @@ FIVE_STEPS = """
         torch.testing.assert_close(rpe_attention(q, k, v, rpe_q, rpe_k, rpe_v, height=3, width=5), out)
         out.sum().backward()
         assert rpe_q.state_dict().keys() and all(p.grad.any() for p in rpe_k.parameters())
+        first, again = (rpe_k.tables(q, height=3, width=5)[0][1] for _ in range(2))
+        assert first.offsets is again.offsets  # made once
     for ndim, size in ((1, (7,)), (3, (2, 3, 4))):
         rpe_q, rpe_k, rpe_v = build_rpe(get_rpe_config(skip=1, rpe_on="qkv", ndim=ndim), head_dim=8, num_heads=2)
         q, k, v = torch.randn(3, 2, 2, 1 + torch.tensor(size).prod(), 8)

@@ -452,6 +452,32 @@ def python_calls(function):
     return count
 
 
+def test_calls_without_a_derivative_to_come_pass_autograd_by(kernels, monkeypatch):
+    rpe, tables = encodings()
+    q, k, v = torch.randn(3, 1, HEADS, TOKENS, DIM)
+
+    def attention(q):
+        return rpe_attention(q, k, v, *rpe, **SIZE, backend="triton")
+
+    expected = attention(q).detach()
+
+    def asked(*_):
+        raise RuntimeError("autograd was asked")
+
+    monkeypatch.setattr(fused.RPEAttention, "apply", asked)
+    with torch.no_grad():
+        torch.testing.assert_close(attention(q), expected)
+    with torch.inference_mode():
+        torch.testing.assert_close(attention(q), expected)
+    with pytest.raises(RuntimeError, match="autograd was asked"):
+        attention(q)
+    for table in tables:
+        table.requires_grad_(False)
+    torch.testing.assert_close(attention(q), expected)
+    with pytest.raises(RuntimeError, match="autograd was asked"):
+        attention(q.clone().requires_grad_())
+
+
 @pytest.mark.parametrize(("on", "forward_bound", "backward_bound"), [("k", 130, 135), ("qkv", 190, 155)])
 def test_host_work_of_a_call_is_bounded(kernels, monkeypatch, on, forward_bound, backward_bound):
     """What a GPU waits for where its kernels are short; counted with kernels that do nothing."""

@@ -242,6 +242,38 @@ def test_saved_for_others(size, strict):
     torch.testing.assert_close(program.module()(q, k, v, size), attention(q, k, v, size))
 
 
+class Sequences(Attention):
+    """By all the ways a sequence may say how long it is."""
+
+    def forward(self, q, k, v):
+        for size in (None, q.shape[2] - 1, (q.shape[2] - 1,)):
+            v = v + super().forward(q, k, v, size)
+        return v
+
+
+def test_sequences_of_any_length_are_one_graph():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    attention, graphs = Sequences(1).eval(), []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(attention, fullgraph=True, dynamic=True, backend=count)
+    q, k, v = torch.randn(3, 2, 2, 9, 8)
+    tokens = torch.export.Dim("tokens", min=3, max=512)
+    for strict in (True, False):
+        program = torch.export.export(attention, (q, k, v), dynamic_shapes=[{2: tokens}] * 3, strict=strict).module()
+        for length in (9, 12, 40):
+            q, k, v = torch.randn(3, 2, 2, length, 8)
+            with torch.no_grad():
+                expected = attention(q, k, v)
+                torch.testing.assert_close(program(q, k, v), expected)
+                torch.testing.assert_close(compiled(q, k, v), expected)
+    assert len(graphs) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -254,6 +286,7 @@ def test_saved_for_others(size, strict):
         (dict(height=4, width=6), r"size=\(4, 6\), but the configuration has ndim=3"),
         (dict(height=4, width=6, size=(2, 3, 4)), "give one or the other"),
         (dict(size=(2, 0, 12)), r"size\[1\]=0; expected at least 1"),
+        (dict(size=()), r"size=\(\), but the configuration has ndim=3; expected 3 numbers"),
     ],
 )
 def test_sizes_that_do_not_fit(arguments, message):
@@ -267,6 +300,7 @@ def test_sizes_that_do_not_fit(arguments, message):
     [
         (dict(ndim=0), "ndim=0; expected at least 1"),
         (dict(ndim=5), "ndim=5; expected 1 to 4 axes"),
+        (dict(ratio=()), r"ratio=\(\); expected a finite number above 0"),
         (dict(ratio=(1.9, 1.9, 1.9)), "expected one number, or for product and cross one for each of 2 axes"),
         (dict(ratio=(1.9, 1.9), method="euc"), "expected one number"),
         (dict(ratio=(1.9, -1)), "expected a finite number above 0"),
@@ -275,6 +309,43 @@ def test_sizes_that_do_not_fit(arguments, message):
 def test_configurations_that_do_not_fit(arguments, message):
     with pytest.raises(ValueError, match=message):
         get_rpe_config(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("product", (1.9, 2.9), (3.8, 5.8), (15.2, 23.2), 3), r"alpha=\(1.9, 2.9\) .* one for each of 3 axes"),
+        (("product", 1.9, 3.8, (15.2, 23.2, 15.2), 2), "gamma=.* one for each of 2 axes"),
+        (("quant", (1.9, 1.9), 3.8, 15.2, 2), "alpha=.* expected one number"),
+        (("product", 1.9, 3.8, 15.2, 0), "ndim=0; expected at least 1"),
+        (("product", 1.9, 3.8, 15.2, 5), "ndim=5; expected 1 to 4 axes"),
+    ],
+)
+def test_numbers_that_do_not_fit(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        get_num_buckets(*arguments)
+
+
+def test_cross_whose_axes_differ_has_no_one_number_of_buckets():
+    *_, rpe_v = build_rpe(get_rpe_config((1.0, 1.9, 2.9), "cross", skip=1, rpe_on="v", ndim=3), 8, 2)
+    assert rpe_v.num_buckets is None and [one.num_buckets for one in rpe_v.parts()] == [6, 8, 12]
+    *_, rpe_v = build_rpe(get_rpe_config(1.9, "cross", skip=1, rpe_on="v", ndim=3), 8, 2)
+    assert rpe_v.num_buckets == 8
+    rpe_v.own = nn.Linear(1, 1)  # what somebody adds is no encoding
+    assert [one.num_buckets for one in rpe_v.parts()] == [8, 8, 8]
+
+
+@pytest.mark.parametrize(
+    ("config", "printed"),
+    [
+        (get_rpe_config((1.0, 1.9, 2.9), skip=1, ndim=3), "num_buckets=386, skip=1, alpha=1x1.9x2.9, ndim=3)"),
+        (get_rpe_config(2, ndim=1), "num_buckets=9, skip=0, alpha=2, ndim=1)"),
+        (get_rpe_config((1.9, 2.0)), "num_buckets=63, skip=0, alpha=1.9x2)"),
+    ],
+)
+def test_print_says_the_axes(config, printed):
+    _, rpe_k, _ = build_rpe(config, 8, 2)
+    assert repr(nn.Sequential(rpe_k)).splitlines()[1].endswith(printed), rpe_k
 
 
 @given(

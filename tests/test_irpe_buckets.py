@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from methods import FORMULAS, TABLES
 
-from irpe import METHOD, get_bucket_ids_2d, get_num_buckets, get_offset_ids_2d, piecewise_index
+from irpe import METHOD, get_bucket_ids_2d, get_bucket_map, get_num_buckets, piecewise_index
 
 
 def g(x, alpha, beta, gamma):
@@ -73,7 +73,7 @@ def test_used_ids_of_cross_are_the_count_of_the_paper_s_table_1():
 @pytest.mark.parametrize("method", TABLES)
 def test_offset_map_holds_the_ids_of_every_pair(method):
     height, width = 4, 7
-    offsets = get_offset_ids_2d(method, height, width, 1.9, 3.8, 15.2)
+    offsets = get_bucket_map(method, (height, width), 0, 1.9, 3.8, 15.2).grid()
     ids = ids_of(method, height, width, 0, 1.9)[0]
     assert offsets.shape == (2 * height - 1, 2 * width - 1)
     for i in range(height * width):

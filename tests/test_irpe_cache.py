@@ -65,7 +65,7 @@ def made(monkeypatch):
     made = {}
 
     def build(*key):
-        made[key] = constants._build_aside(*key)
+        made[key] = constants._made(*key)
         return made[key]
 
     monkeypatch.setitem(constants._kept, "offsets", functools.lru_cache(maxsize=16)(build))

@@ -9,7 +9,7 @@ from irpe import (
     build_rpe,
     get_bucket_ids,
     get_bucket_ids_2d,
-    get_offset_ids_2d,
+    get_bucket_map,
     get_rpe_config,
     get_single_rpe_config,
     piecewise_index,
@@ -199,4 +199,4 @@ def test_encodings_of_different_configurations_on_positions():
     q, k, v = torch.randn(3, 2, 3, 12, 8)
     at = rpe_attention(q, k, v, *rpe, positions=grid(3, 4))
     torch.testing.assert_close(at, rpe_attention(q, k, v, *rpe, height=3, width=4))
-    assert get_offset_ids_2d("euc", 3, 4, 20, 40, 160).shape == (5, 7)
+    assert get_bucket_map("euc", (3, 4), 0, 20, 40, 160).grid().shape == (5, 7)

@@ -46,7 +46,12 @@ def exported(model, x, opset, dynamic_axes=None):
         dynamic_axes={"x": dynamic_axes} if dynamic_axes else None,
     )  # fmt: skip
     session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
-    return lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+    def run(x):
+        return torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+    run.bytes = len(file.getvalue())
+    return run
 
 
 def assert_same(run, model, *inputs):
@@ -75,6 +80,16 @@ def test_open_sizes(method, fused):
     # the first two have as many tokens as the example: one map for all would be taken without a word
     others = [torch.randn(*size) for size in ((3, 16, 5, 4), (1, 16, 2, 10), (2, 16, 9, 3), (1, 16, 1, 1))]
     assert_same(run, model, x, *others)
+
+
+def test_maps_of_squared_distances_end_where_their_buckets_do():
+    """quant reaches gamma = 160 at a distance of 13: offsets of 2 * 15 + 1 rows and columns, not of 2 * 162 + 1."""
+    torch.manual_seed(0)
+    model, x = Attention(False, method="quant", ratio=20, rpe_on="k"), torch.randn(1, 16, 4, 5)
+    run = exported(model, x, 15, OPEN)
+    assert_same(run, model, x, torch.randn(1, 16, 17, 15), torch.randn(1, 16, 2, 40))
+    tables = sum(table.numel() * table.element_size() for table in model.parameters())
+    assert run.bytes - tables < 40_000
 
 
 @pytest.mark.parametrize("mode", ["ctx", "bias"])

@@ -93,7 +93,7 @@ def test_maps_that_shared_memory_holds(size, skip, fits):
     call = fused.Call("cuda", 1.0, 0.0, (), numbers, (), False, False, True)
     q, table = torch.empty(1, 1, 1, 64, dtype=torch.half), torch.empty(1, 64, 50)
     reason = rpe_attention_cuda.why_not_call(call, q, [table])
-    assert reason is None if fits else "takes maps up to 128 x 128" in reason
+    assert reason is None if fits else "takes maps up to 512 high, 128 wide" in reason
 
 
 @pytest.mark.parametrize("tables", [(0, 1, 0), (1, 0, 0), (0, 0, 1), (1, 1, 1)])

@@ -29,9 +29,18 @@ namespace {
 
 // ---- raw pointers and sizes
 
+// what these kernels take: other compilers than g++ make the plain ones alone
+Isa isa_of_attention() {
+#ifdef RPE_ATTENTION_X86
+  return isa();
+#else
+  return Isa::plain;
+#endif
+}
+
 Kernels kernels(Storage storage) {
 #ifdef RPE_ATTENTION_X86
-  switch (isa()) {
+  switch (isa_of_attention()) {
     case Isa::avx512_bf16: return storage == Storage::bf16 ? avx512_bf16::kernels(storage) : avx512::kernels(storage);
     case Isa::avx512: return avx512::kernels(storage);
     case Isa::avx2: return avx2::kernels(storage);
@@ -198,13 +207,13 @@ struct Call {
     p.backward = true;
     p.parts = parts_of(p.B * p.H, p.tiles);
     const Shares shares{p.B * p.H, p.parts, int64_t(torch::stable::get_num_threads())};
-    const int64_t bytes = kernel.scratch_bytes(p);
+    const int64_t bytes = kernel.scratch_bytes(p), kept_bytes = kernel.kept_bytes(p);
     // what is kept of heads that several threads work on: in one piece of each thread's first parts, and of every other part
     std::vector<char*> kept(size_t(p.B * p.H * p.parts), nullptr);
     std::vector<Scratch> pieces;
     std::vector<int64_t> split;
     const auto keep = [&](int64_t at) {
-      pieces.emplace_back(kernel.kept_bytes(p));
+      pieces.emplace_back(kept_bytes);
       kept[size_t(at)] = pieces.back().data;
     };
     for (int64_t thread = 0; thread < shares.threads; ++thread) {
@@ -317,7 +326,7 @@ Tensor rpe_attention_shares(Tensor like, int64_t heads, int64_t tokens, int64_t 
 }
 
 // The name of the instruction set that kernels take; q only says that it is asked of the CPU.
-std::string rpe_isa(Tensor) { return kIsaNames[int(isa())]; }
+std::string rpe_isa(Tensor) { return kIsaNames[int(isa_of_attention())]; }
 
 }  // namespace
 }  // namespace rpe_ops

@@ -1,4 +1,4 @@
-// Part of rpe_attention_tile.h: products of bfloat16, added up in float32. Weights, gradients of scores and bucket sums are
+// Part of rpe_attention_kernels.h: products of bfloat16, added up in float32. Weights, gradients of scores and bucket sums are
 // rounded for the products that read them, as flash attention does; all else in a tile stays float32.
 
 typedef uint16_t brain __attribute__((may_alias));
