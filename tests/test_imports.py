@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 THIRD_PARTY = {"timm", "transformers", "matplotlib", "sklearn", "typer", "rich", "numpy", "PIL", "safetensors"}
-THIRD_PARTY |= {"onnxruntime", "torchvision", "huggingface_hub"}
+THIRD_PARTY |= {"onnxruntime", "torchvision", "huggingface_hub", "yaml"}
 RUNS = {"irpe.runs", "irpe.viz", "irpe._version", *THIRD_PARTY}
 ABOVE = RUNS | {"irpe.equip", "irpe.config_io", "irpe.digits"}  # train and detect
 # who may import what, by the longest prefix that fits; torch and the standard library are everyone's

@@ -133,5 +133,5 @@ def test_settings_are_whole_and_go_through_json():
     assert Settings("x", model_arg=("a=1", "b=0.5", "c=true", "d=none", "e=avg")).model_kwargs() == {
         "a": 1, "b": 0.5, "c": True, "d": "none", "e": "avg"
     }  # fmt: skip
-    with pytest.raises(ValueError, match="unknown settings more: they were written by another version"):
+    with pytest.raises(ValueError, match="unknown settings more: of another version, or misspelt"):
         settings_from_dict({"data": "x", "more": 1})

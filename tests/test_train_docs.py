@@ -12,6 +12,8 @@ from train_tiny import MODEL, ONE_STEP, ROOT, TINY, pictures
 from typer.testing import CliRunner
 
 from irpe.__main__ import app
+from irpe.runs.config import read_config
+from irpe.train.settings import Settings
 
 LINES = [
     line
@@ -27,7 +29,7 @@ def of_irpe(line):
 
 
 def test_the_page_has_commands_of_every_kind():
-    assert len(TRAINING) == 8 and len(LINES) == 14
+    assert len(TRAINING) == 11 and len(LINES) == 17
     assert sum(line.startswith("torchrun --nproc-per-node 8 -m irpe") for line in LINES) == 2
 
 
@@ -48,6 +50,17 @@ def test_command_for_one_step(line, tmp_path, monkeypatch):
         assert bare.exit_code == 0, bare.output
         (tmp_path / "runs" / "bare" / "model.safetensors").rename(tmp_path / "weights.safetensors")
         words[words.index("--pretrained") + 1] = "weights.safetensors"
+    if "--config" in words:
+        given = ["train", "pictures", "--recipe", "small", *tiny, "--name", "NAME"]
+        printed = runner.invoke(app, [*given, "--print-config"], catch_exceptions=False)
+        (tmp_path / "mine.yaml").write_text(printed.stdout)
+        assert runner.invoke(app, given, catch_exceptions=False).exit_code == 0
+    if ">" in words:
+        place = words.index(">")
+        result = runner.invoke(app, words[:place], catch_exceptions=False)
+        (tmp_path / words[place + 1]).write_text(result.stdout)
+        assert read_config(tmp_path / words[place + 1], Settings)["model"] == words[words.index("--model") + 1]
+        return
     result = runner.invoke(app, [*words, *tiny], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert "epoch 1: train" in result.output

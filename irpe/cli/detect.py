@@ -2,6 +2,9 @@
 
 import dataclasses
 import importlib.util
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,9 +12,22 @@ import typer
 from rich import box
 from rich.table import Table
 
-from ..detect.settings import DIGITS, RECIPES, RPE, Settings, settings_from, unused
+from ..detect.settings import DIGITS, RECIPES, RPE, Settings, fetched, settings_from, unused
 from .common import OUT, folder_of_run, new_folder
-from .options import FOLDER, Out, Overwrite, Resume, given, recipe_option, sentences, with_settings
+from .options import (
+    FOLDER,
+    Config,
+    Out,
+    Overwrite,
+    PrintConfig,
+    Resume,
+    check_recipe,
+    given,
+    print_settings,
+    recipe_option,
+    sentences,
+    with_settings,
+)  # fmt: skip
 
 
 def _detect(
@@ -48,6 +64,8 @@ def _detect(
     name: Annotated[str | None, typer.Option(help="Folder of this one inside --out.", rich_help_panel=FOLDER)] = None,
     overwrite: Overwrite = False,
     resume: Resume = None,
+    config: Config = None,
+    print_config: PrintConfig = False,
     **settings: Any,
 ) -> None:
     """Train and evaluate DETR with iRPE in its encoder on DATA in COCO's format; without DATA, digits on photographs.
@@ -58,13 +76,15 @@ def _detect(
     _ask_for_packages()
     with sentences() as printer:
         from ..detect import run as job
+        from ..runs.config import check_fetched, from_files
         from ..runs.folder import locked
         from ..runs.settings import refuse_two_digits
 
         if data is not None:
             refuse_two_digits(data)
         options = given(settings)
-        several = data is None and not evaluate_only and write_digits is None
+        own = from_files(config, None if data is None and write_digits else resume, job.KIND, Settings)
+        several = data is None and "data" not in own and not evaluate_only and write_digits is None
         if rpe and len(rpe) > 1 and not several:
             raise ValueError(f"--rpe was given {len(rpe)} times; a run on DATA has one encoding")
         if seeds is not None and not several:
@@ -81,7 +101,14 @@ def _detect(
             )
         if rpe and not several:
             options["rpe"] = rpe[0]
-        chosen = settings_from(options | {"data": data or DIGITS}, recipe)
+        check_recipe(recipe, own)
+        where = {"data": data or own.get("data", DIGITS)}
+        chosen = settings_from(own | options | where, recipe or own.get("recipe"))
+        if own:
+            check_fetched(chosen, options, fetched(chosen))
+        if print_config:
+            print_settings(chosen)
+            return
         released = chosen.pretrained is not None and Path(chosen.pretrained).is_file()
         if words := unused(options, chosen, released=released):
             raise ValueError("; ".join(words))
@@ -92,7 +119,8 @@ def _detect(
             sides = tuple(dict.fromkeys(rpe or ("none", RPE)))
             for side in sides:
                 dataclasses.replace(chosen, rpe=side)  # refuses what is no encoding, before anything is trained
-            with locked(folder):
+            again = shlex.join(["--out", str(folder.parent), "--name", folder.name, "--resume", "auto"])
+            with locked(folder), _together(f"the same command with {again}"):
                 rows = job.compare(chosen, sides, seeds or 3, folder, resume, printer)["rows"]
             printer.print(_table(rows))
             printer.print(str(folder / "results.json"), soft_wrap=True)
@@ -109,6 +137,17 @@ def _detect(
 
 
 detect = with_settings(_detect, Settings, RECIPES)
+
+
+@contextmanager
+def _together(command: str) -> Iterator[None]:
+    """Runs that go on together: what stopped one of them says how."""
+    from ..runs.trainer import Stopped
+
+    try:
+        yield
+    except Stopped as stopped:
+        raise Stopped(stopped.signal, stopped.step, stopped.folder, command) from None
 
 
 def _ask_for_packages() -> None:

@@ -24,9 +24,22 @@ Resume = Annotated[
     str | None,
     typer.Option(
         help="auto: go on from the last checkpoint in --out/--name, or begin if there is none. Or the folder of a run, "
-        "or a checkpoint: one of a run goes on in its folder, one that lies elsewhere in a new one.",
+        "or a checkpoint: one of a run goes on in its folder with its settings, one that lies elsewhere in a new one.",
         rich_help_panel=FOLDER,
     ),
+]
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        help="File with options, in YAML (batch-size: 64) or the settings.json of a run; the command line comes first.",
+        rich_help_panel=FOLDER,
+    ),
+]
+PrintConfig = Annotated[
+    bool,
+    typer.Option("--print-config", help="Print all settings as --config takes them, and end.", rich_help_panel=FOLDER),
 ]
 
 
@@ -34,6 +47,20 @@ def recipe_option(recipes: Collection[str]) -> Any:
     """--recipe of a command that has these."""
     words = f"Where options that are not given come from: {', '.join(recipes)}."
     return typer.Option(help=words, rich_help_panel="Recipe")
+
+
+def check_recipe(recipe: str | None, own: Mapping[str, Any]) -> None:
+    """Refuses a --recipe beside a file that has another one, whose values it would not change."""
+    if recipe is not None and own.get("recipe", recipe) != recipe:
+        raise ValueError(f"--recipe {recipe}: the file has recipe {own['recipe']}, and values of its own; leave it out")
+
+
+def print_settings(settings: Any) -> None:
+    """For --print-config, in the first process."""
+    from ..runs.config import as_yaml
+
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(as_yaml(settings), nl=False)
 
 
 def with_settings(

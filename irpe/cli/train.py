@@ -11,7 +11,20 @@ from ..runs.options import flag
 from ..train.settings import RECIPES, Settings, settings_from, settings_from_dict
 from . import demo
 from .common import OUT, ClickException, check_place, folder_of_run, write_json
-from .options import FOLDER, Out, Overwrite, Resume, given, recipe_option, sentences, with_settings
+from .options import (
+    FOLDER,
+    Config,
+    Out,
+    Overwrite,
+    PrintConfig,
+    Resume,
+    check_recipe,
+    given,
+    print_settings,
+    recipe_option,
+    sentences,
+    with_settings,
+)  # fmt: skip
 
 DEMO = "Demo on handwritten digits (without DATA)"
 Data = Annotated[
@@ -57,6 +70,8 @@ def _train(
     name: Name = None,
     overwrite: Overwrite = False,
     resume: Resume = None,
+    config: Config = None,
+    print_config: PrintConfig = False,
     seeds: Annotated[
         int | None,
         typer.Option(min=1, help="Runs of each side, with seeds 0, 1, ... Default: 3.", rich_help_panel=DEMO),
@@ -84,8 +99,9 @@ def _train(
     torchrun --nproc-per-node 8 -m irpe train ... docs/train.md has more examples.
     """
     only_demo = {"seeds": seeds, "workers": workers, "quick": quick or None, "tune": tune or None}
-    if data is None:
-        if strange := [flag(name) for name in given(settings | {"recipe": recipe, "resume": resume})]:
+    if data is None and config is None and resume in (None, "auto"):
+        others = {"recipe": recipe, "resume": resume, "print_config": print_config or None}
+        if strange := [flag(name) for name in given(settings | others)]:
             raise typer.BadParameter(f"{', '.join(strange)}: the demo has no such option; name the DATA to train on")
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise typer.BadParameter("the demo is one process with workers of its own; name the DATA to train on")
@@ -101,7 +117,10 @@ def _train(
     from ..train import run as job
 
     with sentences() as printer:
-        chosen = _chosen(data, recipe, {**settings, "epochs": epochs, "lr": lr}, rpe)
+        chosen = _chosen(data, recipe, {**settings, "epochs": epochs, "lr": lr}, rpe, config, resume)
+        if print_config:
+            print_settings(chosen)
+            return
 
         def make() -> Path:
             usual = job.default_name(chosen)
@@ -110,9 +129,23 @@ def _train(
         job.train(chosen, make, resume, printer)
 
 
-def _chosen(data: str, recipe: str | None, options: dict[str, Any], rpe: list[str] | None) -> Settings:
-    """The settings that these options ask for."""
-    chosen = settings_from(recipe or "deit", given({**options, "rpe": rpe[0] if rpe else None, "data": data}))
+def _chosen(
+    data: str | None, recipe: str | None, options: dict[str, Any], rpe: list[str] | None, config: Path | None,
+    resume: str | None = None,
+) -> Settings:  # fmt: skip
+    """The settings that these options ask for, above those of --config or of the run that goes on."""
+    from ..runs.config import check_fetched, from_files
+    from ..train.data import fetched
+    from ..train.run import KIND
+
+    said = given({**options, "rpe": rpe[0] if rpe else None, "data": data})
+    own = from_files(config, resume, KIND, Settings)
+    if data is None and "data" not in own:
+        raise ValueError("name the DATA to train on: neither the command line nor a file does")
+    check_recipe(recipe, own)
+    chosen = settings_from(recipe or own.get("recipe", "deit"), own | said)
+    if own:
+        check_fetched(chosen, said, fetched(chosen, goes_on=config is None))
     if chosen.rpe != "none":
         from ..config_io import rpe_config_from_string
 
@@ -134,8 +167,10 @@ def settings_of(words: list[str]) -> Settings:
     except ClickException as error:
         raise ValueError(error.format_message()) from None
     own = ("data", "recipe", "rpe", "out", "name", "overwrite", "resume", "seeds", "workers", "quick", "tune")
-    options = {name: value for name, value in values.items() if name not in own}
-    return _chosen(values["data"], values["recipe"], options, values["rpe"])
+    options = {name: value for name, value in values.items() if name not in (*own, "config", "print_config")}
+    if values["print_config"]:
+        raise ValueError("--print-config: of irpe train; a sweep has several runs")
+    return _chosen(values["data"], values["recipe"], options, values["rpe"], values["config"])
 
 
 def _evaluate(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..runs import progress as of_runs
 from ..runs import trainer
+from ..runs.config import on_command_line
 from ..runs.logs import Log
 from ..runs.progress import Sums
 from ..runs.seeds import seed_all
@@ -25,7 +26,7 @@ from .batches import Batch, train_batches, transform_of
 from .data import Coco
 from .evaluation import Prediction, average_precision, predict, words
 from .saved import save, saved_at
-from .settings import Settings
+from .settings import Settings, fetched
 
 
 @dataclass
@@ -157,6 +158,10 @@ class Trainer(trainer.Trainer):
             self.model, self.val, transform, self.processor, self.settings, self.world, lambda: bool(stop())
         )
         self.progress.score = self.world.from_first(lambda: average_precision(self.predictions, self.val))
+
+    def command(self) -> str:
+        """What goes on with the run, together with --resume."""
+        return f"irpe detect {on_command_line(self.settings, fetched(self.settings))}".rstrip()
 
     def measure(self, log: Log, stop: Stop) -> Measured:
         """AP on the pictures to evaluate on."""

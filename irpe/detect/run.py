@@ -12,7 +12,7 @@ from rich.console import Console
 
 from ..runs.files import write_json
 from ..runs.folder import SAVED, SETTINGS, Kind, check_names, check_results, locked
-from ..runs.process import MakeFolder, Say, say_to, signals, start_of, versions, writing
+from ..runs.process import MakeFolder, Say, fitted, say_to, signals, start_of, versions, writing
 from ..runs.report import CARD, CURVES, RESULT
 from ..runs.world import World, started
 from . import model as models
@@ -35,6 +35,7 @@ KIND = Kind(
     # the settings themselves, of this version or of one that had fewer
     is_ours=lambda values: {"data", "recipe", "train_scenes", "digit_classes", "rpe", "queries"} <= set(values),
     settings_from=settings_from_dict,
+    recorded=settings_from_dict,
     folders={models.FOLDER: SAVED, models.BEST: SAVED},
     signed={CARD: "Made with irpe "},
 )
@@ -65,6 +66,7 @@ def train(settings: Settings, make_folder: MakeFolder, resume: str | None, conso
     with signals() as stop, started(settings.device) as world:
         say = say_to(console, world)
         data, val = _data(settings, say)
+        settings = fitted(settings, len(data), world, say)
         start = start_of(resume, settings, KIND)
         model, processor = models.build(settings, data.classes, say), models.processor_of(settings)
         if world.first:

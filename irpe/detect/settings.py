@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..runs.options import check, flag, from_dict, option
@@ -131,6 +132,12 @@ def unused(options: Mapping[str, Any], settings: Settings, *, released: bool) ->
     if not settings.size:
         refuse(("max_size",), "--size 0 leaves images as they are")
     return found
+
+
+def fetched(settings: Settings) -> list[str]:
+    """Names of the settings whose values would be fetched: weights that are no files here."""
+    names = ("pretrained", "backbone")
+    return [name for name in names if (value := getattr(settings, name)) is not None and not Path(value).exists()]
 
 
 def settings_from(options: Mapping[str, Any], recipe: str | None = None) -> Settings:

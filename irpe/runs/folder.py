@@ -35,6 +35,7 @@ class Kind:
     results: tuple[str, ...]  # files and folders that training has made, which a run without a checkpoint would lose
     is_ours: Callable[[dict[str, Any]], bool]
     settings_from: Callable[[Mapping[str, Any]], Any]  # those of a checkpoint
+    recorded: Callable[[Any], Any]  # the settings in what its settings.json holds
     folders: dict[str, re.Pattern[str]] = field(default_factory=dict)  # name: names of the files inside
     signed: dict[str, str] = field(default_factory=dict)  # files of common names, with words that ours hold
 

@@ -1,6 +1,7 @@
 """Settings of a run as a frozen dataclass whose fields are the options of a command, checked, and kept as JSON."""
 
 import dataclasses
+import difflib
 import math
 from collections.abc import Mapping
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -52,6 +53,33 @@ def check(settings: Any) -> None:
                 raise ValueError(f"{said} at most {rules['high']:g}")
 
 
+def values_of(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values from JSON or YAML as the fields of these settings hold them.
+
+    Raises:
+        ValueError: a name that no settings have, or a value that its field does not take.
+    """
+    known = {field.name: field for field in dataclasses.fields(cls)}
+    if strange := sorted(set(map(str, values)) - set(known)):
+        near = difflib.get_close_matches(strange[0], known, n=1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"unknown settings {', '.join(strange)}: of another version, or misspelt{meant}")
+    plain = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    hints = get_type_hints(cls)
+    for name, value in plain.items():
+        if not _fits(value, hints[name]):
+            raise ValueError(f"{flag(name)} is {value!r} in the file; expected {_words(hints[name])}")
+    return plain
+
+
+def _words(kind: Any) -> str:
+    """A type as users know it."""
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    if get_origin(kind) is tuple:
+        return f"a list, each {_words(get_args(kind)[0])}"
+    return " or ".join(map(_words, get_args(kind))) or names.get(kind, str(kind))
+
+
 def from_dict(cls: type[S], values: Mapping[str, Any]) -> S:
     """The settings that `dataclasses.asdict` and JSON have made into plain values.
 
@@ -60,16 +88,8 @@ def from_dict(cls: type[S], values: Mapping[str, Any]) -> S:
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"the settings are {type(values).__name__}; expected names and values")
-    known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    if strange := sorted(set(map(str, values)) - known):
-        raise ValueError(f"unknown settings {', '.join(strange)}: they were written by another version")
-    plain = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    hints = get_type_hints(cls)
-    for name, value in plain.items():
-        if not _fits(value, hints[name]):
-            raise ValueError(f"{flag(name)} is {value!r} in the file, which is damaged or not of irpe")
     try:
-        return cls(**plain)
+        return cls(**values_of(cls, values))
     except TypeError as error:
         raise ValueError(f"the settings are damaged or not of irpe: {error}") from None
 

@@ -6,10 +6,10 @@ import platform
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
@@ -24,6 +24,7 @@ from .world import World
 
 MakeFolder = Callable[[], Path]
 Say = Callable[[str], None]
+S = TypeVar("S", bound=RunSettings)
 
 
 @contextmanager
@@ -56,6 +57,17 @@ def versions(*more: str) -> dict[str, str]:
     packages = ("torch", "timm", "torchvision", "numpy", "pillow", *more)
     found = {name: importlib.metadata.version(name) for name in packages}
     return {"irpe": __version__, "python": platform.python_version(), **found}
+
+
+def fitted(settings: S, images: int, world: World, say: Say) -> S:
+    """The settings, with as large a batch as there are images for where it would be larger."""
+    parts = world.size * settings.accumulate
+    # mixup wants an even number in the batch of a process
+    most = images // (2 * parts) * 2 * parts or images // parts * parts
+    if settings.batch_size <= images or not most:
+        return settings
+    say(f"--batch-size {settings.batch_size}: there are {images} images to train on, so it is {most}")
+    return replace(settings, batch_size=most)
 
 
 @dataclass(frozen=True)

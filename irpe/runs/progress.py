@@ -21,10 +21,11 @@ class Progress:
     step: int = 0
     measured: int = 0
     best: float = -1.0
+    best_loss: float | None = None  # in that measurement, where there is one
     best_epoch: int = 0
     seconds: float = 0.0
     sums: Sums = field(default_factory=Sums)
 
     def forget_best(self) -> None:
         """The best weights are not in the folder: those of the next measurement will be."""
-        self.best, self.best_epoch = -1.0, 0
+        self.best, self.best_loss, self.best_epoch = -1.0, None, 0

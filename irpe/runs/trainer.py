@@ -1,6 +1,7 @@
 """The loop of every run: epochs of steps, measurements, checkpoints, an early end, and going on from there."""
 
 import math
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
@@ -28,8 +29,8 @@ Stop = Callable[[], int]  # the number of the signal that asked for an end, or 0
 class Stopped(Exception):  # noqa: N818 - nothing went wrong
     """The run was asked to end, and has saved where it is."""
 
-    def __init__(self, signal: int, step: int, folder: Path) -> None:
-        super().__init__(f"stopped after step {step}; --resume {folder} goes on")
+    def __init__(self, signal: int, step: int, folder: Path, command: str) -> None:
+        super().__init__(f"stopped after step {step}; {command} goes on")
         self.signal, self.step, self.folder = signal, step, folder
 
 
@@ -38,11 +39,15 @@ class Interrupted(Exception):  # noqa: N818 - nothing went wrong
 
 
 class Measured(NamedTuple):
-    """A measurement: what its line has besides steps and losses, the figure that decides which is best, and words."""
+    """A measurement: what its line has besides steps and losses, the figure that decides which is best, and words.
+
+    Of equal figures the lower loss is the better, where there is one.
+    """
 
     values: dict[str, Any]
     figure: float
     words: str
+    loss: float | None = None
 
 
 def autocast(amp: str, device: torch.device) -> torch.autocast:
@@ -93,6 +98,10 @@ class Trainer:
 
     def _step(self, batches: Iterator[Any]) -> float | None:
         """One step of the optimizer; the norm of the gradient where it is clipped."""
+        raise NotImplementedError
+
+    def command(self) -> str:
+        """What goes on with the run, together with --resume."""
         raise NotImplementedError
 
     def measure(self, log: Log, stop: Stop) -> Measured:
@@ -261,8 +270,10 @@ class Trainer:
             progress.sums = Sums()
         progress.measured = progress.step
         is_best = measured.figure > progress.best
+        if measured.figure == progress.best and measured.loss is not None and progress.best_loss is not None:
+            is_best = measured.loss < progress.best_loss
         if is_best:
-            progress.best, progress.best_epoch = measured.figure, self.epoch()
+            progress.best, progress.best_loss, progress.best_epoch = measured.figure, measured.loss, self.epoch()
         log.epoch(values, measured.words, is_best=is_best)
         # the checkpoint comes before the best weights, which `restore_best` takes from it after a kill between them
         self.save(folder)
@@ -298,4 +309,5 @@ class Trainer:
 
     def _leave(self, folder: Path, signal: int) -> None:
         self.save(folder)
-        raise Stopped(signal, self.progress.step, folder)
+        command = f"{self.command()} --resume {shlex.quote(str(folder))}"
+        raise Stopped(signal, self.progress.step, folder, command)

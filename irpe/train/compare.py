@@ -38,7 +38,7 @@ class Group:
         """A figure of each run at its "last" or "best" epoch (that of the highest top-1)."""
         found = []
         for run in self.runs:
-            best = max(run.epochs, key=lambda line: line[part]["top1"])
+            best = max(run.epochs, key=lambda line: (line[part]["top1"], -line[part]["loss"]))
             found.append((best if which == "best" else run.epochs[-1])[part][key])
         return found
 

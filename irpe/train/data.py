@@ -206,6 +206,19 @@ def elsewhere(data: str) -> bool:
     return kind is not None and not Path(data.removeprefix(kind)).exists()
 
 
+def fetched(settings: Settings, *, goes_on: bool = False) -> list[str]:
+    """Names of the settings whose values would be fetched, or let something be fetched.
+
+    Args:
+        goes_on: with a run, which has its weights, and data that was there.
+    """
+    wanted = {
+        "data": elsewhere(settings.data), "download": settings.download and not goes_on, "model": ":" in settings.model,
+        "pretrained": settings.pretrained == "hub" and not goes_on,
+    }  # fmt: skip
+    return [name for name, is_so in wanted.items() if is_so]
+
+
 def check_card(name: str) -> None:
     """Refuses a local data set of Hugging Face whose card names addresses, which would be fetched.
 

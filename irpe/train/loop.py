@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from ..runs import trainer
+from ..runs.config import on_command_line
 from ..runs.files import printable
 from ..runs.logs import Log
 from ..runs.progress import Progress, Sums
@@ -20,7 +21,7 @@ from ..runs.trainer import Measured, Stop, autocast
 from ..runs.workers import RunError
 from ..runs.world import World, shard, wrapped
 from . import model as models
-from .data import Data
+from .data import Data, fetched
 from .evaluation import Score, check_labels, evaluate, to_device
 from .loader import Batch, Transform, train_loader
 from .pretrained import AVERAGE, BEST, WEIGHTS
@@ -165,6 +166,10 @@ class Trainer(trainer.Trainer):
             self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
         return super().without_sync(last)
 
+    def command(self) -> str:
+        """What goes on with the run, together with --resume."""
+        return f"irpe train {on_command_line(self.settings, fetched(self.settings, goes_on=True))}".rstrip()
+
     def measure(self, log: Log, stop: Stop) -> Measured:
         """The score on the part to evaluate on, of the model and of its moving average."""
         score = self._score(self.model, log, stop)
@@ -173,7 +178,7 @@ class Trainer(trainer.Trainer):
             average = self._score(self.ema.module, log, stop)
             values["ema"] = average.plain()
             words += f", average {average.top1:.2f}"
-        return Measured(values, score.top1, words)
+        return Measured(values, score.top1, words, score.loss)
 
     def _score(self, model: nn.Module, log: Log, stop: Stop) -> Score:
         transform = Transform(self.shape, self.settings.interpolation)

@@ -14,6 +14,8 @@ from .loader import Shape
 from .pretrained import find_weights, load_weights, size_of_run
 from .settings import Settings
 
+SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none")  # timm's
+
 
 def build(
     settings: Settings, num_classes: int, say: Callable[[str], None] = lambda words: None, *, strict: bool = False
@@ -145,14 +147,16 @@ def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any
 
 def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     """timm's optimizer over `parameter_groups`."""
-    from timm.optim import create_optimizer_v2
+    from timm.optim import create_optimizer_v2, list_optimizers
 
     try:
         return create_optimizer_v2(
             parameter_groups(model, settings), opt=settings.opt, lr=settings.peak_lr(), weight_decay=0
         )
     except (ValueError, AssertionError) as error:
-        raise ValueError(f"--opt {settings.opt}: {error}") from None
+        near = difflib.get_close_matches(settings.opt, known := list_optimizers(), 4)
+        similar = "" if settings.opt in known else f"; similar: {', '.join(near) or ', '.join(known)}"
+        raise ValueError(f"--opt {settings.opt}: {error}{similar}") from None
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, settings: Settings, steps_per_epoch: int) -> Any:
@@ -166,7 +170,8 @@ def make_scheduler(optimizer: torch.optim.Optimizer, settings: Settings, steps_p
             updates_per_epoch=steps_per_epoch,
         )  # fmt: skip
     except (ValueError, AssertionError) as error:
-        raise ValueError(f"--sched {settings.sched}: {error}") from None
+        expected = "" if settings.sched in SCHEDULES else f"; expected one of {', '.join(SCHEDULES)}"
+        raise ValueError(f"--sched {settings.sched}: {error}{expected}") from None
     return scheduler
 
 

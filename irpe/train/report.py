@@ -29,9 +29,10 @@ def write_report(folder: Path, model: nn.Module | None, val: Any, say: Callable[
     record = read_json(folder / SETTINGS)
     lines = read_log(folder)
     epochs = [line for line in lines if line["kind"] == "epoch"]
+    best = max(epochs, key=lambda line: (line["val"]["top1"], -line["val"]["loss"]))
     result = {
-        "epochs": epochs[-1]["epoch"], "step": epochs[-1]["step"], "last": _scores(epochs[-1]),
-        "best": _scores(max(epochs, key=lambda line: line["val"]["top1"])), "seconds": epochs[-1]["seconds"],
+        "epochs": epochs[-1]["epoch"], "step": epochs[-1]["step"], "last": _scores(epochs[-1]), "best": _scores(best),
+        "seconds": epochs[-1]["seconds"],
     }  # fmt: skip
     write_json(folder / report.RESULT, result)
     paths = []

@@ -10,14 +10,14 @@ from rich.console import Console
 
 from ..runs.files import read_json
 from ..runs.folder import SETTINGS, Kind
-from ..runs.process import MakeFolder, Say, say_to, signals, start_of, versions, writing
+from ..runs.process import MakeFolder, Say, fitted, say_to, signals, start_of, versions, writing
 from ..runs.report import CARD, CURVES, RESULT
 from ..runs.world import World, started
 from . import model as models
 from .data import Data, Source, difference, located, open_data
 from .evaluation import Score, evaluate
 from .loader import Transform, reading_of, unreadable
-from .loop import Trainer
+from .loop import Trainer, images_of
 from .pretrained import AVERAGE, BEST, WEIGHTS, find_weights
 from .report import ENCODINGS, write_report
 from .settings import Settings, settings_from_dict
@@ -45,8 +45,15 @@ KIND = Kind(
     results=_RESULTS,
     is_ours=_is_record,
     settings_from=settings_from_dict,
+    recorded=lambda values: _located(values),
     signed={CARD: "Made with irpe "},
 )
+
+
+def _located(values: dict[str, Any]) -> Settings:
+    """The settings in what `record` made; its data is found from everywhere."""
+    settings = located(settings_from_dict(values["settings"]), Path(str(values.get("started_in", "."))))
+    return dataclasses.replace(settings, download=False)  # what a file names is not fetched
 
 
 def default_name(settings: Settings) -> str:
@@ -72,6 +79,7 @@ def train(settings: Settings, make_folder: MakeFolder, resume: str | None, conso
         data = _open(settings, world, say)
         if settings.verify:
             _verify([data.train, data.val], settings, world, say)
+        settings = fitted(settings, images_of(data.train, settings.train_samples), world, say)
         start = start_of(resume, settings, KIND)
         fresh = dataclasses.replace(settings, pretrained=None) if start.path else settings
         trainer = Trainer(settings, data, models.build(fresh, len(data.classes), say), world)
@@ -186,12 +194,10 @@ def settings_of(folder: Path) -> tuple[Settings, list[str]]:
     """(settings, classes) of a run, without the weights that it started from; its data is found from everywhere."""
     values = read_record(folder)
     try:
-        own = settings_from_dict(values["settings"])
+        own = _located(values)
     except ValueError as error:
         raise ValueError(f"{folder / SETTINGS}: {error}") from None
-    # a file says neither what is fetched nor which others are loaded
-    settings = dataclasses.replace(own, pretrained=None, download=False)
-    return located(settings, Path(str(values.get("started_in", ".")))), values["classes"]
+    return dataclasses.replace(own, pretrained=None), values["classes"]  # nor which others are loaded
 
 
 def weights_of(folder: Path, which: str) -> Path:
