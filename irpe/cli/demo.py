@@ -135,7 +135,7 @@ def _table(rows: Sequence[dict[str, Any]], tune: bool) -> Table:
     seeds = "1 seed" if count == 1 else f"{count} seeds"
     images = "validation images" if tune else "test images"
     table = Table(
-        title=f"Right answers on {images} in percent, mean ± deviation of {seeds}",
+        title=f"Right answers on {images} in percent, " + ("mean ± deviation of " * (count > 1)) + seeds,
         caption="weights: their number; lr: peak learning rate; s: seconds of one run. All were trained at 8×8 only; "
         "on 8×12 and 8×16 the digit is at a random even column, the same for all.",
         title_justify="left",
@@ -146,7 +146,8 @@ def _table(rows: Sequence[dict[str, Any]], tune: bool) -> Table:
     for title in (*(f"8×{width}" for width in rows[0]["accuracy"]), "weights", "lr", "s"):
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
-        scores = [f"{figure['mean']:.1f}±{figure['std']:.1f}" for figure in row["accuracy"].values()]
+        figures = row["accuracy"].values()
+        scores = [f"{figure['mean']:.1f}" + f"±{figure['std']:.1f}" * (count > 1) for figure in figures]
         table.add_row(row["title"], *scores, f"{row['parameters']:,}", f"{row['lr']:g}", f"{row['seconds']:.0f}")
     return table
 
