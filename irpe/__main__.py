@@ -5,7 +5,7 @@ import io
 import platform
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 REMEDY = 'install what the command `irpe` needs, in the folder of irpe: pip install ".[train]"'
 try:
@@ -89,23 +89,18 @@ def show(
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("runs/buckets.png"),
 ) -> None:
     """Draw which bucket each offset of query and key falls in, and count the buckets that are used."""
-    from . import viz, viz_axes
+    from . import viz, viz_maps
 
-    names = list(dict.fromkeys(method or viz.RATIOS))
+    names = list(dict.fromkeys(method or viz_maps.RATIOS))
     if max(height, width) > 256:
         raise typer.BadParameter(f"{height}x{width} tokens; expected at most 256 along a side")
     if frames is not None and not 1 <= frames <= 16:
         raise typer.BadParameter(f"--frames {frames}; expected 1 to 16")
     if out.suffix.lower() != ".png":
         raise typer.BadParameter(f"--out {out}; expected a file name that ends in .png")
-    groups: list[Any]
-    if frames is None:
-        groups = [checked(viz.bucket_maps, one, height, width, ratio=ratio, skip=skip) for one in names]
-        path = checked(viz.draw_buckets, out, groups, query)
-    else:
-        size = frames, height, width
-        groups = [checked(viz_axes.video_maps, one, size, ratio=ratio, skip=skip) for one in names]
-        path = checked(viz_axes.draw_slices, out, groups, query and (frames * 3 // 7, *query))
+    size = (height, width) if frames is None else (frames, height, width)
+    groups = [checked(viz_maps.bucket_maps, one, size, ratio=ratio, skip=skip) for one in names]
+    path = checked(viz.draw_buckets if frames is None else viz.draw_slices, out, groups, query)
     for one, group in zip(names, groups, strict=True):
         used = " + ".join(str(table.used()) for table in group)
         total = f" = {sum(table.used() for table in group)}" if len(group) > 1 else ""

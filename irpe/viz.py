@@ -1,4 +1,4 @@
-"""Pictures: bucket maps of the four methods, learned encodings, accuracy curves. Without matplotlib's global state."""
+"""Pictures: bucket maps, learned encodings, accuracy curves. Without matplotlib's global state."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure, SubFigure
@@ -17,17 +16,8 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from .encodings import Encodings
-from .irpe import METHOD, get_bucket_map, get_single_rpe_config
-from .irpe import BucketMap as OffsetMap
+from .viz_maps import RATIOS, BucketMap, bucket_maps, query_on
 
-RATIOS = {"euc": 20.0, "quant": 33.0, "cross": 20.0, "product": 1.9}  # the paper's, at 14x14 tokens; of others 1.9
-_TITLES = {
-    METHOD.QUANT: "Quantization",
-    METHOD.CROSS_ROWS: "Cross: rows",
-    METHOD.CROSS_COLS: "Cross: columns",
-    METHOD.CROSS_DEPTH: "Cross: frames",
-}
-_AXES = torch.floor_divide, torch.remainder  # of a bucket by the number of columns: its row and its column
 _SKIP_COLOR = (0.62, 0.62, 0.62)
 COLORS = ("#7f7f7f", "#d95f02", "#1b6ca8", "#6a3d9a", "#1b9e77", "#a6761d")  # of curves
 
@@ -41,106 +31,6 @@ def plain_text() -> Iterator[None]:
     with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")
         yield
-
-
-class BucketMap(NamedTuple):
-    """The buckets of one table: which method and ratio, at which size."""
-
-    method: METHOD
-    ratio: float
-    height: int
-    width: int
-    skip: int
-
-    @property
-    def piecewise(self) -> tuple[float, float, float]:
-        """alpha, beta, gamma."""
-        return self.ratio, 2 * self.ratio, 8 * self.ratio
-
-    def used(self) -> int:
-        """Number of buckets that some pair of tokens falls in, the one of the skip tokens among them."""
-        return len(self.offsets().unique()) + (self.skip > 0)
-
-    def around(self, query: tuple[int, int]) -> Tensor:
-        """(h, w): the bucket of every key for the query token at (row, column)."""
-        token = self.skip + query[0] * self.width + query[1]
-        return self._map().ids(torch.long)[token, self.skip :].view(self.height, self.width)
-
-    def offsets(self) -> Tensor:
-        """(2h-1, 2w-1): the bucket of the key that lies (row, column) - (h-1, w-1) away from the query."""
-        return self._map().grid().long().flip(0, 1)
-
-    def _map(self) -> OffsetMap:
-        return get_bucket_map(self.method, (self.height, self.width), self.skip, *self.piecewise)
-
-    def colors(self, ids: Tensor) -> np.ndarray:
-        """(rows, columns, 3) in [0, 1]: one color for each bucket, the same at every size."""
-        every, columns = self.offsets(), self._map().columns
-        center = every[self.height - 1, self.width - 1]
-        if not columns:  # the mapping does not factor: by distance from the bucket of the query itself
-            far, farthest = (ids - center).abs(), (every - center).abs().max()
-            return _fade(far.numpy() / max(1, int(farthest)), (ids % 2).numpy())
-        row, column = (part(ids, columns) - part(center, columns) for part in _AXES)
-        largest = max(1, *(int((part(every, columns) - part(center, columns)).abs().max()) for part in _AXES))
-        return _compass(row.numpy() / largest, column.numpy() / largest, ((row + column) % 2).numpy())
-
-
-def bucket_maps(
-    method: str, height: int, width: int, *, ratio: float | None = None, skip: int = 0
-) -> tuple[BucketMap, ...]:
-    """The tables of a method: one, or two for cross.
-
-    >>> sum(one.used() for one in bucket_maps("cross", 14, 14, skip=1))
-    56
-
-    Args:
-        ratio: the paper's for 14x14 when absent (`RATIOS`).
-
-    Raises:
-        ValueError, TypeError: unknown method, a size below 1, a ratio that is not positive, a negative skip.
-    """
-    ratio = RATIOS.get(method, 1.9) if ratio is None else ratio
-    config = get_single_rpe_config(ratio, method, skip=skip)
-    tables = (METHOD.CROSS_ROWS, METHOD.CROSS_COLS) if config.method == METHOD.CROSS else (config.method,)
-    maps = tuple(BucketMap(table, float(ratio), height, width, config.skip) for table in tables)
-    maps[0].offsets()  # raises for wrong sizes
-    return maps
-
-
-def _oklab(lightness: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """sRGB of the perceptual color space Oklab (Ottosson 2020), clipped to what a screen can show."""
-    cone = np.stack(
-        [
-            lightness + 0.3963377774 * a + 0.2158037573 * b,
-            lightness - 0.1055613458 * a - 0.0638541728 * b,
-            lightness - 0.0894841775 * a - 1.2914855480 * b,
-        ],
-        -1,
-    )
-    matrix = np.array(
-        [
-            [4.0767416621, -3.3077115913, 0.2309699292],
-            [-1.2684380046, 2.6097574011, -0.3413193965],
-            [-0.0041960863, -0.7034186147, 1.7076147010],
-        ]
-    )
-    linear = np.clip(cone**3 @ matrix.T, 0, 1)
-    return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
-
-
-def _compass(row: np.ndarray, column: np.ndarray, odd: np.ndarray) -> np.ndarray:
-    """Hue by direction, strength by distance, both in -1..1; odd buckets a little darker than their neighbours."""
-    distance = np.minimum(1.0, np.hypot(row, column))
-    squeeze = distance / np.maximum(np.hypot(row, column), 1e-9)  # the corners keep the chroma of the edges
-    lightness = 0.95 - 0.30 * distance - 0.05 * odd
-    return _oklab(lightness, 0.17 * column * squeeze, -0.17 * row * squeeze)
-
-
-def _fade(far: np.ndarray, odd: np.ndarray) -> np.ndarray:
-    """From pale yellow at 0 over green to dark blue at 1; odd buckets are turned in hue from their neighbours."""
-    angle = np.deg2rad(96 + 160 * far + 18 * odd)
-    chroma = 0.07 + 0.08 * np.sin(np.pi * np.clip(far, 0, 1))
-    return _oklab(0.97 - 0.66 * far, chroma * np.cos(angle), chroma * np.sin(angle))
 
 
 def _borders(ax: Axes, ids: Tensor) -> None:
@@ -159,22 +49,23 @@ def _bare(ax: Axes) -> None:
         spine.set_visible(False)
 
 
-def draw_bucket_map(ax: Axes, table: BucketMap, query: tuple[int, int] | None) -> None:
+def draw_bucket_map(ax: Axes, table: BucketMap, query: tuple[int, ...] | None) -> None:
     """The buckets of all keys for one query (row, column), marked by a ring; of all offsets for None."""
+    height, width = table.size
     ids = table.offsets() if query is None else table.around(query)
-    center = (table.height - 1, table.width - 1) if query is None else query
+    center = (height - 1, width - 1) if query is None else query
     ax.imshow(table.colors(ids), interpolation="nearest")
     _borders(ax, ids)
     size = min(ax.get_window_extent().width / ids.shape[1], ax.get_window_extent().height / ids.shape[0])
     ax.plot(center[1], center[0], "o", ms=max(2.5, 0.3 * size), mfc="white", mec="black", mew=1.2)
     _bare(ax)
     if query is not None and table.skip:
-        shown = min(table.skip, table.width)
+        shown = min(table.skip, width)
         for k in range(shown):
             ax.add_patch(Rectangle((k - 0.5, -2.1), 0.94, 1.0, color=_SKIP_COLOR, lw=0))
         words = "skip token" if table.skip == 1 else f"{table.skip} skip tokens"
         ax.text(shown - 0.2, -1.6, f"{words}: one bucket", va="center", ha="left", fontsize=8, color="0.35")
-        ax.set_ylim(table.height - 0.5, -2.3)
+        ax.set_ylim(height - 0.5, -2.3)
 
 
 def draw_buckets(path: Path, groups: Sequence[tuple[BucketMap, ...]], query: tuple[int, int] | None = None) -> Path:
@@ -185,10 +76,8 @@ def draw_buckets(path: Path, groups: Sequence[tuple[BucketMap, ...]], query: tup
         groups: what `bucket_maps` returned, for each method; all of one size.
         query: (row, column) of the token, near the middle when absent.
     """
-    height, width = groups[0][0].height, groups[0][0].width
-    query = (height * 3 // 7, width * 3 // 7) if query is None else query
-    if not (0 <= query[0] < height and 0 <= query[1] < width):
-        raise ValueError(f"the query at row {query[0]}, column {query[1]} is not on the map of {height}x{width} tokens")
+    height, width = groups[0][0].size
+    row, column = at = query_on((height, width), query)
     columns = [(table, group) for group in groups for table in group]
     cell = 2.7  # inches
     tall = cell * min(2.0, max(0.35, height / width))
@@ -196,22 +85,48 @@ def draw_buckets(path: Path, groups: Sequence[tuple[BucketMap, ...]], query: tup
     figure.suptitle(f"Buckets of image relative position encoding on a map of {height}×{width} tokens", fontsize=13)
     axes = figure.subplots(2, len(columns), squeeze=False)
     for k, (table, group) in enumerate(columns):
-        draw_bucket_map(axes[0, k], table, query)
+        draw_bucket_map(axes[0, k], table, at)
         draw_bucket_map(axes[1, k], table, None)
         axes[0, k].set_title(_heading(table, group), fontsize=10.5)
-    axes[0, 0].set_ylabel(f"one query (○), at\nrow {query[0]}, column {query[1]}", fontsize=9.5)
+    axes[0, 0].set_ylabel(f"one query (○), at\nrow {row}, column {column}", fontsize=9.5)
     axes[1, 0].set_ylabel(f"all offsets,\n{2 * height - 1}×{2 * width - 1}", fontsize=9.5)
     return _save(figure, path)
-
-
-def _title(method: METHOD) -> str:
-    return _TITLES.get(method, method.name.capitalize())
 
 
 def _heading(table: BucketMap, group: tuple[BucketMap, ...]) -> str:
     total = sum(each.used() for each in group)
     count = f"{table.used()} buckets" if len(group) == 1 else f"{table.used()} of {total} buckets"
-    return f"{_title(table.method)}, ratio {table.ratio:g}\n{count}"
+    return f"{table.title}, ratio {table.ratio:g}\n{count}"
+
+
+def draw_slices(path: Path, groups: Sequence[tuple[BucketMap, ...]], query: tuple[int, ...] | None = None) -> Path:
+    """One row for each table and one column for each frame: the buckets of its tokens for one query token.
+
+    Args:
+        path: of the PNG to write; its folder is made.
+        groups: what `bucket_maps` returned, for each method; all of one size.
+        query: (frame, row, column) of the token, or (row, column) in the middle frame; near the middle when absent.
+    """
+    frames, height, width = groups[0][0].size
+    at = query_on((frames, height, width), query)
+    rows = [one for group in groups for one in group]
+    cell = 1.25  # inches
+    tall = cell * min(2.0, max(0.35, height / width))
+    figure = Figure(figsize=(cell * frames + 1.2, (tall + 0.25) * len(rows) + 0.5), dpi=110, layout="constrained")
+    figure.suptitle(f"Buckets on a map of {frames}×{height}×{width} tokens, by frame, for one query (○)", fontsize=11)
+    for line, one in zip(figure.subplots(len(rows), frames, squeeze=False), rows, strict=True):
+        around = one.around(at)
+        colors = one.colors(around)
+        for frame, ax in enumerate(line):
+            ax.imshow(colors[frame], interpolation="nearest")
+            _borders(ax, around[frame])
+            _bare(ax)
+            if frame == at[0]:
+                ax.plot(at[2], at[1], "o", ms=4, mfc="white", mec="black", mew=1.0)
+        line[0].set_ylabel(f"{one.title},\nratio {one.ratio:g}\n{one.used()} buckets", fontsize=7.5)
+    for frame, ax in enumerate(figure.axes[:frames]):
+        ax.set_title(f"frame {frame}", fontsize=9)
+    return _save(figure, path)
 
 
 def _save(figure: Figure, path: Path) -> Path:
@@ -362,14 +277,13 @@ def _draw_mean(figure: Figure | SubFigure, learned: Encodings) -> None:
 
 def draw_overview(path: Path, learned: Encodings, size: int = 14) -> Path:
     """The picture at the top of the README: bucket maps around one token, and encodings learned from digits."""
-    maps = [table for method in RATIOS for table in bucket_maps(method, size, size, skip=0)]
-    query = (size * 3 // 7, size * 3 // 7)
+    maps = [table for method in RATIOS for table in bucket_maps(method, (size, size))]
     figure = Figure(figsize=(11.5, 4.8), dpi=110, layout="constrained")
     top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.5, 1])[:, 0]
     top.suptitle("Which bucket the offset of query (○) and key falls in", fontsize=12)
     for ax, table in zip(top.subplots(1, len(maps)), maps, strict=True):
-        draw_bucket_map(ax, table, query)
-        ax.set_title(_title(table.method), fontsize=11)
+        draw_bucket_map(ax, table, query_on((size, size)))
+        ax.set_title(table.title, fontsize=11)
     count = min(4, len(learned.images))
     block, head = learned.shown[0]
     bottom.suptitle(

@@ -50,13 +50,13 @@ ALLOWED = {
     "irpe.detr": {"transformers", "irpe.irpe", "irpe.equip"},
     "irpe.digits": {"sklearn"},
     "irpe.encodings": {"numpy", "irpe.irpe"},
-    "irpe.viz": {"matplotlib", "numpy", "irpe.irpe", "irpe.encodings"},
+    "irpe.viz_maps": {"numpy", "irpe.irpe"},
+    "irpe.viz": {"matplotlib", "numpy", "irpe.encodings", "irpe.viz_maps"},
     "irpe.demo": {"timm", "irpe._version", "irpe.digits", "irpe.encodings", "irpe.equip"},
     "irpe.runs": RUNS,  # of train and detect nothing, and none of them knows the other
     "irpe.train": ABOVE | {"irpe.train", "irpe.encodings"},
     "irpe.detect": ABOVE | {"irpe.detect", "irpe.detr", "irpe.integrations", "torchmetrics"},
 }
-ALLOWED["irpe.viz_axes"] = {"matplotlib", "numpy", "irpe.irpe", "irpe.viz"}
 FILES = sorted([*(ROOT / "irpe").rglob("*.py"), *(ROOT / "rpe_ops").rglob("*.py")])
 
 

@@ -8,13 +8,15 @@ from methods import FORMULAS, METHODS, TABLES
 
 pytest.importorskip("timm")
 pytest.importorskip("matplotlib")
+pytest.importorskip("typer")
 
 # one with an offset of its own for each pair, one that factors
 EDITS = {
     "    CROSS_TIME = 44\n": "    CROSS_TIME = 44\n    DIAGONAL = 50\n    STRIPES = 51\n",
     "    if method == METHOD.PRODUCT:\n        sides": (
-        "    if method == METHOD.DIAGONAL:\n        return (g(offsets[0] + offsets[1]),)\n"
-        "    if method == METHOD.STRIPES:\n        return g(offsets[0], -2) * 2, offsets[1].long() % 2\n"
+        "    if method == METHOD.DIAGONAL:\n        return (g(sum(offsets)),)\n"
+        "    if method == METHOD.STRIPES:\n        between = [0 * x.long() for x in offsets[1:-1]]\n"
+        "        return g(offsets[0]) * 2, *between, offsets[-1].long() % 2\n"
         "    if method == METHOD.PRODUCT:\n        sides"
     ),
     "    return math.prod(sides) if": (
@@ -23,9 +25,11 @@ EDITS = {
     "METHOD.CROSS_COLS: side}": "METHOD.CROSS_COLS: side, METHOD.STRIPES: 2}",
 }
 USE = """
-    import math, torch, timm
+    import math, pathlib, torch, timm
+    from typer.testing import CliRunner
     import irpe
-    from irpe import METHOD, equip, viz
+    from irpe import METHOD, equip, viz_maps
+    from irpe.__main__ import app
     from irpe.irpe import get_bucket_ids, get_bucket_map
 
     def g(x):  # at ratio 1.9
@@ -54,8 +58,17 @@ USE = """
         own, other = (irpe.get_rpe_config(1.9, one, skip=1, rpe_on="qk") for one in (name, "product"))
         state = irpe.convert_tables(model.state_dict(), own, other, height=3, width=5)
         assert state["blocks.0.attn.rpe_k.lookup_table_weight"].shape[-1] == 50
-        maps = viz.bucket_maps(name, 3, 5, skip=1)
-        assert viz.draw_buckets(__import__("pathlib").Path(name + ".png"), [maps]).stat().st_size > 10_000
+        for frames in ([], ["--frames", "5"]):
+            sides, out = ["--height", "3", "--width", "6"], name + "-".join(frames) + ".png"
+            done = CliRunner().invoke(app, ["show", "--method", name, *sides, *frames, "--out", out])
+            assert done.exit_code == 0 and pathlib.Path(out).stat().st_size > 10_000, done.output
+            (drawn,) = viz_maps.bucket_maps(name, (*map(int, frames[1:]), 3, 6))
+            ids = drawn.offsets()
+            colors = torch.from_numpy(drawn.colors(ids)) * 255
+            for axis in range(ids.dim()):  # neighbours have another color where they have another bucket
+                differ, distance = ids.diff(dim=axis) != 0, colors.diff(dim=axis).abs().amax(-1)
+                assert not distance[~differ].any() and (distance[differ] >= 3).all()
+            assert len(colors.flatten(0, -2).unique(dim=0)) >= 4
     try:
         irpe.get_rpe_config(method="circle")
     except ValueError as error:

@@ -155,14 +155,14 @@ def _table(rows: Sequence[dict[str, Any]], tune: bool) -> Table:
 def _pictures(folder: Path, results: Sequence[dict[str, Any]]) -> list[Path]:
     """Draws and saves what belongs to a training: curves, samples, bucket maps, learned encodings, weights."""
     from .. import demo as job
-    from .. import digits, viz
+    from .. import digits, viz, viz_maps
 
     titled = [result | {"title": job.title_of(result["side"])} for result in results]
     paths = [viz.draw_accuracy(folder / "accuracy.png", titled, digits.HEIGHT)]
     test = digits.splits()["test"]
     canvases = [(f"{digits.HEIGHT}×{width}", digits.on_canvas(test, width).images[:8, 0]) for width in digits.WIDTHS]
     paths.append(viz.draw_samples(folder / "samples.png", canvases))
-    groups = [viz.bucket_maps(method, 14, 14, skip=1) for method in viz.RATIOS]
+    groups = [viz_maps.bucket_maps(method, (14, 14), skip=1) for method in viz_maps.RATIOS]
     paths.append(viz.draw_buckets(folder / "buckets.png", groups))
     overview = True
     for result in (result for result in titled if result["seed"] == 0):
