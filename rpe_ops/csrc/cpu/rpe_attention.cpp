@@ -316,9 +316,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors> rpe_attention_back
 Tensor rpe_attention_shares(Tensor like, int64_t heads, int64_t tokens, int64_t threads) {
   check(heads > 0 && tokens > 0 && threads > 0, "heads=", heads, ", tokens=", tokens, ", threads=", threads,
         "; expected at least 1");
-  const int64_t tiles = tiles_of(tokens, tile_of(tokens, 4));
-  const Shares shares{heads, parts_of(heads, tiles), threads};
-  const auto before = [&](int64_t at) { return at / shares.parts * tiles + at % shares.parts * tiles / shares.parts; };
+  Problem p{};
+  p.tiles = tiles_of(tokens, tile_of(tokens, 4));
+  p.parts = parts_of(heads, p.tiles);
+  const Shares shares{heads, p.parts, threads};
+  const auto before = [&](int64_t at) { return at / p.parts * p.tiles + p.first_tile(at % p.parts); };
   Tensor counts = torch::stable::new_empty(like, {threads}, ScalarType::Long);
   int64_t* to = static_cast<int64_t*>(counts.mutable_data_ptr());
   for (int64_t t = 0; t < threads; ++t) to[t] = before(shares.begin(t + 1)) - before(shares.begin(t));

@@ -82,6 +82,9 @@ struct Problem {
   int64_t tiles;            // ceil(Lq / tile)
   int64_t parts;            // of the tiles of a head in the backward: each has sums of its own, added in their order
 
+  // of a part, whose tiles end where the next one begins
+  int64_t first_tile(int64_t part) const { return tiles * part / parts; }
+
   // the query at a place of that order
   int64_t query_at(int64_t place) const {
     if (height == 0) return place;

@@ -583,8 +583,8 @@ struct Worker {
 
   void backward_part(int64_t part) {
     clear(sums, num_sums);
-    const int64_t end = p.tiles * (part + 1) / p.parts;
-    for (int64_t tile = p.tiles * part / p.parts; tile < end; ++tile) backward_tile(tile);
+    const int64_t end = p.first_tile(part + 1);
+    for (int64_t tile = p.first_tile(part); tile < end; ++tile) backward_tile(tile);
   }
 
   // no more than what `leave` reads
