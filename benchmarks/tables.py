@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and rpe_ops/README.md from benchmarks/results/*.json.
+"""Writes the tables of README.md, rpe_ops/README.md and docs/axes.md from benchmarks/results/*.json.
 
     python benchmarks/tables.py            # between the lines <!-- table: NAME --> and <!-- end -->; `make tables`
     python benchmarks/tables.py --check    # says which file is not what the results give
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = ("README.md", "rpe_ops/README.md")
+FILES = ("README.md", "rpe_ops/README.md", "docs/axes.md")
 RESULTS = ROOT / "benchmarks" / "results"
 ISAS = ("", "_avx2")  # the machine's own, and what `--isa avx2` holds both sides down to
 WORDS = {"k": "k", "q": "q", "v": "v", "qk": "q and k", "qkv": "q, k and v"}
@@ -107,6 +107,24 @@ def memory(results: Path) -> str:
     return "\n\n".join(parts)
 
 
+def axes(results: Path) -> str:
+    parts = []
+    for isa in ISAS:
+        found = read("bench_axes", isa, results)
+        if found is None:
+            continue
+        rows = []
+        for line in found["rows"]:
+            cells = [f"{line['base_ms']:.3g} ms", *(f"{line['ratio'][name]:.2f}" for name in ("ours", "eager"))]
+            cells += [f"{line['mib'][name]:.0f}" if "mib" in line else "" for name in ("sdpa", "ours", "eager")]
+            rows.append([f"{PASSES[line['pass_']]}, {WORDS[line['on']]}", *cells])
+        first = found["rows"][0]
+        size = f"{'x'.join(map(str, first['size']))}, B={first['B']}, H={first['H']}"
+        head = [size, "without", "ours", "formula", "MiB without", "ours", "formula"]
+        parts += [table(head, rows), machine(found, f"{first['dtype']}, ")]
+    return "\n\n".join(parts)
+
+
 def index(results: Path) -> str:
     columns = {"clone": "copy with allocation", "forward": "`rpe_index`", "backward": "`rpe_bucket_sum`"}
     columns |= {
@@ -195,6 +213,7 @@ TABLES = {
     "attention in bfloat16": lambda results: attentions("bfloat16", with_sdpa, results, base=False),
     "terms": terms,
     "memory": memory,
+    "axes": axes,
     "index": index,
     "models": models,
     "gpu attention": gpu_attention,

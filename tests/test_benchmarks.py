@@ -10,6 +10,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT))
 from benchmarks import tables
+from rpe_ops import _native
 
 
 @pytest.mark.skipif("avx2" not in ISAS, reason="the operators are not built, or the processor has no AVX2")
@@ -61,6 +62,31 @@ def test_both_instruction_sets_have_a_table_with_machine_and_date(tmp_path):
         "float32, both sides held down to avx2, 2 threads of A processor, torch 2.14.1, 2026-11-27",
     ):
         assert line in made.splitlines()
+
+
+@pytest.mark.skipif("cpu" not in _native.LOADED, reason=_native.MISSING.get("cpu", ""))
+def test_attention_on_videos_is_measured_and_has_a_table(tmp_path):
+    command = [sys.executable, "benchmarks/bench_axes.py", "--size", "2", "3", "5", "--rounds", "1"]
+    done = subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    file = tmp_path / "bench_axes_cpu.json"
+    found = json.loads(file.read_text())
+    measured = {(row["pass_"], row["on"]): row for row in found["rows"]}
+    assert set(measured) == {(key, on) for key in tables.PASSES for on in ("k", "qkv")}
+    for row in measured.values():
+        assert row["size"] == [2, 3, 5] and row["base_ms"] > 0 and set(row["ratio"]) == {"sdpa", "ours", "eager"}
+        assert ("mib" in row) == (row["pass_"] != "forward")
+    found["machine"] |= dict(device="A processor", threads=2, torch="2.14.1+cpu", date="2026-11-27", isa="avx2")
+    for row in found["rows"]:
+        row |= dict(base_ms=57.31, ratio=dict(sdpa=1.0, ours=1.084, eager=4.969))
+        if "mib" in row:
+            row["mib"] = dict(sdpa=28.9, ours=50.5, eager=473.6)
+    file.write_text(json.dumps(found))
+    lines = tables.rendered("<!-- table: axes -->\n<!-- end -->", tmp_path).splitlines()
+    assert "| 2x3x5, B=2, H=6 | without | ours | formula | MiB without | ours | formula |" in lines
+    assert "| forward, k | 57.3 ms | 1.08 | 4.97 |  |  |  |" in lines
+    assert "| forward and backward, q, k and v | 57.3 ms | 1.08 | 4.97 | 29 | 50 | 474 |" in lines
+    assert "float32, avx2, 2 threads of A processor, torch 2.14.1, 2026-11-27" in lines
 
 
 def test_ratios_of_a_gpu_are_those_of_one_run_each(tmp_path):
