@@ -154,7 +154,8 @@ def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimize
             parameter_groups(model, settings), opt=settings.opt, lr=settings.peak_lr(), weight_decay=0
         )
     except (ValueError, AssertionError) as error:
-        near = difflib.get_close_matches(settings.opt, known := list_optimizers(), 4)
+        known = [str(name) for name in list_optimizers()]
+        near = difflib.get_close_matches(settings.opt, known, 4)
         similar = "" if settings.opt in known else f"; similar: {', '.join(near) or ', '.join(known)}"
         raise ValueError(f"--opt {settings.opt}: {error}{similar}") from None
 
