@@ -5,14 +5,13 @@ from typing import Any
 
 from .prediction import Found
 
-_COLORS = ("#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#66a61e", "#a6761d", "#1f78b4", "#e31a1c", "#6a3d9a", "#b15928")
-
 
 def with_boxes(image: Any, found: Sequence[Found]) -> Any:
     """A copy of the picture with a box for each find, in the colour of its class, with class and score."""
     from PIL import ImageDraw, ImageFont
 
     from .runs.files import printable
+    from .runs.picture import CLASS_COLORS
 
     image = image.convert("RGB")
     draw, side = ImageDraw.Draw(image), min(image.size)
@@ -21,7 +20,7 @@ def with_boxes(image: Any, found: Sequence[Found]) -> Any:
         draw.text((2, 2), "nothing found", fill="white", font=font, stroke_width=1, stroke_fill="black")
     for one in reversed(found):  # the best on top
         x, y, right, bottom = one.box
-        color = _COLORS[one.number % len(_COLORS)]
+        color = CLASS_COLORS[one.number % len(CLASS_COLORS)]
         draw.rectangle((x, y, max(x, right), max(y, bottom)), outline=color, width=width)
         words = f"{printable(one.label)} {one.score:.2f}"
         place = draw.textbbox((x, y), words, font=font, anchor="lb")

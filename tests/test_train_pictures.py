@@ -236,6 +236,28 @@ def test_classes_below_folders_without_pictures_stay(tmp_path):
             reading.pictures(one, "L")
 
 
+def test_links_are_followed_and_end(tmp_path):
+    """A link to another class's folder is a class; one to a folder that it lies in would have no end."""
+    place = folders(tmp_path / "all", "a/x/1.png", "b/y/1.png", "b/y/2.png")
+    (place / "b" / "z").symlink_to(place / "a" / "x")
+    for name, target in (("a/back", "."), ("a/here", "a"), ("b/above", "..")):
+        (place / name).symlink_to(place / target)
+    assert reading.pictures(place, "L")[0].classes == ["x", "y", "z"]
+    for name, target in (("a/to", "b"), ("b/fro", "a")):
+        (place / name).symlink_to(place / target)
+    found = {one.folder.removeprefix(str(place)) for one in picture.walk(place) if one.pictures}
+    assert found == {"/a/x", "/a/to/y", "/a/to/z", "/b/y", "/b/z", "/b/fro/x"}
+
+
+def test_the_order_is_that_of_timm(tmp_path):
+    from timm.utils.misc import natural_key
+
+    names = ["b10", "B9", "a", "10", "9", "c1d20", "c1d3", "c01d4", "_", "٣"]
+    assert sorted(names, key=picture.natural) == sorted(names, key=natural_key)
+    place = folders(tmp_path / "all", "9/1.png", "10/1.png", "²/1.png")  # a digit that is no number
+    assert reading.pictures(place, "L")[0].classes == ["9", "10", "²"]
+
+
 def test_the_number_of_classes_is_said_at_the_start(tmp_path):
     folder = pictures(tmp_path / "pictures")
     given = ["train", folder, *SMALL, "--batch-size", 6, "--max-steps", 1, "--out", tmp_path, "--name", "run"]

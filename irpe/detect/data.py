@@ -9,11 +9,11 @@ from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from ..runs.files import read_json, reason_of
-from ..runs.picture import converted, open_picture, orientation, orientation_of
+from ..runs.picture import converted, displayed, open_picture, orientation_of
 from ..runs.settings import DIGITS
 from ..runs.workers import RunError
 from . import scenes
@@ -174,13 +174,10 @@ class Coco:
 
     def _turned(self, image: Image.Image, picture: Picture) -> Image.Image:
         """The image as displayed or as stored: the annotations' size tells where it can."""
-        if orientation(image) == 1:
-            return image
-        displayed, size = ImageOps.exif_transpose(image), (picture.width, picture.height)
-        displayed.format = image.format  # by which `converted` knows 16 bits
-        if displayed.size == image.size:
-            return image if self._stored else displayed
-        return displayed if displayed.size == size else image
+        shown, size = displayed(image), (picture.width, picture.height)
+        if shown.size == image.size:
+            return image if self._stored else shown
+        return shown if shown.size == size else image
 
 
 Annotation = tuple[Box, int, float, int]  # box, label, area, crowd

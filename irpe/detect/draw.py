@@ -8,11 +8,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from ..runs.files import printable
+from ..runs.picture import CLASS_COLORS
 from ..viz import plain_text
 from .data import Coco
 from .evaluation import Prediction
-
-_COLORS = ("#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#66a61e", "#e6ab02", "#a6761d", "#1f78b4", "#e31a1c", "#6a3d9a")
 
 
 @plain_text()
@@ -40,7 +39,7 @@ def draw(path: Path, data: Coco, predictions: Sequence[Prediction], *, count: in
             if score < threshold:
                 continue
             x, y, right, bottom = box
-            color = _COLORS[label % len(_COLORS)]
+            color = CLASS_COLORS[label % len(CLASS_COLORS)]
             axes.add_patch(
                 Rectangle((x - 0.5, y - 0.5), right - x, bottom - y, fill=False, edgecolor=color, linewidth=1.8)
             )

@@ -11,9 +11,8 @@ import numpy as np
 from PIL import Image
 
 from ..runs.files import check_regular, reason_of
-from ..runs.picture import converted, decoded, kinds, read_picture
+from ..runs.picture import converted, decoded, extension, hidden, kinds, natural, read_picture, walk
 
-_NOISE = {"thumbs.db", "desktop.ini", "__macosx"}
 _INDEXED = 10 * 1024**3  # bytes of archives from which on timm writes an index beside them
 
 
@@ -80,18 +79,14 @@ def pictures(root: Path, mode: str) -> tuple[FolderSource | ReaderSource, list[s
 
 
 def _folders(root: Path, mode: str) -> tuple[FolderSource, list[str]]:
-    from timm.utils.misc import natural_key
-
     where: dict[str, str] = {}
     places: set[str] = set()
     found: list[tuple[str, str]] = []
     empty, others = [], []
-    for folder, below, files in os.walk(root, followlinks=True):
-        below[:] = sorted(name for name in below if not _hidden(name))
-        mine = [name for name in files if not _hidden(name) and _extension(name) in kinds()]
-        others += [name for name in files if not _hidden(name) and _extension(name) not in kinds()]
+    for folder, mine, rest, has_folders in walk(root):
+        others += rest
         if not mine:
-            if not below:
+            if not has_folders:
                 empty.append(folder)
             continue
         if Path(folder) == root:
@@ -115,8 +110,8 @@ def _folders(root: Path, mode: str) -> tuple[FolderSource, list[str]]:
     if not where:
         raise ValueError(f"{root} has no pictures; expected a folder for each class, with its pictures inside")
     # the order of timm's reader of folders, whose epochs are the same then
-    classes = sorted(where, key=natural_key)
-    found.sort(key=lambda picture: natural_key(picture[0]))
+    classes = sorted(where, key=natural)
+    found.sort(key=lambda picture: natural(picture[0]))
     number = {name: k for k, name in enumerate(classes)}
     source = FolderSource(classes, [path for path, _ in found], [number[name] for _, name in found], mode)
     return source, _left_out(root, others)
@@ -167,15 +162,13 @@ def _name_classes(reader: Any, root: Path) -> None:
 
     (`tar -C cat .` writes ./1.jpg, whose class is "." there; macOS puts ._1.jpg beside.)
     """
-    from timm.utils.misc import natural_key
-
     shown, labels = [], []
     where: dict[str, PurePosixPath] = {}
     files: Counter[str] = Counter()
     for number, (file, archive, inner) in enumerate(reader.samples):
         parts = [PurePosixPath(part).with_suffix("").as_posix() for part in (archive, inner and inner.name) if part]
         path = PurePosixPath(file.path)  # which has no ./ any more
-        if any(map(_hidden, path.parts)):
+        if any(map(hidden, path.parts)):
             continue
         place = PurePosixPath(*parts, *path.parent.parts)
         if not place.name:
@@ -200,7 +193,7 @@ def _name_classes(reader: Any, root: Path) -> None:
         )
     if not shown:
         raise ValueError(f"{root} has no pictures; expected a folder for each class, with its pictures inside")
-    reader.class_name_to_idx = {name: k for k, name in enumerate(sorted(set(labels), key=natural_key))}
+    reader.class_name_to_idx = {name: k for k, name in enumerate(sorted(set(labels), key=natural))}
     reader.samples = reader.samples[shown]
     reader.targets = np.array([reader.class_name_to_idx[name] for name in labels])
 
@@ -208,14 +201,14 @@ def _name_classes(reader: Any, root: Path) -> None:
 def _others(archive: tarfile.TarFile, within: str = "") -> Iterator[str]:
     """The names of the files of an archive, and of archives in it, that are no pictures."""
     for member in archive:
-        if not member.isfile() or any(map(_hidden, PurePosixPath(member.name).parts)):
+        if not member.isfile() or any(map(hidden, PurePosixPath(member.name).parts)):
             continue
-        if _extension(member.name) == ".tar":
+        if extension(member.name) == ".tar":
             if within:
                 raise ValueError(f"{within}/{member.name} is an archive in an archive in another; expected one level")
             with tarfile.open(fileobj=archive.extractfile(member)) as inner:
                 yield from _others(inner, member.name)
-        elif _extension(member.name) not in kinds():
+        elif extension(member.name) not in kinds():
             yield member.name
 
 
@@ -231,18 +224,9 @@ def _check_tars(paths: Sequence[Path]) -> None:
             raise ValueError(f"{path} is not a tar archive")
 
 
-def _extension(name: str) -> str:
-    return os.path.splitext(name)[1].lower()
-
-
-def _hidden(name: str) -> bool:
-    """Whether a file or folder is one that systems put there: .DS_Store, Thumbs.db, ..."""
-    return (name.startswith(".") and name not in (".", "..")) or name.lower() in _NOISE
-
-
 def _left_out(root: Path, names: Iterable[str]) -> list[str]:
     """A line about files that are no pictures, or none."""
-    count = Counter(_extension(name) or "no extension" for name in names)
+    count = Counter(extension(name) or "no extension" for name in names)
     if not count:
         return []
     shown = [f"{name} ({number:,})" for name, number in count.most_common(8)] + ["..."] * (len(count) > 8)
