@@ -1,5 +1,7 @@
 """What a model says of pictures: `model.predict` of models that `irpe.load` gives."""
 
+import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +11,10 @@ import torch
 from torch import Tensor, nn
 
 Picture = Any  # a path, or an image of Pillow
+_OF_PIXELS = ("do_rescale", "rescale_factor", "do_normalize")  # of an image processor
+_UNKNOWN = (
+    "it is not known how pictures are prepared for this model: save it with irpe.save(model, folder, processor=...)"
+)
 
 
 class Guess(NamedTuple):
@@ -93,20 +99,22 @@ class Classifier:
         self.channels = 3 if preprocessing is None else len(preprocessing.mean)
         self._transform: Callable[[Any], Tensor] | None = None
 
-    def prepare(self, image: Any) -> Tensor:
-        """The image (channels, height, width) of a picture in RGB or L.
+    def check(self) -> None:
+        """Refuses a model of which nobody has said how pictures are prepared.
 
         Raises:
-            ValueError: nobody has said how.
+            ValueError: that, with what to do.
         """
+        if self.processor is None and self.preprocessing is None:
+            raise ValueError(f"{_UNKNOWN}, or load the folder of its run")
+
+    def prepare(self, image: Any) -> Tensor:
+        """The image (channels, height, width) of a picture in RGB or L."""
+        self.check()
         if self.processor is not None:
             pixels: Tensor = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
             return pixels
-        if self.preprocessing is None:
-            raise ValueError(
-                "it is not known how pictures are prepared for this model: save it with irpe.save(model, folder, "
-                "processor=...), or load the folder of its run"
-            )
+        assert self.preprocessing is not None
         self._transform = self._transform or self.preprocessing.transform()
         return self._transform(image)
 
@@ -124,11 +132,11 @@ class Classifier:
     @torch.inference_mode()
     def of(self, pictures: Sequence[Picture], top: int = 5) -> list[list[Guess]]:
         """The guesses for a batch of pictures."""
+        if self.batch is not None and len(pictures) > self.batch:
+            return [one for part in chunks(pictures, self.batch) for one in self.of(part, top)]
         mode = "RGB" if self.channels == 3 else "L"
         images = torch.stack([self.prepare(read(one, mode)) for one in pictures])  # (B, channels, height, width)
         if self.batch is not None:
-            if len(images) > self.batch:
-                return [one for part in chunks(pictures, self.batch) for one in self.of(part, top)]
             images = torch.cat([images, images.new_zeros(self.batch - len(images), *images.shape[1:])])
         first = next(self.model.parameters(), None)
         if first is not None:
@@ -162,6 +170,25 @@ class Detector:
     def __init__(self, model: nn.Module, classes: Sequence[str], processor: Any) -> None:
         self.model, self.classes, self.processor = model, list(classes), processor
 
+    def check(self) -> None:
+        """Refuses a model of which it is not known how pictures are prepared, or that wants them in another way.
+
+        Raises:
+            ValueError: that, with what to do.
+        """
+        if self.processor is None:
+            raise ValueError(_UNKNOWN)
+        said = self.processor
+        size = dict(said.size or {}) if said.do_resize else None
+        if size is not None and not (size.get("shortest_edge") and size.get("longest_edge")):
+            raise ValueError(
+                f"the image processor resizes pictures to {size}; expected shortest_edge and longest_edge, which keep "
+                "their shape, or do_resize=False"
+            )
+        if not (said.do_rescale and said.do_normalize and math.isclose(said.rescale_factor, 1 / 255)):
+            found = ", ".join(f"{name}={getattr(said, name)}" for name in _OF_PIXELS)
+            raise ValueError(f"the image processor has {found}; expected pixels divided by 255 and normalised")
+
     def __call__(self, pictures: Picture | Sequence[Picture], *, threshold: float = 0.5, batch_size: int = 4) -> Any:
         """Args:
             pictures: a path or an image of Pillow, or a list of them.
@@ -178,28 +205,21 @@ class Detector:
         """What is found on a batch of pictures."""
         import numpy as np
 
-        from .detect.batches import Transform, collate
+        from .detect.batches import Transform, collate, found_on
 
-        if self.processor is None:
-            raise ValueError(
-                "it is not known how pictures are prepared for this model: save it with irpe.save(model, folder, "
-                "processor=...)"
-            )
-        size = dict(getattr(self.processor, "size", None) or {}) if self.processor.do_resize else {}
-        short, longest = int(size.get("shortest_edge") or 0), int(size.get("longest_edge") or 1_000_000)
+        self.check()
+        size = self.processor.size if self.processor.do_resize else {"shortest_edge": 0, "longest_edge": 0}
+        short, longest = int(size["shortest_edge"]), int(size["longest_edge"])
         mean, std = tuple(self.processor.image_mean), tuple(self.processor.image_std)
         transform = Transform((short,), longest, 0.0, mean, std)
         images = [read(one, "RGB", turned=True) for one in pictures]
         none, draw = torch.zeros(0, 4), np.random.default_rng(0)
         batch = collate([(transform(image, none, draw)[0], {}, k) for k, image in enumerate(images)])
-        device = next(self.model.parameters()).device
+        sizes = [(one.height, one.width) for one in images]
         self.model.eval()
-        output = self.model(batch.images.to(device), pixel_mask=batch.mask.to(device))
-        output.logits, output.pred_boxes = output.logits.float(), output.pred_boxes.float()
-        if not bool(output.logits.isfinite().all() and output.pred_boxes.isfinite().all()):
+        found, strange = found_on(self.model, batch, sizes, self.processor, threshold=threshold)
+        if strange:
             raise ValueError("the outputs are not numbers: the weights are damaged, or training went wrong")
-        sizes = torch.tensor([[one.height, one.width] for one in images])
-        found = self.processor.post_process_object_detection(output, threshold=threshold, target_sizes=sizes)
         return [self._sorted(one) for one in found]
 
     def _sorted(self, one: dict[str, Tensor]) -> list[Found]:
@@ -221,15 +241,14 @@ def read(picture: Picture, mode: str, *, turned: bool = False) -> Any:
     Raises:
         ValueError: it is no picture, with its name.
     """
-    from PIL import ImageOps
-
-    from .runs.picture import converted, open_picture
+    from .runs.files import reason_of
+    from .runs.picture import converted, displayed, open_picture
 
     try:
         image = open_picture(picture) if isinstance(picture, (str, Path)) else picture
-        return converted(ImageOps.exif_transpose(image) if turned else image, mode)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{picture}: {error}") from None
+        return converted(displayed(image) if turned else image, mode)
+    except (OSError, SyntaxError, ValueError, MemoryError) as error:  # of an image that nobody has decoded yet
+        raise ValueError(f"{picture}: {reason_of(error)}") from None
 
 
 def chunks(values: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
@@ -239,28 +258,24 @@ def chunks(values: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 
 
 def pictures_in(paths: Iterable[str | Path]) -> list[Path]:
-    """The files of pictures that paths name: files as they are, and all pictures in folders, in order of their names.
+    """The files of pictures that paths name, each once: files as they are, and all pictures in folders, in their order.
 
     Raises:
         ValueError: a path is not there, or a folder has no pictures.
     """
-    from .train.pictures import kinds
+    from .runs.picture import natural, walk
 
     found: list[Path] = []
     for path in map(Path, paths):
         if not path.exists():
             raise ValueError(f"{path} does not exist; expected pictures, or folders of them")
-        inside = [path]
+        inside = [str(path)]
         if path.is_dir():
-            inside = sorted(one for one in path.rglob("*") if one.suffix.lower() in kinds() and not _hidden(one, path))
+            inside = [os.path.join(place.folder, name) for place in walk(path) for name in place.pictures]
             if not inside:
                 raise ValueError(f"{path} has no pictures (.jpg, .png, .webp, ...)")
-        found += inside
-    return found
-
-
-def _hidden(file: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+        found += map(Path, sorted(inside, key=natural))
+    return list(dict.fromkeys(found))
 
 
 __all__ = ["Classifier", "Detector", "Found", "Guess", "Preprocessing", "pictures_in", "read"]

@@ -159,3 +159,20 @@ def eval_batches(data: Coco, transform: Transform, settings: Settings, rank: int
     keys = [mine[at : at + step] for at in range(0, len(mine), step)]
     reading = Reading(settings.loader_workers, settings.loader_timeout)
     return iter(Loader(Samples(data, transform), collate, reading, batch_sampler=keys))
+
+
+def found_on(
+    model: Any, batch: Batch, sizes: Sequence[tuple[int, int]], processor: Any, *, threshold: float
+) -> tuple[list[dict[str, Tensor]], int]:
+    """(scores (n,), labels (n,) and boxes (n, 4) of each picture, on the CPU; on how many outputs are not numbers).
+
+    Args:
+        sizes: (height, width) of the pictures, in whose pixels the boxes are.
+        threshold: least score.
+    """
+    weight = next(model.parameters())
+    output = model(batch.images.to(weight.device, weight.dtype), pixel_mask=batch.mask.to(weight.device))
+    output.logits, output.pred_boxes = output.logits.float(), output.pred_boxes.float()
+    numbers = (output.logits.isfinite().all(2) & output.pred_boxes.isfinite().all(2)).all(1)  # (B,)
+    found = processor.post_process_object_detection(output, threshold=threshold, target_sizes=torch.tensor(sizes))
+    return [{name: value.cpu() for name, value in one.items()} for one in found], int((~numbers).sum())

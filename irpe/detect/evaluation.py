@@ -9,7 +9,7 @@ from torchmetrics.detection import MeanAveragePrecision
 
 from ..runs.trainer import Interrupted, autocast, not_numbers
 from ..runs.world import World
-from .batches import Transform, eval_batches
+from .batches import Transform, eval_batches, found_on
 from .data import Coco
 from .settings import Settings
 
@@ -43,16 +43,11 @@ def predict(
             raise Interrupted
         if (batch := next(batches, None)) is None:
             continue
+        sizes = [(data.pictures[number].height, data.pictures[number].width) for number in batch.numbers]
         with autocast(settings.amp, world.device):
-            output = model(batch.images.to(world.device), pixel_mask=batch.mask.to(world.device))
-        output.logits, output.pred_boxes = output.logits.float(), output.pred_boxes.float()
-        strange += int((~(output.logits.isfinite().all(2) & output.pred_boxes.isfinite().all(2))).any(1).sum())
-        sizes = torch.tensor([[data.pictures[number].height, data.pictures[number].width] for number in batch.numbers])
-        found = processor.post_process_object_detection(output, threshold=0.0, target_sizes=sizes)
-        mine += [
-            (number, {name: value.cpu() for name, value in what.items()})
-            for number, what in zip(batch.numbers, found, strict=True)
-        ]
+            found, bad = found_on(model, batch, sizes, processor, threshold=0.0)
+        strange += bad
+        mine += zip(batch.numbers, found, strict=True)
     both: Any = world.gathered(mine)  # type: ignore[arg-type]
     everything: dict[int, Prediction] = dict(both)
     if count := int(world.total(torch.tensor([float(strange)]))):
