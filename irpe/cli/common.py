@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from ..runs.files import printable, reason_of
+from ..runs.files import as_json, printable, reason_of, write_whole
 
 T = TypeVar("T")
 # typer has brought click along, and holds a copy of its own since 0.29: what its errors are derived from
@@ -82,15 +82,18 @@ def check_place(*files: Path | None) -> None:
             raise typer.BadParameter(sentence(f"{file} cannot be written: {folder} may not be written into"))
 
 
-def write_json(file: Path, values: Any) -> None:
-    """Writes plain values, and makes the folder where there is none."""
-    from ..runs import files
-
+def write(file: Path, data: bytes) -> None:
+    """Writes a file, whole or not at all, and makes its folder where there is none."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        files.write_json(file, values)
+        write_whole(file, lambda handle: handle.write(data))
     except OSError as error:
         raise typer.BadParameter(sentence(words_of(error))) from None
+
+
+def write_json(file: Path, values: Any) -> None:
+    """Writes plain values; see `write`."""
+    write(file, as_json(values, indent=1))
 
 
 def new_folder(out: Path, name: str, overwrite: bool) -> Path:

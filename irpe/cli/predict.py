@@ -2,19 +2,24 @@
 
 import csv
 import io
+import os
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
 import typer
-from rich import box
+from rich import box as lines
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .common import Terminal, check_place, new_folder, words_of, write_json
+from ..runs.files import printable, read_json
+from .common import Terminal, check_place, new_folder, write, write_json
 from .options import sentences
 
 _SHOWN = 100  # rows of the table
+_TOP, _THRESHOLD, _OUT = 5, 0.5, Path("runs/predictions")
 
 
 def predict(
@@ -29,8 +34,13 @@ def predict(
     images: Annotated[
         list[Path], typer.Argument(help="Pictures of any format, and folders of them.", show_default=False)
     ],
-    top: Annotated[int, typer.Option(min=1, help="Classes of each picture (classifiers).")] = 5,
-    threshold: Annotated[float, typer.Option(min=0.0, max=1.0, help="Least score of a box (detectors).")] = 0.5,
+    top: Annotated[
+        int | None, typer.Option(min=1, help="Classes of each picture (classifiers).", show_default=str(_TOP))
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Least score of a box (detectors).", show_default=str(_THRESHOLD)),
+    ] = None,
     weights: Annotated[str, typer.Option(help="Which of a run's: best, last or ema.")] = "best",
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 16,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")] = "auto",
@@ -42,9 +52,10 @@ def predict(
         Path | None,
         typer.Option(help="COCO's JSON whose ids of images and categories --json takes, by their names (detectors)."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="New folder for the pictures with their boxes (detectors).")] = Path(
-        "runs/predictions"
-    ),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="New folder for the pictures with their boxes (detectors).", show_default=str(_OUT)),
+    ] = None,
 ) -> None:
     """Say what is on pictures: the likeliest classes, or boxes.
 
@@ -56,20 +67,29 @@ def predict(
         from ..saving import load
 
         check_place(json_file, csv_file)
+        if out is not None and (out.name in ("", "..") or printable(out.name) != out.name):
+            raise ValueError(f"--out {out} names no new folder; expected one, such as {out / _OUT.name}")
         files = pictures_in(images)
         model = load(source, weights=weights)
         said = getattr(model, "predict", None)
         if said is None:
             raise ValueError(f"{source} is a {type(model).__name__}, neither a classifier nor a detector")
-        model.to(device_of(device))
         detects = isinstance(said, Detector)
-        if annotations is not None and not detects:
-            raise ValueError("--annotations: only detectors have boxes; leave it out")
-        ids = _Ids(annotations)
+        if detects:
+            _refuse("only classifiers tell the likeliest classes", top=top)
+        else:
+            _refuse("only detectors have boxes", threshold=threshold, annotations=annotations, out=out)
+        if annotations is not None and json_file is None:
+            raise ValueError("--annotations tells the ids in --json; give that too, or leave it out")
+        said.check()
+        ids = _Ids(files, annotations, said.classes) if detects else None
+        model.to(device_of(device))
+        out = out or _OUT
         folder = new_folder(out.parent, out.name, overwrite=False) if detects else None
         results: list[tuple[Path, list[Any]]] = []
         bad: list[str] = []
-        mode, limit = "L" if getattr(said, "channels", 3) == 1 else "RGB", threshold if detects else top
+        mode = "L" if getattr(said, "channels", 3) == 1 else "RGB"
+        limit = (_THRESHOLD if threshold is None else threshold) if detects else top or _TOP
         for part in _batches(files, batch_size):
             read_ones = []
             for file in part:
@@ -82,19 +102,26 @@ def predict(
                 results.append((file, one))
                 if folder is not None:
                     _draw(folder, file, image, one)
-        rows = _boxes(results, ids) if detects else _classes(results)
         printer.print(_table(results, detects))
         if json_file is not None:
-            write_json(json_file, rows if detects else _by_file(results))
+            write_json(json_file, _by_file(results) if ids is None else _boxes(results, ids))
         if csv_file is not None:
-            _write_csv(csv_file, rows, detects)
+            write(csv_file, _csv(results, detects))
         for place in (json_file, csv_file, folder):
             if place is not None:
                 printer.print(str(place), soft_wrap=True)
+        if ids is not None and (words := ids.left_out(results)):
+            printer.print(f"{json_file}: {words}", soft_wrap=True)
         for words in bad:
             printer.print(f"unreadable: {words}", soft_wrap=True)
         if bad:
             raise typer.Exit(1)
+
+
+def _refuse(why: str, **options: object) -> None:
+    """Refuses options that were given and would do nothing."""
+    if given := [f"--{name}" for name, value in options.items() if value is not None]:
+        raise ValueError(f"{', '.join(given)}: {why}; leave it out")
 
 
 def _batches(files: Sequence[Path], size: int) -> Iterator[Sequence[Path]]:
@@ -108,46 +135,61 @@ def _batches(files: Sequence[Path], size: int) -> Iterator[Sequence[Path]]:
 
 
 class _Ids:
-    """The ids of images and categories in COCO's annotations, by their names."""
+    """The ids of images and of categories in COCO's results: those of annotations, by names, or ones of our own.
 
-    def __init__(self, file: Path | None) -> None:
-        from ..runs.files import read_json
+    Args:
+        classes: names of the model's.
 
-        self.images: dict[str, Any] | None = None
+    Raises:
+        ValueError: a file is not among the annotations' images, or two would be one of them; or all classes are others.
+    """
+
+    def __init__(self, files: Sequence[Path], annotations: Path | None, classes: Sequence[str]) -> None:
+        self.images: dict[Path, Any] = {}
         self.categories: dict[str, Any] | None = None
-        if file is None:
+        if annotations is None:
+            # a file's number, as COCO's are named, or its name; the whole path where several have one
+            own = {file: int(file.stem) if re.fullmatch("[0-9]{1,18}", file.stem) else file.name for file in files}
+            count = Counter(own.values())
+            self.images = {file: str(file) if count[one] > 1 else one for file, one in own.items()}
             return
-        values = read_json(file)
+        values = read_json(annotations)
         try:
-            self.images = {str(one["file_name"]): one["id"] for one in values["images"]}
+            names = {PurePosixPath(one["file_name"]).as_posix(): one["id"] for one in values["images"]}
             self.categories = {str(one["name"]): one["id"] for one in values["categories"]}
+            if not all(isinstance(one, (int, str)) for one in (*names.values(), *self.categories.values())):
+                raise TypeError
         except (KeyError, TypeError):
-            raise ValueError(f"--annotations {file} is not in COCO's detection format") from None
-
-    def image(self, file: Path) -> Any:
-        """Of annotations; else the number that the file is named by, as COCO's are; else its name."""
-        if self.images is not None:
-            name = next((name for name in (file.as_posix(), file.name) if name in self.images), None)
+            raise ValueError(f"--annotations {annotations} is not in COCO's detection format") from None
+        taken: dict[Any, Path] = {}
+        for file in files:
+            name = next((name for name in _suffixes(file) if name in names), None)
             if name is None:
                 raise ValueError(f"{file} is not among the images of --annotations")
-            return self.images[name]
-        return int(file.stem) if file.stem.isdecimal() and file.stem.isascii() else file.name
+            if (other := taken.setdefault(names[name], file)) != file:
+                raise ValueError(f"{other} and {file} would both be image {name} of --annotations; leave one out")
+            self.images[file] = names[name]
+        if self.categories.keys().isdisjoint(classes):
+            expected, found = (", ".join(sorted(map(str, one))[:5]) for one in (self.categories, classes))
+            raise ValueError(f"--annotations has the categories {expected}; the model has others: {found}")
 
-    def category(self, label: str, number: int) -> Any:
-        """Of annotations; else the number of the model's class."""
-        if self.categories is None:
-            return number
-        if label not in self.categories:
-            raise ValueError(f"{label!r} is not among the categories of --annotations")
-        return self.categories[label]
+    def category(self, one: Any) -> Any:
+        """Of annotations, None where they have none of this name; else the number of the model's class."""
+        return one.number if self.categories is None else self.categories.get(one.label)
+
+    def left_out(self, results: Sequence[tuple[Path, list[Any]]]) -> str:
+        """A line about the boxes that have no category, or nothing."""
+        count = Counter(one.label for _, found in results for one in found if self.category(one) is None)
+        names = ", ".join(name for name, _ in count.most_common(5)) + ", ..." * (len(count) > 5)
+        return f"without {count.total():,} boxes of classes that --annotations does not have: {names}" if count else ""
 
 
-def _classes(results: Sequence[tuple[Path, list[Any]]]) -> list[dict[str, Any]]:
-    return [
-        {"file": str(file), "rank": rank, "label": one.label, "score": one.score}
-        for file, found in results
-        for rank, one in enumerate(found, 1)
-    ]
+def _suffixes(file: Path) -> Iterator[str]:
+    """The whole path of a file, then shorter and shorter ends of it: /a/b/c.png, a/b/c.png, b/c.png, c.png."""
+    path = Path(os.path.abspath(file))
+    yield path.as_posix()
+    for at in range(1, len(path.parts)):
+        yield "/".join(path.parts[at:])
 
 
 def _by_file(results: Sequence[tuple[Path, list[Any]]]) -> list[dict[str, Any]]:
@@ -158,35 +200,32 @@ def _boxes(results: Sequence[tuple[Path, list[Any]]], ids: _Ids) -> list[dict[st
     """COCO's results, with two names more."""
     return [
         {
-            "image_id": ids.image(file), "category_id": ids.category(one.label, one.number),
-            "bbox": [round(one.box[0], 2), round(one.box[1], 2), *_size(one.box)], "score": one.score,
+            "image_id": ids.images[file], "category_id": ids.category(one), "bbox": _bbox(one.box), "score": one.score,
             "file_name": str(file), "category": one.label,
         }
         for file, found in results
         for one in found
+        if ids.category(one) is not None
     ]  # fmt: skip
 
 
-def _size(corners: tuple[float, float, float, float]) -> tuple[float, float]:
-    return round(corners[2] - corners[0], 2), round(corners[3] - corners[1], 2)
+def _bbox(box: Sequence[float]) -> list[float]:
+    """x, y, width and height in hundredths of a pixel."""
+    return [round(side, 2) for side in (box[0], box[1], box[2] - box[0], box[3] - box[1])]
 
 
-def _write_csv(file: Path, rows: Sequence[dict[str, Any]], detects: bool) -> None:
-    from ..runs.files import write_whole
-
+def _csv(results: Sequence[tuple[Path, list[Any]]], detects: bool) -> bytes:
+    """A line for each box, or for each class of a picture."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
-    if detects:
-        writer.writerow(("file", "label", "score", "x", "y", "width", "height"))
-        writer.writerows((one["file_name"], one["category"], one["score"], *one["bbox"]) for one in rows)
-    else:
-        writer.writerow(("file", "rank", "label", "score"))
-        writer.writerows((one["file"], one["rank"], one["label"], one["score"]) for one in rows)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, lambda handle: handle.write(text.getvalue().encode()))
-    except OSError as error:
-        raise ValueError(words_of(error)) from None
+    writer.writerow(
+        ("file", "label", "score", "x", "y", "width", "height") if detects else ("file", "rank", "label", "score")
+    )
+    for file, found in results:
+        for rank, one in enumerate(found, 1):
+            more = (one.label, one.score, *_bbox(one.box)) if detects else (rank, one.label, one.score)
+            writer.writerow((file, *more))
+    return text.getvalue().encode()
 
 
 def _draw(folder: Path, file: Path, image: Any, found: Sequence[Any]) -> None:
@@ -203,7 +242,7 @@ def _draw(folder: Path, file: Path, image: Any, found: Sequence[Any]) -> None:
 def _table(results: Sequence[tuple[Path, list[Any]]], detects: bool) -> Table:
     more = len(results) - _SHOWN
     caption = f"and {more:,} pictures more; --json and --csv have all" if more > 0 else None
-    table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
+    table = Table(box=lines.SIMPLE_HEAD, caption=caption, caption_justify="left")
     table.add_column("picture", overflow="fold")
     table.add_column("boxes" if detects else "classes", overflow="fold")
     for file, found in results[:_SHOWN]:
