@@ -9,6 +9,11 @@ from torch import nn
 from ._version import __version__
 from .saving import load, save
 
+_WITH = (
+    "A vision transformer with image relative position encoding (iRPE, Wu et al., ICCV 2021,",
+    "[arXiv 2107.14222](https://arxiv.org/abs/2107.14222)).",
+)
+_WITHOUT = ("A vision transformer without relative position encoding, in a folder of irpe.",)
 _TASKS = {"Classifier": "image-classification", "Detector": "object-detection"}
 
 
@@ -16,7 +21,7 @@ def push_to_hub(
     model: nn.Module | str | Path, name: str, *, private: bool = False, token: str | None = None,
     license: str | None = None, text: str = "", results: dict[str, float] | None = None, **options: Any,
 ) -> str:  # fmt: skip
-    """Writes a model, or that of a run, as `irpe.save` does, adds a model card, and uploads it; returns its address.
+    """Uploads a model, or the best of a run, as `irpe.save` writes it, with a model card; returns its address.
 
     >>> irpe.push_to_hub("runs/NAME", "user/name", license="mit")
     >>> model = irpe.load("user/name")
@@ -41,7 +46,7 @@ def push_to_hub(
     found: Any = model if source is None else load(source)
     with tempfile.TemporaryDirectory() as place:
         folder = save(found, Path(place) / "model", **options)
-        facts = _facts_of_run(source) if source is not None else {}
+        facts = facts_of_run(source) if source is not None else {}
         if results is not None:
             facts["results"] = results
         card(found, name, license=license, text=text, **facts).save(folder / "README.md")
@@ -65,6 +70,7 @@ def card(
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     task = _TASKS.get(type(getattr(model, "predict", None)).__name__)
+    encodings = _encodings(model)
     figures = [
         EvalResult(
             task_type=task or "image-feature-extraction", dataset_type=_slug(data) or "unknown",
@@ -74,54 +80,84 @@ def card(
     ]  # fmt: skip
     values = ModelCardData(
         model_name=name.split("/")[-1], library_name="irpe", pipeline_tag=task, license=license,
-        tags=["irpe", "relative-position-encoding", "vision-transformer"], eval_results=figures or None,
+        tags=["irpe", *(["relative-position-encoding"] if encodings else []), "vision-transformer"],
+        eval_results=figures or None,
     )  # fmt: skip
     count = sum(one.numel() for one in model.parameters())
     rows = [
-        ("model", base or type(model).__name__), ("encoding", rpe or _encoding(model)), ("parameters", f"{count:,}"),
+        ("model", base or type(model).__name__), ("encoding", rpe or ", ".join(encodings) or "none"),
+        ("parameters", f"{count:,}"),
         ("data", data), *((metric, f"{value:g}") for metric, value in (results or {}).items()),
     ]  # fmt: skip
     use = 'found = model.predict("picture.jpg")\n' if task else ""
+    library = _refusing(model) if encodings else None
     lines = [
         "---", values.to_yaml(), "---", "", f"# {name.split('/')[-1]}", "",
-        "A vision transformer with image relative position encoding (iRPE, Wu et al., ICCV 2021,",
-        "[arXiv 2107.14222](https://arxiv.org/abs/2107.14222)).", "", *([text, ""] if text else []),
+        *(_WITH if encodings else _WITHOUT), "", *([text, ""] if text else []),
         "| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in rows if value), "",
         "## Use", "", "```python", "import irpe", "", f'model = irpe.load("{name}")', f"{use}```", "",
-        "The loaders of timm and transformers refuse these files: they would leave the encodings out.", "",
+        *([f"The loaders of {library} refuse these files: they would leave the encodings out.", ""] if library else []),
         f"Made with irpe {__version__}.", "",
     ]  # fmt: skip
     return ModelCard("\n".join(lines))
 
 
-def _encoding(model: nn.Module) -> str:
-    """The string form of a model's encodings, or what else can be said of them."""
+def _encodings(model: nn.Module) -> list[str]:
+    """The string forms of a model's encodings; none where it has none."""
     from .config_io import rpe_config_to_string
     from .integrations.timm_record import config_of
     from .irpe import RPEConfig
 
-    found = {config for one in model.modules() if (config := config_of(one)) != RPEConfig()}
-    try:
-        return ", ".join(sorted(map(rpe_config_to_string, found))) or "none"
-    except ValueError:
-        return "of several kinds; see the configuration"
+    found = set()
+    for config in {config_of(one) for one in model.modules()} - {RPEConfig()}:
+        try:
+            found.add(rpe_config_to_string(config))
+        except ValueError:
+            found.add("without a string form (see config.json)")
+    return sorted(found)
 
 
-def _facts_of_run(folder: Path) -> dict[str, Any]:
-    """What the card says of a run: its data, model, encoding, and what it was measured at."""
+def _refusing(model: nn.Module) -> str | None:
+    """The library whose own loaders refuse an equipped model's files; None where it has none, or none that refuses."""
+    from .integrations.timm_record import RECORD
+
+    if "transformers" in {cls.__module__.split(".")[0] for cls in type(model).__mro__}:
+        return "transformers"
+    # the released DeiTs are models of timm that have their encodings from their name
+    return "timm" if RECORD in vars(model).get("_model_args", {}) else None
+
+
+def facts_of_run(folder: Path) -> dict[str, Any]:
+    """What the card says of a run: its data, model, encoding, and what its best weights were measured at."""
     from .runs.files import read_json
+    from .runs.logs import measured_at
 
     if not all((folder / name).exists() for name in ("settings.json", "result.json")):
         return {}
     settings, result = read_json(folder / "settings.json"), read_json(folder / "result.json")
+    best, names = result["best"], {"AP": "AP in percent", "AP50": "AP50 in percent"}
     if "settings" in settings:
-        settings, score = settings["settings"], result["best"]["val"]
-        names = {"top1": "top-1 accuracy in percent", "top5": "top-5 accuracy in percent"}
+        settings, names = (
+            settings["settings"],
+            {"top1": "top-1 accuracy in percent", "top5": "top-5 accuracy in percent"},
+        )
+        base = str(settings["model"])
     else:
-        score, names = result["score"], {"AP": "AP in percent", "AP50": "AP50 in percent"}
-    results = {words: float(score[key]) for key, words in names.items() if score.get(key) is not None}
-    base, rpe = str(settings["model"]), str(settings["rpe"] or "")
-    return {"results": results, "data": Path(str(settings["data"])).name, "base": base, "rpe": rpe}
+        base = _name_of(settings["pretrained"]) or str(settings["model"])
+        if not isinstance(best, dict):  # of a version that wrote the best AP alone
+            best = measured_at(folder, result["best_step"])
+    results = {words: float(best["val"][key]) for key, words in names.items() if best["val"].get(key) is not None}
+    return {"results": results, "data": Path(settings["data"]).name, "base": base, "rpe": str(settings["rpe"] or "")}
+
+
+def _name_of(pretrained: str | None) -> str:
+    """A name on the hub as it is; of a path on this machine the last part that says something."""
+    if pretrained is None:
+        return ""
+    path = Path(pretrained)
+    if not (path.is_absolute() or path.exists() or len(path.parts) > 2):
+        return pretrained
+    return next((part for part in reversed(path.resolve().parts) if part not in ("best", "model")), "")
 
 
 def _slug(words: str) -> str:

@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("torchmetrics")
 pytest.importorskip("pycocotools")
 
+from PIL import Image
 from rich.console import Console
 from test_train_folder import content, words
 from train_tiny import irpe
@@ -84,6 +85,21 @@ def test_what_a_run_leaves_for_people(ended, tmp_path):
     card = (ended / "README.md").read_text()
     result = json.loads((ended / "result.json").read_text())
     assert "4 steps" in card and f"| last | 4 | {result['score']['AP']:.2f} |" in card and "Made with irpe" in card
+    for name, step in (("best", result["best_step"]), ("last", 4)):
+        (line,) = [line for line in epochs if line["step"] == step]
+        assert result[name] == {key: line[key] for key in ("step", "epoch", "train_loss", "val")}
+        assert f"| {name} | {step} | {line['val']['AP']:.2f} |" in card
+    assert result["last"]["val"] == result["score"]
+    # how it is used, literally
+    use = card.split("## Use")[1].split("## ")[0].replace("THIS_FOLDER", str(ended))
+    Image.new("RGB", (50, 40)).save(tmp_path / "picture.jpg")
+    lines = [line.strip().replace("picture.jpg", str(tmp_path / "picture.jpg")) for line in use.splitlines()]
+    (command,) = [line for line in lines if line.startswith("irpe ")]
+    result = irpe(*command.split()[1:], "--device", "cpu", "--out", tmp_path / "drawn")
+    assert result.exit_code == 0 and (tmp_path / "drawn" / "picture.png").exists(), result.output
+    names = {}
+    exec("\n".join(line for line in lines if line.startswith(("import irpe", "found = "))), names)
+    assert isinstance(names["found"], list) and "irpe.detect.model" not in card
     for picture in ("curves.png", "predictions.png"):
         assert f"({picture})" in card and (ended / picture).read_bytes().startswith(b"\x89PNG")
     result = detect(tmp_path, "--no-plots", "--no-tensorboard", "--max-steps", 1)

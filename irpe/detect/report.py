@@ -6,7 +6,7 @@ from typing import Any
 
 from ..runs import report
 from ..runs.files import write_json, write_whole
-from ..runs.logs import epochs_of, read_log
+from ..runs.logs import duration, measured_at, read_log
 from .data import Coco
 from .draw import draw
 from .evaluation import Prediction
@@ -27,7 +27,7 @@ def write_report(
     if settings.plots:
         curves = report.draw_curves(folder / report.CURVES, lines, LOSS, FIGURES, "average precision in percent")
         pictures.insert(0, curves)
-    text = card(result, epochs_of(lines), [path.name for path in pictures])
+    text = card(result, [path.name for path in pictures])
     for path in (*pictures, write_whole(folder / report.CARD, lambda file: file.write(text.encode()))):
         say(str(path))
 
@@ -40,7 +40,14 @@ def write_result(
     return [draw(folder / PICTURES, val, predictions, count=settings.draw)] if settings.draw else []
 
 
-def card(result: dict[str, Any], epochs: Sequence[dict[str, Any]], pictures: list[str]) -> str:
+def scores(folder: Path, best_step: int, step: int) -> dict[str, Any]:
+    """What was measured of the best and of the last weights, as the log of a run has it."""
+    keep = ("step", "epoch", "train_loss", "val")
+    lines = {"best": measured_at(folder, best_step), "last": measured_at(folder, step)}
+    return {name: {key: line[key] for key in keep} for name, line in lines.items()}
+
+
+def card(result: dict[str, Any], pictures: list[str]) -> str:
     """The text of README.md in a run's folder."""
     settings = result["settings"]
     model = settings["pretrained"] or settings["model"]
@@ -50,24 +57,28 @@ def card(result: dict[str, Any], epochs: Sequence[dict[str, Any]], pictures: lis
         "encoding": settings["rpe"] or "as the pretrained model has it",
         "recipe": f"{settings['recipe']}, {settings['epochs']} epochs, {result['steps']:,} steps",
         "batch": f"{settings['batch_size']} images, {result['processes']} process(es) on {result['device']}",
-        "training": report.duration(result["seconds"]),
+        "training": duration(result["seconds"]),
     }
-    best = next((line for line in epochs if line["step"] == result["best_step"]), epochs[-1])
     names = list(FIGURES)
-    scores = [f"| weights | step | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
-    for title, step, score in (("best", best["step"], best["val"]), ("last", result["steps"], result["score"])):
-        figures = ["-" if score[name] is None else f"{score[name]:.2f}" for name in names]
-        scores.append(f"| {title} | {step:,} | {' | '.join(figures)} |")
+    table = [f"| weights | step | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
+    for title in ("best", "last"):
+        found = result[title]["val"]
+        figures = ["-" if found[name] is None else f"{found[name]:.2f}" for name in names]
+        table.append(f"| {title} | {result[title]['step']:,} | {' | '.join(figures)} |")
     titles = {
         report.CURVES: "Loss and average precision over epochs",
         PICTURES: "Boxes found, and those there (dashed)",
     }
     files = (
-        "`best` and `model` (the last) hold weights, configuration and image processor, as `save_pretrained` writes",
-        "them; `irpe.detect.model.load` reads them with their tables. `log.jsonl` has a line for each measured epoch",
-        "and for some steps.",
+        "`best` and `model` (the last) hold weights, configuration with the encodings, and image processor.",
+        "`log.jsonl` has a line for each measured epoch and for some steps, `result.json` the figures above.",
     )
+    use = (
+        "    irpe predict THIS_FOLDER picture.jpg", "", "or in Python", "",
+        "    import irpe", '    found = irpe.load("THIS_FOLDER").predict("picture.jpg")', "",
+        "gives the boxes (x, y, x, y) in pixels of the picture as it is displayed, of the best weights.",
+    )  # fmt: skip
     return report.card(
-        f"DETR on {Path(settings['data']).name}", facts, scores, {name: titles[name] for name in pictures}, files,
-        settings, result["versions"], ", `irpe detect OTHER --pretrained THIS_FOLDER/best --evaluate-only`",
+        f"DETR on {Path(settings['data']).name}", facts, table, {name: titles[name] for name in pictures}, files,
+        settings, result["versions"], ", `irpe detect OTHER --pretrained THIS_FOLDER/best --evaluate-only`", use,
     )  # fmt: skip

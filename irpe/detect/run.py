@@ -20,7 +20,7 @@ from .batches import transform_of
 from .data import Coco, named, open_part, turned
 from .evaluation import average_precision, predict, words
 from .loop import Trainer
-from .report import PICTURES, write_report, write_result
+from .report import PICTURES, scores, write_report, write_result
 from .saved import save
 from .scenes import write as write_scenes
 from .settings import Settings, settings_from_dict
@@ -77,11 +77,9 @@ def train(settings: Settings, make_folder: MakeFolder, resume: str | None, conso
             trainer.run(folder, console, stop)
             progress = trainer.progress
             result = _result(settings, progress.score, model, world)
-            result |= {
-                "steps": progress.step, "seconds": progress.seconds, "best": progress.best,
-                "best_step": progress.best_step,
-            }  # fmt: skip
+            result |= {"steps": progress.step, "seconds": progress.seconds, "best_step": progress.best_step}
             if world.first:
+                result |= scores(folder, progress.best_step, progress.step)
                 save(model, processor, folder / models.FOLDER)
                 write_report(folder, result, val, trainer.predictions, settings, say)
                 say(f"{words(progress.score)} on {len(val)} pictures; {folder}")

@@ -54,6 +54,24 @@ def epochs_of(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return list({line["epoch"]: line for line in lines if line["kind"] == "epoch"}.values())
 
 
+def measured_at(folder: Path, step: int) -> dict[str, Any]:
+    """The line of what was measured after a step; the last one where the log has none of it."""
+    lines = [line for line in read_log(folder) if line["kind"] == "epoch"]
+    return next((line for line in lines if line["step"] == step), lines[-1])
+
+
+def duration(seconds: float) -> str:
+    """Hours and minutes, minutes, or seconds, rounded.
+
+    >>> duration(7260)
+    '2 h 01 min'
+    """
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min"
+
+
 class Log:
     """Writes the files and draws the bar; without a folder (in all processes but the first) it does nothing."""
 
@@ -134,7 +152,9 @@ class Log:
             words += f", {values['bad_images']} unreadable images"
         if self.done:
             spent = time.perf_counter() - self.began  # with the time of measuring
-            words += f", {self.done / spent:,.0f} images/s, {_time((self.total - self.done) * spent / self.done)} left"
+            words += (
+                f", {self.done / spent:,.0f} images/s, {duration((self.total - self.done) * spent / self.done)} left"
+            )
         self.console.print(words + (", the best so far" if is_best else ""), soft_wrap=True)
         self.since, self.at_last_line = time.perf_counter(), self.done
         if self.board is not None:
@@ -168,8 +188,3 @@ class Log:
                 os.fsync(file.fileno())
         except OSError as error:
             raise WriteError(f"{path} could not be written: {error.strerror}; the checkpoints are whole") from error
-
-
-def _time(seconds: float) -> str:
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"

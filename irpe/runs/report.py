@@ -45,16 +45,6 @@ def _at(line: dict[str, Any], place: str) -> Any:
     return value
 
 
-def duration(seconds: float) -> str:
-    """Hours and minutes, minutes, or seconds.
-
-    >>> duration(7260)
-    '2 h 01 min'
-    """
-    hours, rest = divmod(int(seconds), 3600)
-    return f"{hours} h {rest // 60:02} min" if hours else f"{seconds:.0f} s" if seconds < 120 else f"{rest // 60} min"
-
-
 def card(
     title: str,
     facts: Mapping[str, str],

@@ -15,7 +15,7 @@ from ..encodings import Encodings, learned
 from ..runs import report
 from ..runs.files import read_json, write_json, write_whole
 from ..runs.folder import SETTINGS
-from ..runs.logs import read_log
+from ..runs.logs import duration, read_log
 from .loader import Shape, Transform
 from .settings import Settings, settings_from_dict
 
@@ -87,7 +87,7 @@ def card(record: dict[str, Any], result: dict[str, Any], pictures: list[str]) ->
         "recipe": f"{settings['recipe']}, {result['epochs']} of {settings['epochs']} epochs, {result['step']:,} steps",
         "batch": f"{settings['batch_size']} images, {record['processes']} process(es) on {record['device']}",
         **{f"optimizer: {name}": words for name, words in record["parameter_groups"].items()},
-        "training": report.duration(result["seconds"]),
+        "training": duration(result["seconds"]),
     }
 
     def line(name: str, epoch: dict[str, Any], part: str) -> str:
