@@ -4,7 +4,7 @@ All variants take turns in one process, and medians are compared, so a busy mach
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
@@ -27,6 +27,10 @@ class Row(NamedTuple):
     what: str
     pass_: str
     seconds: dict[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, with the ratios."""
+        return {"what": self.what, "pass": self.pass_, "seconds": self.seconds, "ratios": self.ratios()}
 
     def ratios(self) -> dict[str, float]:
         """Times over that of the first variant."""
@@ -56,12 +60,11 @@ def attention(
         q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
         grad = torch.randn(shape, device=device, dtype=dtype)
         calls: dict[str, Run] = {"without": partial(F.scaled_dot_product_attention, q, k, v)}
-        for text in rpe:
-            config = rpe_config_from_string(text)
+        for name, config in named(rpe).items():
             modules = build_rpe(config, head_dim, heads, device=device, dtype=dtype)
             encoded = partial(rpe_attention, q, k, v, *modules, height=height, width=width)
-            calls[letters(config)] = encoded
-            calls[f"{letters(config)}, formula"] = partial(encoded, backend="eager")
+            calls[name] = encoded
+            calls[f"{name}, formula"] = partial(encoded, backend="eager")
         forward = {name: partial(_without_graph, call) for name, call in calls.items()}
         backward = {name: partial(_with_gradients, call, (q, k, v), grad) for name, call in calls.items()}
         for name, runs in zip(PASSES, (forward, backward), strict=True):
@@ -80,7 +83,7 @@ def model(name: str, rpe: list[str], *, batch: int, device: torch.device, second
         models: dict[str, Any] = {"without": timm.create_model(name)}
     except RuntimeError as error:
         raise ValueError(f"--model {name}: {error}") from None
-    models |= {letters(rpe_config_from_string(text)): equip(timm.create_model(name), text) for text in rpe}
+    models |= {short: equip(timm.create_model(name), config) for short, config in named(rpe).items()}
     images = torch.randn(batch, *models["without"].default_cfg["input_size"], device=device)
 
     for one in models.values():
@@ -107,6 +110,17 @@ def in_turns(runs: Mapping[str, Run], device: torch.device, seconds: float) -> d
     return {name: median(times) for name, times in spent.items()}
 
 
+def named(rpe: Iterable[str]) -> dict[str, RPEConfig]:
+    """{name: configuration}: where the encodings are ("k", "q, k, v"), or the strings where two are at one place.
+
+    Raises:
+        ValueError: a string is none of a configuration.
+    """
+    configs = {text: rpe_config_from_string(text) for text in rpe}
+    places = {letters(config): config for config in configs.values()}
+    return places if len(places) == len(configs) else configs
+
+
 def letters(config: RPEConfig) -> str:
     """Where the encodings are: k, or q, k, v."""
     return ", ".join(name[-1] for name, one in vars(config).items() if one is not None)
@@ -127,5 +141,5 @@ def _step(model: nn.Module, images: Tensor) -> None:
 
 
 def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

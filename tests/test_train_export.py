@@ -58,7 +58,7 @@ def model_of(run, which="best", **changes):
 
 
 @pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=pytest.mark.slow)])
-def test_files_compute_what_the_model_computes(run, tmp_path, suffix):
+def test_files_compute_what_the_model_computes(run, tmp_path, suffix, monkeypatch):
     if suffix == ".onnx":
         pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
@@ -85,6 +85,13 @@ def test_files_compute_what_the_model_computes(run, tmp_path, suffix):
     facts = json.loads((tmp_path / f"model{suffix}.json").read_text())
     assert facts["classes"] == ["digit0", "digit1", "digit2", "digit3"]
     assert facts["input"]["shape"] == ["batch", 1, 8, 12] and facts["rpe"] == "rpe-1.9-cross-ctx-0-qkv"
+    if suffix == ".pt2":  # what it says is how it is used
+        names = {"torch": torch, "images": images}
+        monkeypatch.chdir(tmp_path)
+        exec(facts["use"], names)
+        assert (names["logits"] - expected).abs().max() < 1e-5 * expected.abs().max()
+    else:
+        assert facts["use"] == "irpe predict model.onnx picture.jpg"
     assert {one.name for one in tmp_path.iterdir()} == {file.name, f"{file.name}.json", "images.pt", "logits.pt"}
 
 

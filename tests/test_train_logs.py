@@ -13,7 +13,7 @@ from rich.console import Console
 from train_tiny import pictures
 
 from irpe import viz
-from irpe.runs.logs import Log, read_log
+from irpe.runs.logs import Log, duration, read_log
 from irpe.train import data, loader, model, report
 from irpe.train.settings import settings_from
 
@@ -105,3 +105,8 @@ def test_encodings_are_what_the_attention_adds(tmp_path, rpe):
     drawn = learned.single[0, 0, 3 - row : 7 - row, 5 - column : 11 - column]
     np.testing.assert_allclose(drawn - drawn.mean(), y - y.mean(), atol=1e-5)
     viz.draw_encodings(tmp_path / "one.png", learned)
+
+
+def test_durations_are_rounded():
+    spans = {0.4: "0 s", 119.4: "119 s", 120: "2 min", 3569: "59 min", 3571: "1 h 00 min", 7260: "2 h 01 min"}
+    assert {span: duration(span) for span in spans} == spans

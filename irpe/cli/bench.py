@@ -1,12 +1,14 @@
 """`irpe bench`: what iRPE costs on this machine, before it is used."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.console import Console
 
-from .common import check_place, checked, console, write_json
+from .common import check_place, write_json
+from .options import sentences
 
 
 def bench(
@@ -30,27 +32,37 @@ def bench(
     from .. import bench as job
     from ..runs.world import device_of
 
-    check_place(json)
-    texts = rpe or ["rpe-1.9-product-ctx-1-k", "rpe-1.9-product-ctx-1-qkv"]
-    sizes = [checked(_size, text) for text in size or ["14x14", "24x24", "32x32"]]
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in kinds:
-        raise typer.BadParameter(f"--dtype {dtype}; expected one of {', '.join(kinds)}")
-    place = checked(device_of, device)
-    where = torch.cuda.get_device_name(place) if place.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    console.print(f"{where}, torch {torch.__version__}; attention: {dtype}, B={batch_size}, H={heads}, D={head_dim}")
-    shape: dict[str, Any] = dict(batch=batch_size, device=place, seconds=seconds)
-    rows: list[Any] = checked(
-        list, job.attention(sizes, texts, heads=heads, head_dim=head_dim, dtype=kinds[dtype], **shape)
-    )
-    _print(rows)
-    if model != "none":
-        more: list[Any] = checked(list, job.model(model, texts, **shape))
-        _print(more)
-        rows += more
-    if json is not None:
-        write_json(json, [row._asdict() | {"ratios": row.ratios()} for row in rows])
-        console.print(str(json), soft_wrap=True)
+    with sentences("a smaller --batch-size or --size needs less, and --model none") as printer:
+        check_place(json)
+        texts = rpe or ["rpe-1.9-product-ctx-1-k", "rpe-1.9-product-ctx-1-qkv"]
+        sizes = [_size(text) for text in size or ["14x14", "24x24", "32x32"]]
+        kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+        if dtype not in kinds:
+            raise ValueError(f"--dtype {dtype}; expected one of {', '.join(kinds)}")
+        place = device_of(device)
+        printer.print(
+            f"{_name_of(place)}, torch {torch.__version__}; attention: {dtype}, B={batch_size}, H={heads}, D={head_dim}"
+        )
+        shape: dict[str, Any] = dict(batch=batch_size, device=place, seconds=seconds)
+        rows: list[Any] = []
+        try:
+            _print(
+                job.attention(sizes, texts, heads=heads, head_dim=head_dim, dtype=kinds[dtype], **shape), rows, printer
+            )
+            if model != "none":
+                _print(job.model(model, texts, **shape), rows, printer)
+        finally:  # what was measured before something failed is not lost
+            if json is not None and rows:
+                write_json(json, [row.as_dict() for row in rows])
+                printer.print(str(json), soft_wrap=True)
+
+
+def _name_of(device: Any) -> str:
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -60,13 +72,25 @@ def _size(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def _print(rows: list[Any]) -> None:
-    """A line for each row: the time without encodings, and the others over it."""
-    table = Table(box=None, pad_edge=False)
-    names = list(rows[0].seconds)
-    for head in ("", "", f"{names[0]}, ms", *names[1:]):
-        table.add_column(head, justify="left" if not head else "right")
-    for row in rows:
-        ratios = [f"{ratio:.2f}" for ratio in list(row.ratios().values())[1:]]
-        table.add_row(row.what, row.pass_, f"{1000 * row.seconds[names[0]]:.1f}", *ratios)
-    console.print(table)
+def _print(rows: Iterable[Any], done: list[Any], printer: Console) -> None:
+    """A line for each row, as soon as it is measured: the time without encodings, and the others over it."""
+    for number, row in enumerate(rows):
+        done.append(row)
+        base, *names = row.seconds
+        if not number:
+            widths = [
+                max(9, len(row.what)),
+                len("with backward"),
+                len(base) + 4,
+                *(max(5, len(name)) for name in names),
+            ]
+            printer.print(_line(["", "", f"{base}, ms", *names], widths), soft_wrap=True)
+        ratios = [f"{row.ratios()[name]:.2f}" for name in names]
+        line = _line([row.what, row.pass_, f"{1000 * row.seconds[base]:.1f}", *ratios], widths)
+        printer.print(line, soft_wrap=True)
+
+
+def _line(cells: list[str], widths: list[int]) -> str:
+    """Two columns at the left, the others at the right."""
+    pairs = zip(cells, widths, strict=True)
+    return "  ".join(one.ljust(width) if k < 2 else one.rjust(width) for k, (one, width) in enumerate(pairs)).rstrip()

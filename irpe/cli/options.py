@@ -16,6 +16,7 @@ from ..runs.settings import PANELS
 from .common import Terminal, console, sentence, words_of
 
 FOLDER = "Folder and resuming"
+_LESS = "a smaller --batch-size (or --accumulate, which keeps it) and fewer --loader-workers need less"  # of training
 Out = Annotated[Path | None, typer.Option(help="Folder of all results. Default: runs.", rich_help_panel=FOLDER)]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Write into a folder that exists.", rich_help_panel=FOLDER)
@@ -126,8 +127,12 @@ def given(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def sentences() -> Iterator[Console]:
-    """Gives the console of this process, and makes errors and signals what the first process prints, and a status."""
+def sentences(less: str = _LESS) -> Iterator[Console]:
+    """Gives the console of this process, and makes errors and signals what the first process prints, and a status.
+
+    Args:
+        less: what needs less memory.
+    """
     from ..runs.trainer import Stopped
     from ..runs.workers import RunError
 
@@ -139,7 +144,7 @@ def sentences() -> Iterator[Console]:
         printer.print(str(stopped), soft_wrap=True)
         raise typer.Exit(128 + stopped.signal) from None
     except (ValueError, TypeError, OSError, MemoryError, RuntimeError) as error:
-        if (words := _words_of(error)) is None:
+        if (words := _words_of(error, less)) is None:
             raise
         if not first:
             time.sleep(3)  # an error of all processes is the first one's to tell: torchrun ends the others meanwhile
@@ -149,15 +154,12 @@ def sentences() -> Iterator[Console]:
         raise typer.Exit(1) from None
 
 
-def _words_of(error: BaseException) -> str | None:
+def _words_of(error: BaseException, less: str) -> str | None:
     """The sentence for an error; None for one that is a mistake of ours, whose traceback is wanted."""
     words = str(error)
     memory = ("out of memory", "can't allocate memory", "not enough memory", "Unable to allocate")
     if isinstance(error, MemoryError) or any(phrase in words for phrase in memory):
-        return (
-            "there is not enough memory for this; a smaller --batch-size (or --accumulate, which keeps it) and fewer "
-            f"--loader-workers need less: {words or 'MemoryError'}"
-        )
+        return f"there is not enough memory for this; {less}: {words or 'MemoryError'}"
     if isinstance(error, OSError):
         return words_of(error)
     if isinstance(error, RuntimeError) and "DataLoader worker" in words:  # told in the middle of a step

@@ -61,7 +61,7 @@ def predict(
 
     irpe predict runs/NAME cat.jpg holidays/ --csv found.csv. Pictures are prepared as the run evaluated its own.
     """
-    with sentences() as printer:
+    with sentences("a smaller --batch-size needs less") as printer:
         from ..prediction import Detector, pictures_in, read
         from ..runs.world import device_of
         from ..saving import load

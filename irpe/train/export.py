@@ -18,6 +18,10 @@ from .loader import evaluated
 from .settings import Settings
 
 FORMATS = {".pt2": "torch.export", ".onnx": "ONNX"}
+_USE = {
+    ".pt2": 'run = torch.export.load("{name}").module(); logits = run(images)',
+    ".onnx": "irpe predict {name} picture.jpg",
+}
 INPUT, OUTPUT = "images", "logits"
 TOLERANCE = 1e-4  # of the largest logit, in float32
 Run = Callable[[Tensor], Tensor]
@@ -96,7 +100,7 @@ def export(
             "resize": "so that it covers size / crop_pct, then the middle of size", "crop_pct": shape.crop_pct,
             "interpolation": evaluated(settings.interpolation),
         },
-        "use": f"irpe predict {path.name} picture.jpg",
+        "use": _USE[path.suffix].format(name=path.name),
         "output": {"name": OUTPUT, "shape": [batch or "batch", len(classes)]},
         "largest_difference": difference, "versions": {"irpe": __version__, "torch": torch.__version__},
     }  # fmt: skip
