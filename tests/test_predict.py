@@ -353,6 +353,11 @@ def test_processors_that_want_something_else_are_refused(detection, tmp_path, op
     model.predict.processor = transformers.DetrImageProcessor(**options)
     with pytest.raises(ValueError, match=sentence):
         model.predict(detection / "000000000139.png")
+    # the command says so before it makes a folder
+    package.save(model, tmp_path / "saved", processor=model.predict.processor)
+    result = predict(tmp_path / "saved", detection / "000000000139.png", "--out", tmp_path / "drawn")
+    assert result.exit_code == 2 and "the image processor" in words(result), result.output
+    assert not (tmp_path / "drawn").exists()
 
 
 def test_sizes_of_a_processor_are_those_of_its_own(detection):
