@@ -137,10 +137,8 @@ def facts_of_run(folder: Path) -> dict[str, Any]:
     settings, result = read_json(folder / "settings.json"), read_json(folder / "result.json")
     best, names = result["best"], {"AP": "AP in percent", "AP50": "AP50 in percent"}
     if "settings" in settings:
-        settings, names = (
-            settings["settings"],
-            {"top1": "top-1 accuracy in percent", "top5": "top-5 accuracy in percent"},
-        )
+        settings = settings["settings"]
+        names = {"top1": "top-1 accuracy in percent", "top5": "top-5 accuracy in percent"}
         base = str(settings["model"])
     else:
         base = _name_of(settings["pretrained"]) or str(settings["model"])

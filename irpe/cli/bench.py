@@ -78,12 +78,8 @@ def _print(rows: Iterable[Any], done: list[Any], printer: Console) -> None:
         done.append(row)
         base, *names = row.seconds
         if not number:
-            widths = [
-                max(9, len(row.what)),
-                len("with backward"),
-                len(base) + 4,
-                *(max(5, len(name)) for name in names),
-            ]
+            widths = [max(9, len(row.what)), len("with backward"), len(base) + 4]
+            widths += [max(5, len(name)) for name in names]
             printer.print(_line(["", "", f"{base}, ms", *names], widths), soft_wrap=True)
         ratios = [f"{row.ratios()[name]:.2f}" for name in names]
         line = _line([row.what, row.pass_, f"{1000 * row.seconds[base]:.1f}", *ratios], widths)

@@ -170,7 +170,7 @@ def found_on(
         sizes: (height, width) of the pictures, in whose pixels the boxes are.
         threshold: least score.
     """
-    weight = next(model.parameters())
+    weight = next(model.parameters(), batch.images)
     output = model(batch.images.to(weight.device, weight.dtype), pixel_mask=batch.mask.to(weight.device))
     output.logits, output.pred_boxes = output.logits.float(), output.pred_boxes.float()
     numbers = (output.logits.isfinite().all(2) & output.pred_boxes.isfinite().all(2)).all(1)  # (B,)
