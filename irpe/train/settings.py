@@ -5,19 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..runs.elsewhere import loading_arguments
 from ..runs.options import check, from_dict, option
 from ..runs.settings import AUGMENT, DATA, MACHINE, MODEL, RECIPE, RunSettings, usually
 
 _OWN_OPTIONS = {
     "img_size": "--img-size", "in_chans": "--in-chans", "num_classes": "--num-classes",
     "drop_path_rate": "--drop-path", "pretrained": "--pretrained",
-}  # fmt: skip
-
-
-# arguments of timm.create_model that name files and addresses, or choose what it builds
-_LOADING = {
-    "checkpoint_path", "cache_dir", "model_name", "model_cfg", "feature_cfg", "features_only", "out_indices",
-    "scriptable", "exportable", "no_jit", "custom_load", "url", "file", "source", "state_dict",
 }  # fmt: skip
 
 
@@ -169,7 +163,7 @@ class Settings(RunSettings):
                 raise ValueError(f"--model-arg {text!r}; expected name=value such as depth=6")
             if name in _OWN_OPTIONS:
                 raise ValueError(f"--model-arg {text}: write {_OWN_OPTIONS[name]} {value} in its place")
-            if name in _LOADING or name.startswith(("pretrained", "hf_", "kwargs")):
+            if loading_arguments([name]):
                 raise ValueError(f"--model-arg {text}: {name} is about loading; --pretrained FILE names weights")
             found[name] = _value(value)
         return found
