@@ -129,14 +129,17 @@ def _refusing(model: nn.Module) -> str | None:
 
 def facts_of_run(folder: Path) -> dict[str, Any]:
     """What the card says of a run: its data, model, encoding, and what its best weights were measured at."""
+    from .detect.settings import is_record
     from .runs.files import read_json
+    from .runs.folder import SETTINGS
     from .runs.logs import measured_at
+    from .runs.report import RESULT
 
-    if not all((folder / name).exists() for name in ("settings.json", "result.json")):
+    if not all((folder / name).exists() for name in (SETTINGS, RESULT)):
         return {}
-    settings, result = read_json(folder / "settings.json"), read_json(folder / "result.json")
+    settings, result = read_json(folder / SETTINGS), read_json(folder / RESULT)
     best, names = result["best"], {"AP": "AP in percent", "AP50": "AP50 in percent"}
-    if "settings" in settings:
+    if not is_record(settings):
         settings = settings["settings"]
         names = {"top1": "top-1 accuracy in percent", "top5": "top-5 accuracy in percent"}
         base = str(settings["model"])

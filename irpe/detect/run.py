@@ -23,7 +23,7 @@ from .loop import Trainer
 from .report import PICTURES, scores, write_report, write_result
 from .saved import save
 from .scenes import write as write_scenes
-from .settings import Settings, settings_from_dict
+from .settings import Settings, is_record, settings_from_dict
 
 RESULTS = "results.json"
 _PACKAGES = ("transformers", "torchmetrics", "pycocotools", "scipy")  # whose versions are told
@@ -32,8 +32,7 @@ KIND = Kind(
     "irpe detect",
     files=(SETTINGS, "log.jsonl", RESULT, PICTURES, CURVES, CARD),
     results=(RESULT, PICTURES, models.FOLDER, models.BEST),
-    # the settings themselves, of this version or of one that had fewer
-    is_ours=lambda values: {"data", "recipe", "train_scenes", "digit_classes", "rpe", "queries"} <= set(values),
+    is_ours=is_record,
     settings_from=settings_from_dict,
     recorded=settings_from_dict,
     folders={models.FOLDER: SAVED, models.BEST: SAVED},

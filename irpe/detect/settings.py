@@ -151,3 +151,8 @@ def settings_from(options: Mapping[str, Any], recipe: str | None = None) -> Sett
 def settings_from_dict(values: Mapping[str, Any]) -> Settings:
     """The settings that `dataclasses.asdict` and JSON have made into plain values."""
     return from_dict(Settings, values)
+
+
+def is_record(values: Mapping[str, Any]) -> bool:
+    """Whether these are the settings.json of a run of `irpe detect`, of this version or of one that had fewer."""
+    return {"data", "recipe", "train_scenes", "digit_classes", "rpe", "queries"} <= set(values)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..runs.files import read_json, reason_of
+from ..runs.folder import SETTINGS
 from ..runs.tensors import ObjectsError, read_safetensors, read_torch
 
 # of a run: at its end, of the highest top-1, and their moving average at the end
@@ -59,7 +60,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def size_of_run(weights: Path) -> tuple[int, int] | None:
     """(height, width) of the images of the run whose folder the file lies in, or None if it lies in no such folder."""
-    record = weights.parent / "settings.json"
+    record = weights.parent / SETTINGS
     if not record.exists():
         return None
     try:
