@@ -38,7 +38,9 @@ class Preprocessing:
     """How pictures become the images that a classifier was evaluated on.
 
     The picture is resized so that it covers `size` / `crop_pct`, and the middle of `size` is cut out: of 224 pixels and
-    crop_pct 0.875 the shorter side becomes 256. Then (pixels in [0, 1] - mean) / std, channel by channel.
+    crop_pct 0.875 the shorter side becomes 256. Then (pixels in [0, 1] - mean) / std, channel by channel. With the
+    crop_mode "squash" height and width are resized each by its own factor; with "border" the longer side fits, and the
+    mean fills what is left. All as timm evaluates.
     """
 
     size: tuple[int, int]  # height, width
@@ -46,6 +48,7 @@ class Preprocessing:
     std: tuple[float, ...]
     crop_pct: float = 0.875
     interpolation: str = "bicubic"
+    crop_mode: str = "center"
 
     @classmethod
     def from_dict(cls, values: Any, where: object) -> "Preprocessing":
@@ -60,20 +63,24 @@ class Preprocessing:
             numbers = all(isinstance(one, (int, float)) for one in (*mean, *std)) and len(mean) == len(std) in (1, 3)
             sides = len(size) == 2 and all(isinstance(one, int) and 0 < one < 100_000 for one in size)
             known = interpolation in ("bicubic", "bilinear", "nearest", "lanczos", "hamming", "box")
+            crop_mode = values.get("crop_mode", "center")  # files of before have none
+            known = known and crop_mode in ("center", "squash", "border")
             if not (numbers and sides and known and 0 < crop_pct <= 10 and all(std)):
                 raise ValueError
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, AttributeError):
             raise ValueError(
                 f"{where}: {values!r} is no preprocessing; expected size (height, width), mean and std of 1 or 3 "
-                "channels, crop_pct and interpolation"
+                "channels, crop_pct, interpolation and crop_mode"
             ) from None
-        return cls((size[0], size[1]), mean, std, crop_pct, interpolation)
+        return cls((size[0], size[1]), mean, std, crop_pct, interpolation, crop_mode)
 
     def transform(self) -> Callable[[Any], Tensor]:
         """That of `irpe evaluate`: picture -> image (channels, height, width)."""
         from .train.loader import Shape, Transform
 
-        return Transform(Shape(self.size, self.mean, self.std, self.crop_pct), self.interpolation)
+        return Transform(
+            Shape(self.size, self.mean, self.std, self.crop_pct), self.interpolation, crop_mode=self.crop_mode
+        )
 
 
 class Classifier:

@@ -109,9 +109,12 @@ class Transform:
         shape: of the images.
         interpolation: of the resize; "random" is that of training, and bicubic in evaluation.
         training: the settings whose augmentations are applied; without them that of evaluation.
+        crop_mode: how evaluation brings a picture into the shape: center, squash or border, as timm calls them.
     """
 
-    def __init__(self, shape: "Shape", interpolation: str, training: Settings | None = None) -> None:
+    def __init__(
+        self, shape: "Shape", interpolation: str, training: Settings | None = None, crop_mode: str = "center"
+    ) -> None:
         from timm.data import create_transform
 
         settings, self.channels = training, len(shape.mean)
@@ -119,8 +122,9 @@ class Transform:
         common: dict[str, Any] = dict(input_size=(self.channels, *shape.size), mean=shape.mean, std=shape.std)
         if settings is None:
             steady = evaluated(interpolation)
-            self.apply = create_transform(**common, interpolation=steady, crop_pct=shape.crop_pct)
-            self.seen = tuple(math.floor(side / shape.crop_pct) for side in shape.size)
+            self.apply = create_transform(**common, interpolation=steady, crop_pct=shape.crop_pct, crop_mode=crop_mode)
+            if crop_mode == "center":
+                self.seen = tuple(math.floor(side / shape.crop_pct) for side in shape.size)
             return
         common["interpolation"] = interpolation
         augment = None if settings.auto_augment == "none" else settings.auto_augment
