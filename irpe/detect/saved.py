@@ -1,17 +1,22 @@
 """Weights of a detector in a folder, as save_pretrained writes them: whole or absent, checked, and plain data alone."""
 
 import functools
-import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from transformers.utils import logging as silence
+from transformers.utils import logging
 
-from ..runs.files import WriteError, read_json, reason_of, write_whole
-from ..runs.folder import SAVED, give_back, remove_ours
+from ..integrations.hf_vit.on_disk import readable
+from ..runs.elsewhere import named_elsewhere
+from ..runs.files import read_json, reason_of, write_whole
+from ..runs.folder import SAVED
 from ..runs.tensors import notes_of, sealed
+from ..runs.whole_folder import write_folder
+
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
 def save(model: Any, processor: Any, folder: Path, notes: Mapping[str, str] = MappingProxyType({})) -> Path:
@@ -25,28 +30,29 @@ def save(model: Any, processor: Any, folder: Path, notes: Mapping[str, str] = Ma
     Raises:
         WriteError: the disk is full, or the folder may not be written; what was there before still is.
     """
-    new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{word}") for word in ("tmp", "old"))
-    silence.disable_progress_bar()  # of a second's work
+    return write_folder(folder, lambda new: write_pretrained(model, processor, new, notes), SAVED)
+
+
+def write_pretrained(model: Any, processor: Any, folder: Path, notes: Mapping[str, str] = MappingProxyType({})) -> None:
+    """`save_pretrained` of a model and of its image processor, if there is one, with checksums of the weights."""
+    with quiet():
+        model.save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
+    for path in folder.glob("*.safetensors"):
+        write_whole(path, functools.partial(_seal, path.read_bytes(), notes))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No bars of a second's work."""
+    before = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
-        model.save_pretrained(new)
-        processor.save_pretrained(new)
-        for path in new.iterdir():
-            if path.suffix == ".safetensors":
-                write_whole(path, functools.partial(_seal, path.read_bytes(), notes))
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(new, folder)
-    except Exception as error:  # safetensors has its own error for a full disk
-        remove_ours(new, SAVED)
-        if old.exists() and not folder.exists():
-            os.replace(old, folder)
-        if isinstance(error, OSError) or "SafetensorError" in type(error).__name__:
-            raise WriteError(f"{folder} could not be written: {str(error).splitlines()[0]}") from error
-        raise
-    give_back(old, folder, SAVED)
-    return folder
+        yield
+    finally:
+        if before:
+            logging.enable_progress_bar()
 
 
 def _seal(data: bytes, notes: Mapping[str, str], file: Any) -> None:
@@ -80,33 +86,20 @@ def check_folder(folder: Path) -> None:
             f"{folder} holds an adapter, whose adapter_config.json names another model to fetch; expected the weights "
             "of the whole model, as save_pretrained writes them after merge_and_unload"
         )
-    config = read_json(folder / "config.json")
-    if strange := _fetches(config):
-        raise ValueError(f"{folder / 'config.json'} has {strange}; what a file names is neither fetched nor run")
+    for path in folder.glob("*.index.json"):
+        _check_index(path)
+    for name in ("config.json", *_PROCESSORS):
+        if name == "config.json" or (folder / name).exists():
+            values = read_json(folder / name)
+            readable(values)
+            if strange := named_elsewhere(values):
+                raise ValueError(f"{folder / name} has {strange}; what a file names is neither fetched nor run")
 
 
-def _fetches(config: Any) -> str | None:
-    """What in a configuration names code, or a model elsewhere, or None."""
-    if not isinstance(config, dict):
-        return "no settings"
-    for part in (config, config.get("backbone_config") or {}):
-        if not isinstance(part, dict):
-            return "a backbone_config that is none"
-        for name in ("auto_map", "custom_pipelines", "quantization_config"):
-            if part.get(name):
-                return f"{name}: {part[name]!r}"
-        for name in ("attn_implementation", "_attn_implementation", "experts_implementation"):
-            if part.get(name) and part[name] not in ("eager", "sdpa", "flash_attention_2", "irpe"):
-                return f"{name}: {part[name]!r}"
-        backbone = part.get("backbone")
-        if backbone and not (isinstance(backbone, str) and _is_of_timm(backbone)):
-            return f"the backbone {backbone!r}, which is none of timm"
-        if backbone and part.get("use_timm_backbone", True) is False:
-            return f"the backbone {backbone!r}, which is not timm's"
-    return None
-
-
-def _is_of_timm(backbone: str) -> bool:
-    import timm  # models without a backbone are loaded where it is not installed
-
-    return bool(timm.is_model(backbone))
+def _check_index(path: Path) -> None:
+    """Refuses an index of weights that names files outside its folder."""
+    values = read_json(path)
+    names = values.get("weight_map") if isinstance(values, dict) else None
+    for name in set(map(str, names.values())) if isinstance(names, dict) else ():
+        if Path(name).name != name or "\\" in name:
+            raise ValueError(f"{path} names {name!r}; expected files beside it")

@@ -122,7 +122,7 @@ def write_whole(path: Path, write: Callable[[Any], object]) -> Path:
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except BaseException as error:
         with suppress(OSError):  # where it could not be made it cannot be removed: the first error is the one to tell
             unfinished.unlink(missing_ok=True)
@@ -135,7 +135,7 @@ def write_whole(path: Path, write: Callable[[Any], object]) -> Path:
     return path
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     if os.name == "nt":
         return  # a folder cannot be opened there
     handle = os.open(folder, os.O_RDONLY)

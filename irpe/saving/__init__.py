@@ -15,14 +15,13 @@ import torch
 from torch import nn
 
 from .._version import __version__
-from .common import CONFIG, NOTE, with_classifier
+from ..runs.folder import SETTINGS
+from .common import CONFIG, MODEL, NOTE, check_classes, with_classifier
 from .of_timm import load_timm, save_timm
 from .of_torchvision import load_torchvision, save_torchvision
 from .of_transformers import load_transformers, save_transformers
 
-SETTINGS = "settings.json"  # of a run
 _HUB_FILES = (CONFIG, NOTE, "*.safetensors", "*.safetensors.index.json", "preprocessor_config.json", "README.md")
-_VIT = ("image_size", "patch_size", "hidden_dim", "mlp_dim", "num_classes", "representation_size")
 
 
 def save(model: nn.Module, folder: str | Path, *, classes: list[str] | None = None, processor: Any = None) -> Path:
@@ -36,8 +35,8 @@ def save(model: nn.Module, folder: str | Path, *, classes: list[str] | None = No
     Args:
         model: of timm (made by `timm.create_model`), of transformers, or torchvision's `VisionTransformer`, equipped or
             not, on any device.
-        folder: a new or an empty one, or one that `save` has written.
-        classes: names, in the order of the outputs; those that are known of models that `irpe.load` gave.
+        folder: a new or an empty one, or one that `save` has written, whose model is replaced by this one.
+        classes: names, one for each output, in their order; those that are known of models that `irpe.load` gave.
         processor: how pictures are prepared, for `predict`: an image processor of transformers, the `transforms()` of
             torchvision's weights, or an `irpe.prediction.Preprocessing`. timm's models know it themselves.
 
@@ -45,26 +44,33 @@ def save(model: nn.Module, folder: str | Path, *, classes: list[str] | None = No
         The folder.
 
     Raises:
-        TypeError: the model is of another kind.
-        ValueError: the folder holds something else; or the model was changed so that its own library could not build it
-            again (layers taken out or added by hand).
+        TypeError: the model, or the processor, is of another kind.
+        ValueError: the folder holds something else; classes are more or fewer than outputs; or the model was changed so
+            that its own library could not build it again (layers taken out or added by hand).
+        OSError: the folder could not be written. Whatever is raised, what was in the folder before still is.
     """
     folder = Path(folder)
     model = getattr(model, "_orig_mod", model)  # of torch.compile
     library = _library(model)
     _check_place(folder)
-    own = getattr(model, "predict", None)
+    own, count = getattr(model, "predict", None), _outputs(model)
     if classes is None:
         classes = list(getattr(own, "classes", None) or [])
+        classes = classes if len(classes) == count else []  # of a head that was there before
+    else:
+        check_classes(classes, count)
     if processor is None:
         processor = getattr(own, "processor", None) or getattr(own, "preprocessing", None)
     writers = {"timm": save_timm, "transformers": save_transformers, "torchvision": save_torchvision}
     from ..runs.files import write_json
+    from ..runs.whole_folder import write_folder
 
     note = {"library": library, "classes": classes, "versions": {"irpe": __version__, "torch": torch.__version__}}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / NOTE, note)  # first, so that a folder which was left unfinished is known as one of ours
-    write_json(folder / NOTE, note | writers[library](model, folder, classes, processor))
+
+    def write(new: Path) -> None:
+        write_json(new / NOTE, note | writers[library](model, new, classes, processor))
+
+    write_folder(folder, write, MODEL)
     return folder
 
 
@@ -93,20 +99,22 @@ def load(source: str | Path, *, weights: str = "best") -> Any:
     if path.suffix == ".onnx":
         from .of_onnx import load_onnx
 
+        _check_which(weights, path)
         return load_onnx(path)
     if not path.exists():
+        _check_left(path)
         return load(_fetched(str(source)), weights=weights)
     if not path.is_dir():
         raise ValueError(f"{path} is a file; expected the folder of a model or of a run, or an .onnx file")
     if (path / SETTINGS).exists():
         return _run(path, read_json(path / SETTINGS), weights)
     if not (path / CONFIG).exists():
+        _check_left(path)
         raise ValueError(
             f"{path} has neither {CONFIG} nor {SETTINGS}; expected what irpe.save or save_pretrained wrote, or the "
             "folder of a run"
         )
-    if weights != "best":
-        raise ValueError(f"weights={weights!r}, but {path} is not the folder of a run; leave weights out")
+    _check_which(weights, path)
     config, note = read_json(path / CONFIG), read_json(path / NOTE) if (path / NOTE).exists() else {}
     if not isinstance(config, dict) or not isinstance(note, dict):
         raise ValueError(f"{path / CONFIG} holds no settings; expected those of a model")
@@ -141,6 +149,27 @@ def _library(model: Any) -> str:
     )
 
 
+def _outputs(model: Any) -> int:
+    """How many classes the model tells apart."""
+    return int(getattr(getattr(model, "config", model), "num_labels", getattr(model, "num_classes", 0)))
+
+
+def _check_which(weights: str, path: Path) -> None:
+    if weights != "best":
+        raise ValueError(f"weights={weights!r}, but {path} is not the folder of a run; leave weights out")
+
+
+def _check_left(path: Path) -> None:
+    """Says where the model is, if a process was killed in the moment in which it put another one in its place."""
+    from ..runs.whole_folder import unfinished
+
+    if (left := unfinished(path)) is not None:
+        raise ValueError(
+            f"{path} was being replaced when its process was killed; the model of before is whole, in {left}: move it "
+            f"back to {path}, or save the model again"
+        )
+
+
 def _check_place(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; expected a folder")
@@ -150,10 +179,13 @@ def _check_place(folder: Path) -> None:
 
 def _run(folder: Path, values: Any, weights: str) -> Any:
     """The model of a run of `irpe train` or `irpe detect`."""
+    from ..detect.settings import is_record
     from ..train import run as job
 
-    if isinstance(values, dict) and {"queries", "rpe", "train_scenes"} <= set(values):
-        places = {"best": ("best", "model"), "last": ("model",)}
+    if isinstance(values, dict) and is_record(values):
+        from ..detect.model import BEST, FOLDER
+
+        places = {"best": (BEST, FOLDER), "last": (FOLDER,)}
         if weights not in places:
             raise ValueError(f"weights={weights!r}; expected best or last of a run of irpe detect")
         found = next((folder / one for one in places[weights] if (folder / one / CONFIG).exists()), None)

@@ -1,6 +1,5 @@
 """Models of timm in a folder: the config.json that timm writes, with what `equip` has recorded in it."""
 
-import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,6 @@ import torch
 
 from .common import CONFIG, WEIGHTS, check_same, fill, preprocessing_of, with_classifier
 
-# arguments of timm.create_model that fetch or read what they name
-_FETCHING = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "features_only"}
 _SHAPE = {
     *("input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std", "num_classes"),
     *("first_conv", "classifier", "pool_size"),
@@ -20,6 +17,7 @@ _SHAPE = {
 def save_timm(model: Any, folder: Path, classes: list[str], processor: Any) -> dict[str, Any]:
     from timm.models._hub import save_config_for_hf
 
+    from ..runs.files import read_json, write_json
     from ..runs.tensors import write_weights
 
     data: dict[str, Any] = {}
@@ -31,22 +29,19 @@ def save_timm(model: Any, folder: Path, classes: list[str], processor: Any) -> d
     config = {"label_names": classes} if classes else None
     file = folder / CONFIG
     save_config_for_hf(model, str(file), model_config=config, data_config=data)
+    values = read_json(file)
+    arguments = values.get("model_args") or {}
+    for name in [one for one in arguments if one.startswith("pretrained")]:
+        del arguments[name]  # how weights were read once
+        write_json(file, values)
     try:
         with torch.device("meta"):
-            again = _build_timm(_plain(file))
+            again = _build_timm(values)
     except (TypeError, RuntimeError, ValueError, AssertionError) as error:
-        file.unlink()
         raise ValueError(f"timm could not build this model again: {error}") from None
-    check_same(model, again, file)
+    check_same(model, again)
     write_weights(folder / WEIGHTS, model.state_dict(), {"format": "pt"})
     return {"preprocessing": None if preprocessing is None else asdict(preprocessing)}
-
-
-def _plain(file: Path) -> dict[str, Any]:
-    from ..runs.files import read_json
-
-    values: dict[str, Any] = read_json(file)
-    return values
 
 
 def _build_timm(config: dict[str, Any]) -> Any:
@@ -57,12 +52,13 @@ def _build_timm(config: dict[str, Any]) -> Any:
     from ..config_io import rpe_config_from_dict
     from ..equip import equip
     from ..integrations.timm_record import RECORD
+    from ..runs.elsewhere import is_of_timm, loading_arguments
 
     name, arguments = config["architecture"], dict(config.get("model_args") or {})
     entries = arguments.pop(RECORD, [])
-    if not isinstance(name, str) or not re.fullmatch(r"\w+", name) or not timm.is_model(name):
+    if not is_of_timm(name):
         raise ValueError(f"timm has no model {name!r}, or this version of it has not")
-    if strange := sorted(_FETCHING & set(arguments)):
+    if strange := loading_arguments(arguments):
         raise ValueError(f"model_args has {', '.join(strange)}; what a file names is neither fetched nor read")
     shape = {key: one for key, one in (config.get("pretrained_cfg") or {}).items() if key in _SHAPE}
     shape = {key: tuple(one) if isinstance(one, list) else one for key, one in shape.items()}
@@ -81,8 +77,11 @@ def load_timm(folder: Path, config: dict[str, Any], note: dict[str, Any]) -> Any
     model = _build_timm(config)
     fill(model, folder)
     data = resolve_model_data_config(model)
-    values = {"size": data["input_size"][1:], **{key: data[key] for key in ("mean", "std", "crop_pct")}}
+    values = {"size": data["input_size"][1:], **{key: data[key] for key in ("mean", "std", "crop_pct", "crop_mode")}}
     values["interpolation"] = evaluated(str(data["interpolation"]))
-    preprocessing = Preprocessing.from_dict(note.get("preprocessing") or values, folder / CONFIG)
+    said = note.get("preprocessing")
+    # pictures have one channel or three: images of another number are made by whoever has them
+    known = said is not None or data["input_size"][0] in (1, 3)
+    preprocessing = Preprocessing.from_dict(said or values, folder / CONFIG) if known else None
     names = config.get("label_names") or note.get("classes")
     return with_classifier(model, names, preprocessing, model.num_classes)

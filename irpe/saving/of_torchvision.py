@@ -21,10 +21,10 @@ def save_torchvision(model: Any, folder: Path, classes: list[str], processor: An
     arguments = {name: getattr(model, name) for name in _VIT}
     arguments |= {"num_layers": len(layers), "num_heads": layers[0].num_heads}
     config = {"arguments": arguments, "irpe": entries_of(torch_mha.attentions(model))}
-    file = write_json(folder / CONFIG, config)
+    write_json(folder / CONFIG, config)
     with torch.device("meta"):
         again = _build_torchvision(config)
-    check_same(model, again, file)
+    check_same(model, again)
     write_weights(folder / WEIGHTS, model.state_dict(), {"format": "pt"})
     preprocessing = preprocessing_of(processor)
     return {"preprocessing": None if preprocessing is None else asdict(preprocessing)}

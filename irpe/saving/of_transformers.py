@@ -1,5 +1,6 @@
 """Models of transformers in a folder: what save_pretrained writes, by classes that transformers has."""
 
+import importlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,36 +11,23 @@ from .common import CONFIG, fill
 
 
 def save_transformers(model: Any, folder: Path, classes: list[str], processor: Any) -> dict[str, Any]:
-    if classes and getattr(model.config, "num_labels", None) == len(classes):
+    from ..detect.saved import check_folder, write_pretrained
+
+    if classes:
         model.config.id2label = dict(enumerate(classes))
         model.config.label2id = {name: number for number, name in enumerate(classes)}
-    if processor is not None and not hasattr(processor, "save_pretrained"):
+    own = getattr(processor, "image_processor", processor)  # of a processor of pictures and texts
+    if own is not None and not hasattr(own, "save_pretrained"):
         raise TypeError(f"processor is a {type(processor).__name__}; expected an image processor of transformers")
-    with _quiet():
-        model.save_pretrained(folder)
-    if processor is not None:
-        processor.save_pretrained(folder)
+    write_pretrained(model, own, folder)
+    check_folder(folder)  # what `load` would refuse
     return {}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No bars of a second's work."""
-    from transformers.utils import logging
-
-    before = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if before:
-            logging.enable_progress_bar()
 
 
 def load_transformers(folder: Path, config: dict[str, Any]) -> Any:
     import transformers
 
-    from ..detect.saved import check_folder
+    from ..detect.saved import check_folder, quiet
     from ..prediction import Classifier, Detector
     from ..runs.files import reason_of
 
@@ -52,20 +40,31 @@ def load_transformers(folder: Path, config: dict[str, Any]) -> Any:
             f"{folder / CONFIG} names {name!r}, which is no model of transformers; load a class of your own with its "
             "from_pretrained"
         )
-    with _quiet():
-        model = _model(cls, folder)
     processor = None
-    if (folder / "preprocessor_config.json").exists():
-        try:
-            processor = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
-        except Exception as error:  # what a configuration of somebody else can raise has no end
-            raise ValueError(f"the image processor of {folder} cannot be read: {reason_of(error)}") from None
+    with quiet(), _offline():
+        model = _model(cls, folder)
+        if (folder / "preprocessor_config.json").exists():
+            try:
+                processor = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+            except Exception as error:  # what a configuration of somebody else can raise has no end
+                raise ValueError(f"the image processor of {folder} cannot be read: {reason_of(error)}") from None
     labels = [str(model.config.id2label.get(number, number)) for number in range(model.config.num_labels)]
     if name == "DetrForObjectDetection":
         model.eval().predict = Detector(model, labels, processor)
-    elif str(name).endswith("ForImageClassification"):
+    elif "ForImageClassification" in str(name) and labels:
         model.eval().predict = Classifier(model, labels, processor=processor)
     return model.eval()
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """No class asks the hub for parts of its own choice: a folder is all that there is to a model."""
+    constants: Any = importlib.import_module("huggingface_hub.constants")
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _model(cls: Any, folder: Path) -> Any:
