@@ -20,7 +20,7 @@ from ..runs.seeds import seed_all
 from ..runs.tensors import read_torch
 from .coco_names import COUNT, NAMES
 from .data import NONE, named
-from .saved import check_folder
+from .saved import check_folder, offline
 from .settings import Settings
 
 FOLDER, BEST = "model", "best"  # of the weights at the end, and of those with the highest AP, in the folder of a run
@@ -116,14 +116,16 @@ def load(folder: str | os.PathLike[str], **options: Any) -> Any:
     """The DETR of a folder or of a name on the hub, with the tables that were saved with it."""
     _config(str(folder))  # refuses other models, and folders that name code or what would be fetched
     cls = DetrForObjectDetection
-    config, options = hf_vit.read_config(DetrConfig, folder, return_unused_kwargs=True, **options)
+    with offline(Path(folder)):
+        config, options = hf_vit.read_config(DetrConfig, folder, return_unused_kwargs=True, **options)
     if hasattr(config.backbone_config, "use_pretrained_backbone"):
         config.backbone_config.use_pretrained_backbone = False  # its weights are in the folder
     without = config.position_embedding_type == "none"
     if without:
         config.position_embedding_type = "sine"
     make = functools.partial(hf_vit.from_pretrained, cls) if getattr(config, "irpe", None) else cls.from_pretrained
-    model = make(folder, config=config, **options)
+    with offline(Path(folder)):
+        model = make(folder, config=config, **options)
     if without:
         _remove_positions(model)
     return model
@@ -155,7 +157,8 @@ def _config(name: str) -> Any:
     if (Path(name) / "config.json").exists():
         check_folder(Path(name))
     try:
-        config = hf_vit.read_config(AutoConfig, name, trust_remote_code=False)
+        with offline(Path(name)):
+            config = hf_vit.read_config(AutoConfig, name, trust_remote_code=False)
     except Exception as error:  # what a configuration of somebody else can raise has no end
         if (Path(name) / FOLDER / "config.json").exists():
             raise ValueError(

@@ -1,6 +1,8 @@
 """Weights of a detector in a folder, as save_pretrained writes them: whole or absent, checked, and plain data alone."""
 
 import functools
+import importlib
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,6 +55,33 @@ def quiet() -> Iterator[None]:
     finally:
         if before:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def offline(folder: Path) -> Iterator[None]:
+    """The hub is not asked: a folder is all that there is to a model, whatever classes of transformers would add to it.
+
+    Nothing changes where there is no such folder, but a name on the hub, which the user has given.
+
+    Raises:
+        ValueError: parts of the model are on the hub.
+    """
+    if not folder.is_dir():
+        yield
+        return
+    constants: Any = importlib.import_module("huggingface_hub.constants")
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if re.search("offline mode is enabled|couldn't connect to", str(error)):
+            raise ValueError(
+                f"{folder} leaves parts of the model to the hub, which is not asked; expected a folder of "
+                "save_pretrained that says all of it"
+            ) from None
+        raise
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _seal(data: bytes, notes: Mapping[str, str], file: Any) -> None:

@@ -1,9 +1,6 @@
 """Models of transformers in a folder: what save_pretrained writes, by classes that transformers has."""
 
-import importlib
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +24,7 @@ def save_transformers(model: Any, folder: Path, classes: list[str], processor: A
 def load_transformers(folder: Path, config: dict[str, Any]) -> Any:
     import transformers
 
-    from ..detect.saved import check_folder, quiet
+    from ..detect.saved import check_folder, offline, quiet
     from ..prediction import Classifier, Detector
     from ..runs.files import reason_of
 
@@ -41,7 +38,7 @@ def load_transformers(folder: Path, config: dict[str, Any]) -> Any:
             "from_pretrained"
         )
     processor = None
-    with quiet(), _offline():
+    with quiet(), offline(folder):
         model = _model(cls, folder)
         if (folder / "preprocessor_config.json").exists():
             try:
@@ -54,17 +51,6 @@ def load_transformers(folder: Path, config: dict[str, Any]) -> Any:
     elif "ForImageClassification" in str(name) and labels:
         model.eval().predict = Classifier(model, labels, processor=processor)
     return model.eval()
-
-
-@contextmanager
-def _offline() -> Iterator[None]:
-    """No class asks the hub for parts of its own choice: a folder is all that there is to a model."""
-    constants: Any = importlib.import_module("huggingface_hub.constants")
-    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
 
 
 def _model(cls: Any, folder: Path) -> Any:
