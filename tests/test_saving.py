@@ -2,7 +2,9 @@
 
 import copy
 import json
+import math
 import pickle
+import socket
 
 import pytest
 import torch
@@ -328,7 +330,7 @@ def test_what_cannot_be_saved(tmp_path):
     model.head = nn.Sequential(nn.Linear(24, 9), nn.Linear(9, 7))
     with pytest.raises(ValueError, match="changed after it was built.*head"):
         package.save(model, tmp_path / "model")
-    assert not (tmp_path / "model" / "config.json").exists()
+    assert not (tmp_path / "model").exists()
     vit = of_torchvision()
     vit.heads = nn.Linear(16, 9)
     with pytest.raises(ValueError, match="changed after it was built.*heads"):
@@ -354,6 +356,9 @@ def test_folders_of_strangers(tmp_path):
     refuse(config | {"architecture": "hf-hub:user/name"}, "timm has no model 'hf-hub:user/name'")
     refuse(config | {"architecture": "no_such_model"}, "timm has no model 'no_such_model'")
     for name in ("checkpoint_path", "pretrained"):
+        refuse(config | {"model_args": config["model_args"] | {name: "x"}}, f"model_args has {name}")
+    refuse(config | {"architecture": "vit_tiny_patch16_224:x"}, "timm has no model")
+    for name in ("cache_dir", "url", "hf_hub_id", "state_dict", "kwargs_filter", "features_only"):
         refuse(config | {"model_args": config["model_args"] | {name: "x"}}, f"model_args has {name}")
     refuse(config | {"model_args": {"depth": 3}}, "does not fit the model|damaged")
     refuse(config | {"model_args": {"strange": 3}}, "damaged, or of another version.*strange")
@@ -386,6 +391,280 @@ def test_folders_of_strangers(tmp_path):
     (file.parent / "preprocessor_config.json").write_text('{"image_processor_type": "Strange"}')
     with pytest.raises(ValueError, match="the image processor of .* cannot be read"):
         package.load(file.parent)
+
+
+@pytest.fixture
+def walled(monkeypatch):
+    """Whoever asks the network fails the test, also where the error is caught."""
+    told = []
+
+    def refuse(*arguments, **options):
+        told.append(arguments)
+        raise OSError("not in this test")
+
+    for where, name in ((socket.socket, "connect"), (socket, "create_connection"), (socket, "getaddrinfo")):
+        monkeypatch.setattr(where, name, refuse)
+    yield
+    assert told == []
+
+
+def wrapped(**options):
+    arguments = dict(img_size=(32, 48), depth=1, embed_dim=24)
+    config = transformers.TimmWrapperConfig(
+        architecture="vit_tiny_patch16_224", model_args=arguments, num_labels=5, **options
+    )
+    torch.manual_seed(0)
+    return transformers.TimmWrapperForImageClassification(config)
+
+
+@pytest.mark.parametrize("rpe", [RPE, None])
+def test_models_of_timm_in_folders_of_strangers(rpe, tmp_path, walled):
+    """transformers hands the name and the arguments to timm, which takes addresses and files for both."""
+    model = wrapped() if rpe is None else filled(equip(wrapped(), rpe))
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    weights = tmp_path / "other.pth"
+    torch.save({name: torch.zeros_like(one) for name, one in model.timm_model.state_dict().items()}, weights)
+    name = "architecture" if rpe is None else "irpe_architecture"
+    assert config[name] == "vit_tiny_patch16_224"
+
+    def refuse(changed, words):
+        file.write_text(json.dumps(config | changed))
+        with pytest.raises(ValueError, match=f"config.json has {words}.*neither fetched nor run"):
+            package.load(tmp_path)
+
+    refuse({name: "hf-hub:user/name"}, "architecture: 'hf-hub:user/name', which is none of timm")
+    refuse({name: f"local-dir:{tmp_path}"}, "architecture: 'local-dir:")
+    refuse({"irpe_architecture": "vit_tiny_patch16_224", "architecture": "hf-hub:user/name", "irpe": None}, "arch")
+    arguments = config["model_args"]
+    refuse({"model_args": arguments | {"checkpoint_path": str(weights)}}, "model_args with checkpoint_path")
+    refuse({"model_args": arguments | {"pretrained_cfg": {"file": str(weights)}}}, "model_args with pretrained_cfg")
+    refuse({"configuration_files": ["config.1.0.0.json"]}, "configuration_files")
+    file.write_text(json.dumps(config))
+    assert same(package.load(tmp_path), model.eval(), (3, 32, 48))
+
+
+def test_parts_of_folders_of_strangers(tmp_path, walled):
+    """The tower of a model is one as well; so are its processor, and the index of its weights."""
+
+    def refuse(values, words, name="config.json"):
+        (tmp_path / name).write_text(json.dumps(values))
+        with pytest.raises(ValueError, match=words):
+            package.load(tmp_path)
+
+    tower = {"model_type": "timm_wrapper", "architecture": "hf-hub:user/name"}
+    llava = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]}
+    refuse(llava | {"vision_config": tower}, "architecture: 'hf-hub:user/name', which is none of timm")
+    tower = {"model_type": "timm_wrapper", "architecture": "resnet18", "model_args": {"checkpoint_path": "a.pth"}}
+    refuse(llava | {"vision_config": tower}, "model_args with checkpoint_path")
+    # what nobody has named, and transformers asks the hub for
+    words = "leaves parts of the model to the hub, which is not asked"
+    refuse({"model_type": "edgetam_vision_model", "architectures": ["EdgeTamVisionModel"]}, words)
+    upernet = {"model_type": "upernet", "architectures": ["UperNetForSemanticSegmentation"]}
+    refuse(upernet | {"backbone": "resnet50"}, words)
+    detr = {"model_type": "detr", "architectures": ["DetrForObjectDetection"], "use_timm_backbone": False}
+    refuse(detr, words)
+    of_transformers().save_pretrained(tmp_path)
+    one_former = {"image_processor_type": "OneFormerImageProcessor", "class_info_file": "a.json"}
+    refuse(one_former | {"repo_path": "user/name"}, "repo_path: 'user/name'", "preprocessor_config.json")
+    (tmp_path / "preprocessor_config.json").unlink()
+    weights = tmp_path / "model.safetensors"
+    weights.rename(tmp_path.parent / "shard.safetensors")
+    index = {"metadata": {}, "weight_map": {"vit.embeddings.cls_token": "../shard.safetensors"}}
+    refuse(index, "names '../shard.safetensors'; expected files beside it", "model.safetensors.index.json")
+    (tmp_path.parent / "shard.safetensors").unlink()
+
+
+def contents(folder):
+    return {str(one.relative_to(folder)): one.read_bytes() for one in folder.rglob("*") if one.is_file()}
+
+
+def test_a_refused_save_leaves_the_model_of_before(tmp_path):
+    """Whatever is refused, and wherever: the folder is what it was, and nothing lies beside it."""
+    processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
+    good = {"timm": of_timm(), "vit": of_torchvision(), "hf": of_transformers()}
+    places = {
+        name: package.save(model, tmp_path / name, processor=processor if name == "hf" else None)
+        for name, model in good.items()
+    }
+    before = {name: contents(place) for name, place in places.items()}
+
+    def refuse(name, error, words, **options):
+        with pytest.raises(error, match=words):
+            package.save(good[name], places[name], **options)
+        assert contents(places[name]) == before[name]
+        assert sorted(one.name for one in tmp_path.iterdir()) == ["hf", "timm", "vit"]
+
+    for name in good:
+        refuse(name, TypeError, "processor is a int", processor=3)
+        refuse(name, ValueError, "classes has 2 names, but the model has . outputs", classes=["a", "b"])
+    refuse(
+        "timm", ValueError, "processor: .* is no preprocessing", processor=Preprocessing((8, 12), (0,) * 4, (1,) * 4)
+    )
+    good["timm"].head, good["vit"].heads = nn.Linear(24, 9), nn.Linear(16, 9)
+    good["timm"]._model_args["depth"] = 3
+    refuse("timm", ValueError, "changed after it was built")
+    refuse("vit", ValueError, "changed after it was built")
+    good["hf"].config.auto_map = {"AutoModel": "code.Model"}
+    refuse("hf", ValueError, "auto_map")
+    good["hf"].save_pretrained = lambda folder: (folder / "config.json").write_text("{") and 1 / 0
+    refuse("hf", ZeroDivisionError, "division by zero")
+    assert all(package.load(place) is not None for place in places.values())
+
+
+def test_a_killed_save_says_where_the_model_is(tmp_path):
+    model = of_timm()
+    package.save(model, tmp_path / "model", classes=list("abcdefg"))
+    # as it is between the two steps that put another folder into its place
+    (tmp_path / "model").rename(tmp_path / ".model.123.old")
+    with pytest.raises(ValueError, match=r"model was being replaced when .* whole, in .*\.model\.123\.old"):
+        package.load(tmp_path / "model")
+    package.save(model, tmp_path / "model")
+    assert same(package.load(tmp_path / "model"), model, (3, 32, 48))
+    assert [one.name for one in tmp_path.iterdir()] == ["model"]
+
+
+def test_nothing_of_the_model_of_before_is_left(tmp_path):
+    processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.1] * 3)
+    place = package.save(of_transformers(), tmp_path / "model", processor=processor)
+    assert package.load(place).predict.processor.image_mean == (0.1,) * 3
+    for name in ("pytorch_model.bin", "model-00001-of-00002.safetensors", "model.safetensors.index.json"):
+        (place / name).write_text("of before")
+    (place / "README.md").write_text("mine")
+    model = of_transformers()
+    package.save(model, place)
+    assert {one.name for one in place.iterdir()} == {"README.md", "config.json", "irpe.json", "model.safetensors"}
+    assert package.load(place).predict.processor is None and (place / "README.md").read_text() == "mine"
+    # and of another library
+    package.save(of_timm(), place)
+    assert {one.name for one in place.iterdir()} == {"README.md", "config.json", "irpe.json", "model.safetensors"}
+    assert same(package.load(place), of_timm(), (3, 32, 48))
+
+
+@pytest.mark.parametrize("make", [of_timm, of_torchvision, of_transformers])
+def test_every_file_of_weights_has_a_checksum(make, tmp_path):
+    package.save(make(), tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match="damaged: its checksum is another one"):
+        package.load(tmp_path / "model")
+
+
+def test_bars_come_back(tmp_path):
+    from transformers.utils import logging
+
+    from irpe.detect.saved import save
+
+    logging.enable_progress_bar()
+    processor = transformers.ViTImageProcessor()
+    save(of_transformers(), processor, tmp_path / "model")
+    assert logging.is_progress_bar_enabled()
+
+
+def test_classes_are_one_for_each_output(tmp_path):
+    for make in (of_timm, of_torchvision, of_transformers):
+        with pytest.raises(ValueError, match="classes has 2 names, but the model has [37] outputs; expected one for"):
+            package.save(make(), tmp_path / "model", classes=["cat", "dog"])
+    # names of a head that was there before are not asked for, and gone with it
+    model = package.load(package.save(of_timm(), tmp_path / "model", classes=list("abcdefg")))
+    model.reset_classifier(3)
+    assert package.load(package.save(model, tmp_path / "three")).predict.classes == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+def test_pictures_are_prepared_as_timm_evaluates(crop_mode, tmp_path):
+    from timm.data import create_transform, resolve_model_data_config
+
+    pixels = torch.randint(0, 255, (80, 300, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    picture = Image.fromarray(pixels.numpy())
+    model = of_timm(pretrained_cfg_overlay=dict(crop_mode=crop_mode, crop_pct=0.95, input_size=(3, 32, 48)))
+    package.save(model, tmp_path / "model")
+    again = package.load(tmp_path / "model")
+    wanted = create_transform(**resolve_model_data_config(model))(picture)
+    assert again.predict.preprocessing.crop_mode == crop_mode
+    assert torch.equal(again.predict.prepare(picture), wanted)
+    package.save(again, tmp_path / "again")  # by what `predict` has
+    assert package.load(tmp_path / "again").predict.preprocessing == again.predict.preprocessing
+    grey = Preprocessing((32, 48), (0.5,), (0.25,), 0.9, "bilinear", crop_mode).transform()(picture.convert("L"))
+    assert grey.shape == (1, 32, 48)
+
+
+def test_preprocessing_of_before_and_of_nobody():
+    values = {"size": [8, 12], "mean": [0.5], "std": [1], "crop_pct": 1, "interpolation": "box"}
+    assert Preprocessing.from_dict(values, "here").crop_mode == "center"
+    with pytest.raises(ValueError, match="here: .* is no preprocessing; expected .* and crop_mode"):
+        Preprocessing.from_dict(values | {"crop_mode": "stretch"}, "here")
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_images_of_other_channels(channels, tmp_path, picture):
+    model = of_timm(in_chans=channels)
+    package.save(model, tmp_path / "model")
+    again = package.load(tmp_path / "model")
+    assert same(again, model, (channels, 32, 48))
+    if channels == 1:
+        assert len(again.predict(picture)) == 5
+    else:
+        with pytest.raises(ValueError, match="it is not known how pictures are prepared"):
+            again.predict(picture)
+
+
+def test_models_without_classes_do_not_predict(tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=(32, 48), depth=1, embed_dim=24)
+    package.save(filled(equip(model, RPE)), tmp_path / "timm")
+    again = package.load(tmp_path / "timm")
+    assert not hasattr(again, "predict") and same(again, model, (3, 32, 48))
+    with pytest.raises(ValueError, match="classes has 1 names, but the model has 0 outputs"):
+        package.save(model, tmp_path / "timm", classes=["a"])
+    hf = filled(equip(transformers.ViTForImageClassification(transformers.ViTConfig(**VIT | dict(num_labels=0))), RPE))
+    package.save(hf, tmp_path / "hf")
+    assert not hasattr(package.load(tmp_path / "hf"), "predict")
+
+
+def test_a_distilled_model_of_transformers_predicts(tmp_path, picture):
+    model = of_transformers(transformers.DeiTForImageClassificationWithTeacher)
+    processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
+    package.save(model, tmp_path / "model", classes=["a", "b", "c"], processor=processor)
+    assert {one.label for one in package.load(tmp_path / "model").predict(picture)} == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("make", [of_timm, of_torchvision, of_transformers])
+def test_precision_comes_back(make, dtype, tmp_path):
+    model = make().to(dtype)
+    package.save(model, tmp_path / "model")
+    again = package.load(tmp_path / "model")
+    own = model.state_dict()
+    assert all(one.dtype == own[name].dtype and torch.equal(one, own[name]) for name, one in again.state_dict().items())
+
+
+def test_shares_of_crops_say_the_size_of_before():
+    from irpe.saving.common import share_of
+
+    pairs = [(crop, resize) for resize in range(32, 400, 7) for crop in range(32, resize + 1)]
+    assert any(math.floor(crop / (crop / resize)) != resize for crop, resize in pairs)
+    assert all(math.floor(crop / share_of(crop, resize)) == resize for crop, resize in pairs)
+    assert all(abs(share_of(crop, resize) - crop / resize) < 1e-12 for crop, resize in pairs)
+
+
+def test_an_exported_file_has_one_set_of_weights(tmp_path):
+    with pytest.raises(ValueError, match=r"weights='ema', but .*model\.onnx is not the folder of a run; leave weights"):
+        package.load(tmp_path / "model.onnx", weights="ema")
+
+
+def test_whose_run_it_is_is_told_in_one_place(tmp_path):
+    from irpe.detect import run
+    from irpe.detect.settings import is_record
+
+    assert run.KIND.is_ours is is_record
+    # words that both kinds of runs have, of which one is missing, are of none
+    (tmp_path / "settings.json").write_text(json.dumps({"queries": 1, "rpe": "none", "train_scenes": 1}))
+    with pytest.raises(ValueError, match="is not of a run of irpe train, or it is damaged"):
+        package.load(tmp_path)
 
 
 def test_what_cannot_be_loaded(tmp_path):

@@ -29,8 +29,7 @@ def write_folder(folder: Path, write: Callable[[Path], object], ours: re.Pattern
     near = place if inside else place.parent
     try:
         near.mkdir(parents=True, exist_ok=True)
-        if not place.exists() and (left := unfinished(place)) is not None:
-            os.replace(left, place)  # of a process that was killed between its two steps
+        _recover(place, ours)
         new, old = _free(near, place.name)
         new.mkdir()
     except OSError as error:
@@ -49,17 +48,36 @@ def write_folder(folder: Path, write: Callable[[Path], object], ours: re.Pattern
         if isinstance(error, OSError) or "SafetensorError" in type(error).__name__:
             raise _failed(folder, error) from error
         raise
-    _clear(old, place, ours)
-    sync_folder(near)
+    try:
+        _clear(old, place, ours)
+        sync_folder(near)
+    except OSError as error:
+        raise WriteError(f"{folder} is written, but not all else that was in it, which is in {old}: {error}") from error
     return folder
 
 
 def unfinished(folder: Path) -> Path | None:
-    """The folder of before, whole, which a process that was killed while it replaced it has left beside or inside."""
-    places = [folder.parent, folder] if folder.is_dir() else [folder.parent]
+    """The folder of before, or the files of it, which a process that was killed while it replaced them has left."""
+    return next((one for one in _left(folder) if (one / LAST).is_file()), None)
+
+
+def _left(folder: Path) -> list[Path]:
     name = re.compile(rf"\.{re.escape(folder.name)}\.\d+\.old")
-    found = [one for place in places if place.is_dir() for one in place.iterdir() if name.fullmatch(one.name)]
-    return next((one for one in sorted(found) if (one / LAST).is_file()), None)
+    places = [one for one in (folder.parent, folder) if one.is_dir()]
+    return sorted(one for place in places for one in place.iterdir() if name.fullmatch(one.name) and one.is_dir())
+
+
+def _recover(place: Path, ours: re.Pattern[str]) -> None:
+    """Puts back, or takes away, what killed processes have left of the folder of before."""
+    for left in _left(place):
+        if not place.exists():
+            os.replace(left, place)
+        elif left.parent == place and not (place / LAST).exists():
+            for one in list(left.iterdir()):
+                os.replace(one, place / one.name)
+            left.rmdir()
+        else:
+            _clear(left, place, ours)
 
 
 def _failed(folder: Path, error: BaseException) -> WriteError:

@@ -10,12 +10,12 @@ from .common import CONFIG, fill
 def save_transformers(model: Any, folder: Path, classes: list[str], processor: Any) -> dict[str, Any]:
     from ..detect.saved import check_folder, write_pretrained
 
-    if classes:
-        model.config.id2label = dict(enumerate(classes))
-        model.config.label2id = {name: number for number, name in enumerate(classes)}
     own = getattr(processor, "image_processor", processor)  # of a processor of pictures and texts
     if own is not None and not hasattr(own, "save_pretrained"):
         raise TypeError(f"processor is a {type(processor).__name__}; expected an image processor of transformers")
+    if classes:
+        model.config.id2label = dict(enumerate(classes))
+        model.config.label2id = {name: number for number, name in enumerate(classes)}
     write_pretrained(model, own, folder)
     check_folder(folder)  # what `load` would refuse
     return {}
