@@ -465,6 +465,10 @@ def test_parts_of_folders_of_strangers(tmp_path, walled):
     refuse(upernet | {"backbone": "resnet50"}, words)
     detr = {"model_type": "detr", "architectures": ["DetrForObjectDetection"], "use_timm_backbone": False}
     refuse(detr, words)
+    from irpe.detect.model import load
+
+    with pytest.raises(ValueError, match=words):
+        load(tmp_path)  # as `irpe detect --pretrained` does
     of_transformers().save_pretrained(tmp_path)
     one_former = {"image_processor_type": "OneFormerImageProcessor", "class_info_file": "a.json"}
     refuse(one_former | {"repo_path": "user/name"}, "repo_path: 'user/name'", "preprocessor_config.json")
@@ -640,6 +644,12 @@ def test_precision_comes_back(make, dtype, tmp_path):
     again = package.load(tmp_path / "model")
     own = model.state_dict()
     assert all(one.dtype == own[name].dtype and torch.equal(one, own[name]) for name, one in again.state_dict().items())
+
+
+def test_how_weights_were_read_once_is_not_saved(tmp_path):
+    package.save(of_timm(pretrained_strict=False), tmp_path)
+    assert "pretrained_strict" not in (tmp_path / "config.json").read_text()
+    assert same(package.load(tmp_path), of_timm(), (3, 32, 48))
 
 
 def test_shares_of_crops_say_the_size_of_before():

@@ -30,7 +30,7 @@ def save(model: nn.Module, folder: str | Path, *, classes: list[str] | None = No
     >>> irpe.save(model, "my-model")
     >>> model = irpe.load("my-model")
 
-    The loaders of timm and transformers refuse the folder, instead of leaving the encodings out.
+    The loaders of timm and transformers refuse the folder of an equipped model, instead of leaving the encodings out.
 
     Args:
         model: of timm (made by `timm.create_model`), of transformers, or torchvision's `VisionTransformer`, equipped or
