@@ -139,11 +139,29 @@ def test_links_stay_links(tmp_path):
 
 def test_a_file_in_the_way(tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(WriteError, match="could not be written"):
-        write_folder(tmp_path / "file" / "model", writer("new"), OURS)
+    for place in (tmp_path / "file", tmp_path / "file" / "model"):
+        with pytest.raises(WriteError, match="could not be written: (Not a directory|File exists)"):
+            write_folder(place, writer("new"), OURS)
+    assert content(tmp_path) == {"file": "mine"}
     # leftovers of a killed process with the number of this one are passed by
     left = tmp_path / f".model.{os.getpid()}.tmp"
     left.mkdir()
     (left / "a.bin").write_text("half")
     assert content(write_folder(tmp_path / "model", writer("new"), OURS)) == {"config.json": "new", "a.bin": "new"}
     assert whole_folder.unfinished(tmp_path / "model") is None
+
+
+def test_what_lies_about_is_nobody_elses_loss(tmp_path):
+    """Folders of a killed process: links are not followed, and files that are there twice stay twice."""
+    folder = write_folder(tmp_path / "model", writer("old"), OURS)
+    (folder / "notes.txt").write_text("newer")
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "thesis.txt").write_text("mine")
+    (tmp_path / ".model.1.old").symlink_to(tmp_path / "far")
+    (tmp_path / ".model.2.old").mkdir()
+    for name in ("notes.txt", "more.txt", "b.bin"):
+        (tmp_path / ".model.2.old" / name).write_text("of before")
+    write_folder(folder, writer("new"), OURS)
+    assert content(tmp_path / "far") == {"thesis.txt": "mine"}
+    assert content(folder) == {"config.json": "new", "a.bin": "new", "notes.txt": "newer", "more.txt": "of before"}
+    assert content(tmp_path / ".model.2.old") == {"notes.txt": "of before"}

@@ -1,10 +1,11 @@
 """A folder written whole or not at all: what was there before stays until all of the new is on the disk."""
 
+import errno
 import itertools
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,6 +29,8 @@ def write_folder(folder: Path, write: Callable[[Path], object], ours: re.Pattern
     inside = place.is_dir() and not _may_move(place)
     near = place if inside else place.parent
     try:
+        if place.exists() and not place.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         near.mkdir(parents=True, exist_ok=True)
         _recover(place, ours)
         new, old = _free(near, place.name)
@@ -36,12 +39,16 @@ def write_folder(folder: Path, write: Callable[[Path], object], ours: re.Pattern
         raise _failed(folder, error) from error
     try:
         write(new)
-        for path in new.iterdir():
-            with open(path, "rb") as file:
+        written = [path.name for path in new.iterdir()]
+        for name in written:
+            with open(new / name, "rb") as file:
                 os.fsync(file.fileno())
         if place.exists():
             shutil.copymode(place, new)
-        (_replace_files if inside else _replace)(place, new, old, ours)
+        if inside:
+            _replace_files(place, new, old, ours)
+        else:
+            _replace(place, new, old)
     except BaseException as error:
         shutil.rmtree(new, ignore_errors=True)  # all in it is of this call
         # safetensors has its own error for a full disk
@@ -49,7 +56,7 @@ def write_folder(folder: Path, write: Callable[[Path], object], ours: re.Pattern
             raise _failed(folder, error) from error
         raise
     try:
-        _clear(old, place, ours)
+        _clear(old, place, ours, written)
         sync_folder(near)
     except OSError as error:
         raise WriteError(f"{folder} is written, but not all else that was in it, which is in {old}: {error}") from error
@@ -64,7 +71,8 @@ def unfinished(folder: Path) -> Path | None:
 def _left(folder: Path) -> list[Path]:
     name = re.compile(rf"\.{re.escape(folder.name)}\.\d+\.old")
     places = [one for one in (folder.parent, folder) if one.is_dir()]
-    return sorted(one for place in places for one in place.iterdir() if name.fullmatch(one.name) and one.is_dir())
+    found = (one for place in places for one in place.iterdir() if name.fullmatch(one.name))
+    return sorted(one for one in found if one.is_dir() and not one.is_symlink())
 
 
 def _recover(place: Path, ours: re.Pattern[str]) -> None:
@@ -103,7 +111,7 @@ def _free(near: Path, name: str) -> tuple[Path, Path]:
     raise AssertionError
 
 
-def _replace(place: Path, new: Path, old: Path, ours: re.Pattern[str]) -> None:
+def _replace(place: Path, new: Path, old: Path) -> None:
     if not place.exists():
         os.replace(new, place)
         return
@@ -115,11 +123,11 @@ def _replace(place: Path, new: Path, old: Path, ours: re.Pattern[str]) -> None:
         raise
 
 
-def _clear(old: Path, place: Path, ours: re.Pattern[str]) -> None:
+def _clear(old: Path, place: Path, ours: re.Pattern[str], written: Iterable[str] = ()) -> None:
     """Takes away a folder that was replaced, but for what somebody else has put there, which moves over."""
-    for one in list(old.iterdir()) if old.is_dir() else ():
-        if one.is_file() and (place / one.name).is_file():
-            one.unlink()  # written anew
+    for name in written:
+        if (old / name).is_file():
+            (old / name).unlink()
     give_back(old, place, ours)
 
 
