@@ -13,6 +13,7 @@ from hub_stand_in import hub
 from train_tiny import environment
 
 import irpe as package
+from irpe.detect.settings import settings_from
 from irpe.publish import card, facts_of_run
 
 timm = pytest.importorskip("timm")
@@ -144,7 +145,7 @@ def test_the_encodings_of_the_card():
 
 def of_detection(folder, result, **settings):
     """The files of a run of irpe detect whose best weights were those of step 2 of 6."""
-    values = {"data": "/home/me/coco", "model": "small", "rpe": "none", "pretrained": None, "queries": 4} | settings
+    values = dataclasses.asdict(settings_from({"data": "/home/me/coco", "rpe": "none", **settings}))
     lines = [
         {"kind": "epoch", "epoch": epoch, "step": step, "train_loss": 1.0, "val": {"AP": ap, "AP50": None}}
         for epoch, step, ap in ((1, 2, 30.5), (1, 4, 20.5), (2, 6, 10.5))
