@@ -4,7 +4,6 @@ import importlib.metadata
 import io
 import platform
 import sys
-from pathlib import Path
 from typing import Annotated
 
 REMEDY = 'install what the command `irpe` needs, in the folder of irpe: pip install ".[train]"'
@@ -13,8 +12,8 @@ try:
     from rich.table import Table
 
     from ._version import __version__
-    from .cli import bench, compare, detect, export, predict, sweep, train
-    from .cli.common import checked, console, new_folder
+    from .cli import bench, compare, detect, export, predict, show, sweep, train
+    from .cli.common import console, new_folder
 except ImportError as error:
     raise SystemExit(f"irpe: {error}; {REMEDY}") from None
 except KeyboardInterrupt:
@@ -54,6 +53,7 @@ app.command()(compare.compare)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(sweep.sweep)
 app.command()(detect.detect)
 app.command()(bench.bench)
+app.command()(show.show)
 
 
 def main() -> None:
@@ -67,45 +67,6 @@ def main() -> None:
         if error.name is None or error.name.split(".")[0] in ("irpe", "rpe_ops"):
             raise
         raise SystemExit(f"irpe: {error}; {REMEDY}") from None
-
-
-@app.command()
-def show(
-    method: Annotated[
-        list[str] | None, typer.Option(help="euc, quant, cross or product (repeatable); all four by default.")
-    ] = None,
-    height: Annotated[int, typer.Option(help="Of the map, in tokens.")] = 14,
-    width: Annotated[int, typer.Option(help="Of the map, in tokens.")] = 14,
-    ratio: Annotated[
-        float | None, typer.Option(help="Scale of the piecewise index; by default that of the paper for each method.")
-    ] = None,
-    skip: Annotated[int, typer.Option(help="Number of tokens in front of the map.")] = 1,
-    frames: Annotated[
-        int | None, typer.Option(help="Of a video, in tokens: draws a slice of the map for each.")
-    ] = None,
-    query: Annotated[
-        tuple[int, int] | None, typer.Option(metavar="ROW COLUMN", help="The token to look from, counted from 0.")
-    ] = None,
-    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("runs/buckets.png"),
-) -> None:
-    """Draw which bucket each offset of query and key falls in, and count the buckets that are used."""
-    from . import viz, viz_maps
-
-    names = list(dict.fromkeys(method or viz_maps.RATIOS))
-    if max(height, width) > 256:
-        raise typer.BadParameter(f"{height}x{width} tokens; expected at most 256 along a side")
-    if frames is not None and not 1 <= frames <= 16:
-        raise typer.BadParameter(f"--frames {frames}; expected 1 to 16")
-    if out.suffix.lower() != ".png":
-        raise typer.BadParameter(f"--out {out}; expected a file name that ends in .png")
-    size = (height, width) if frames is None else (frames, height, width)
-    groups = [checked(viz_maps.bucket_maps, one, size, ratio=ratio, skip=skip) for one in names]
-    path = checked(viz.draw_buckets if frames is None else viz.draw_slices, out, groups, query)
-    for one, group in zip(names, groups, strict=True):
-        used = " + ".join(str(table.used()) for table in group)
-        total = f" = {sum(table.used() for table in group)}" if len(group) > 1 else ""
-        console.print(f"{one:8} ratio {group[0].ratio:<5g} {used}{total} buckets in use")
-    console.print(str(path), soft_wrap=True)
 
 
 @app.command()

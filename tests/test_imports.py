@@ -50,7 +50,9 @@ ALLOWED = {
     "irpe.detr": {"transformers", "irpe.irpe", "irpe.equip"},
     "irpe.digits": {"sklearn"},
     "irpe.encodings": {"numpy", "irpe.irpe"},
+    "irpe.attention_maps": {"numpy", "irpe.irpe", "irpe.integrations.blocks", "irpe.integrations.on_map"},
     "irpe.viz_maps": {"numpy", "irpe.irpe"},
+    "irpe.viz_image": {"matplotlib", "numpy", "irpe.attention_maps", "irpe.viz"},
     "irpe.viz": {"matplotlib", "numpy", "irpe.encodings", "irpe.viz_maps"},
     "irpe.demo": {"timm", "irpe._version", "irpe.digits", "irpe.encodings", "irpe.equip"},
     "irpe.runs": RUNS,  # of train and detect nothing, and none of them knows the other
