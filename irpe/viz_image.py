@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import fill
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
@@ -18,7 +20,7 @@ from .viz import _bare, _save, plain_text
 
 _MARK = "#ff2fa0"  # around the query: in neither color scale
 _CELL = 2.15  # inches
-_SEEN = 1e-5  # smaller ones are rounding
+_ROUNDING = 1e-5  # smaller ones are nothing
 
 
 class _Panel(NamedTuple):
@@ -29,14 +31,15 @@ class _Panel(NamedTuple):
     bar: str
 
 
-_ATTENTION, _CHANGE, _SCORES = "attention in %", "change in points of %", "added to the score, mean 0"
+_ATTENTION, _CHANGE = "attention in %", "change in points of %"
+_SCORES, _VALUES = "added to the score, mean 0", "attention in % x length"
 _PANELS = (
     _Panel("attention without iRPE", lambda row: 100 * row.without, _ATTENTION),
     _Panel("attention with iRPE", lambda row: 100 * row.weights, _ATTENTION),
     _Panel("change", lambda row: 100 * (row.weights - row.without), _CHANGE),
     _Panel("added on keys", lambda row: row.on_keys, _SCORES),
     _Panel("added on queries", lambda row: row.on_queries, _SCORES),
-    _Panel("added on values", lambda row: row.on_values, "attention x length"),
+    _Panel("added on values", lambda row: None if row.on_values is None else 100 * row.on_values, _VALUES),
 )
 Drawn = tuple[Axes, _Panel, np.ndarray]
 
@@ -53,8 +56,8 @@ def draw_attention(path: Path, maps: AttentionMaps, pixels: np.ndarray, title: s
     rows = [maps.query, *([] if maps.class_token is None else [maps.class_token])]
     panels = [one for one in _PANELS if one.values(maps.query) is not None]
     tall = _CELL * min(2.0, max(0.4, pixels.shape[0] / pixels.shape[1]))
-    size = (_CELL * (1 + len(panels)) + 0.5, (tall + 1.25) * len(rows) + (0.9 if maps.note else 0.5))
-    figure = Figure(figsize=size, dpi=130, layout="constrained")
+    size = (_CELL * (1 + len(panels)) + 0.5, (tall + 1.05) * len(rows) + (0.75 if maps.note else 0.4))
+    figure = Figure(figsize=size, dpi=130, layout=ConstrainedLayoutEngine(h_pad=0.03, hspace=0.0))
     figure.suptitle(f"{title}: block {maps.block} of {maps.blocks}, head {maps.head} of {maps.heads}", fontsize=12)
     grid = figure.add_gridspec(2 * len(rows), 1 + len(panels), height_ratios=[tall, 0.09] * len(rows))
     for number, row in enumerate(rows):
@@ -72,7 +75,7 @@ def draw_attention(path: Path, maps: AttentionMaps, pixels: np.ndarray, title: s
             at = [1 + panels.index(panel) for _, panel, _ in group]
             _draw_group(figure, group, row, maps, pixels, grid[2 * number + 1, at[0] : at[-1] + 1])
     if maps.note:
-        figure.supxlabel(maps.note, fontsize=9.5, wrap=True)
+        figure.supxlabel(fill(maps.note, int(13 * size[0])), fontsize=9.5)
     return _save(figure, path)
 
 
@@ -89,21 +92,22 @@ def _draw_group(
 ) -> None:
     """Panels of one color bar, and the bar below them where there is anything to see."""
     bar = group[0][1].bar
+    least = 50 * _ROUNDING if bar == _CHANGE else _ROUNDING
     largest = max(float(np.abs(values).max()) for _, _, values in group)
-    limit, signed = largest if largest > _SEEN else 1.0, bar in (_SCORES, _CHANGE)
+    limit, signed = largest if largest > least else 1.0, bar in (_SCORES, _CHANGE)
     shades = ScalarMappable(Normalize(-limit if signed else 0.0, limit), "RdBu_r" if signed else "viridis")
     for ax, panel, values in group:
         _overlay(ax, pixels, shades, values / limit, signed)
         ax.set_title(panel.title, fontsize=10)
         ax.set_xlabel(_below(panel, row, maps), fontsize=8.5)
-        if np.abs(values).max() <= _SEEN:
+        if np.abs(values).max() <= least:
             raw = panel.values(row)
-            same = bar == _SCORES and raw is not None and np.abs(raw).max() > _SEEN
+            same = bar == _SCORES and raw is not None and np.abs(maps.map(raw)).max() > _ROUNDING
             ax.text(
                 0.5, 0.1, "the same for all keys" if same else "nothing", transform=ax.transAxes, ha="center",
                 va="center", fontsize=8.5, color="0.2", bbox=dict(boxstyle="round", fc="white", ec="none", alpha=0.85),
             )  # fmt: skip
-    if largest > _SEEN:
+    if largest > least:
         legend = figure.colorbar(
             shades, cax=figure.add_subplot(place), orientation="horizontal", ticks=MaxNLocator(3 + len(group))
         )
@@ -114,7 +118,7 @@ def _draw_group(
 
 def _below(panel: _Panel, row: Row, maps: AttentionMaps) -> str:
     """What a panel cannot show: the tokens in front of the map, and the length of all that is added to values."""
-    if panel.bar.startswith("attention x"):
+    if panel.bar == _VALUES:
         return f"together {100 * row.share:.1f} % of the values"
     values = panel.values(row)
     if panel.bar != _ATTENTION or not maps.skip or values is None:
