@@ -16,6 +16,7 @@ without. `help(name)` has arguments, shapes, errors and sources. The page is mad
 MODULES = {
     "irpe": ("", None),
     "irpe.prediction": ("What `irpe.load` gives its models as `predict`.", None),
+    "irpe.attention_maps": ("The numbers of `irpe show RUN --image`.", ["AttentionMaps", "Row", "attention_maps"]),
     "irpe.models": ("Its import registers the released DeiTs as models of timm.", ["count_macs"]),
     "irpe.detr": ("Released DETRs for transformers.", ["ReleasedDETR", "detr_r50", "detr_state_dict"]),
     "irpe.integrations.hf_vit": ("What `irpe.load` calls for transformers.", ["from_pretrained", "read_config"]),
