@@ -89,6 +89,7 @@ def test_a_panel_shows_its_map(drawn, tmp_path):
     weights, without = (maps.map(one) for one in (maps.query.weights, maps.query.without))
     largest = max(weights.max(), without.max())
     for title, values in (("attention with iRPE", weights), ("attention without iRPE", without)):
+        assert [one.get_extent() for one in panels[title].get_images()] == 2 * [[0, 24, 16, 0]]
         overlay = panels[title].get_images()[1].get_array()
         np.testing.assert_allclose(overlay[..., 3], 0.2 + 0.6 * np.sqrt(values / largest), atol=1e-6)
         assert f"class token: {100 * (1 - values.sum()):.1f} %" == panels[title].get_xlabel()
