@@ -245,6 +245,6 @@ def test_other_models_are_refused():
         attention_maps(equip(SwinTransformer(**swin), SIDES[0]), image())
     with pytest.raises(ValueError, match="this VisionTransformer has none: irpe.equip"):
         attention_maps(VisionTransformer(**SIZE, depth=1), image())
-    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(24, 3, batch_first=True), 1)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(24, 4, batch_first=True), 1)
     with pytest.raises(ValueError, match="timm's ViT.*this is a TransformerEncoder"):
         attention_maps(equip(encoder, SIDES[0], grid=(4, 6)), image())
