@@ -18,7 +18,7 @@ def show(
     source: Annotated[
         str | None,
         typer.Argument(
-            metavar="[RUN]",
+            metavar="RUN",
             help="With --image: folder of a run of irpe train or of a model (irpe.save), or a name on the hub.",
             show_default=False,
         ),
