@@ -336,6 +336,19 @@ def turned(data: Coco, settings: Settings) -> list[str]:
     ]
 
 
+def is_annotated(data: str) -> bool:
+    """Whether a folder has a file of annotations where `open_part` looks for them."""
+    return any(file.is_file() for part in ("train", "val") for file in _annotation_files(Path(data), part))
+
+
+def _annotation_files(root: Path, part: str) -> list[Path]:
+    notes = root / "annotations"
+    return [
+        *(notes / f"{name}.json" for name in (f"instances_{part}2017", f"instances_{part}", part)),
+        *(root / name / "_annotations.coco.json" for name in (part, "valid" if part == "val" else part)),
+    ]
+
+
 def _places(settings: Settings, part: str) -> tuple[Path, Path]:
     """(annotation file, folder of images) of a part: as the options say, or the first that exists."""
     root = Path(settings.data)
@@ -343,11 +356,7 @@ def _places(settings: Settings, part: str) -> tuple[Path, Path]:
         raise ValueError(f"DATA {settings.data} is not a folder; expected one in COCO's layout, or {DIGITS}")
     year = f"{part}2017"
     named = settings.train_json if part == "train" else settings.val_json
-    notes = root / "annotations"
-    files = [Path(named)] if named else [
-        *(notes / f"{name}.json" for name in (f"instances_{year}", f"instances_{part}", part)),
-        *(root / name / "_annotations.coco.json" for name in (part, "valid" if part == "val" else part)),
-    ]  # fmt: skip
+    files = [Path(named)] if named else _annotation_files(root, part)
     file = next((path for path in files if path.is_file()), None)
     if file is None:
         option = "" if named else f"; or name it with --{part}-json"

@@ -304,6 +304,15 @@ def _on_disk(settings: Settings, mode: str, train: bool) -> Data:
     return _data(parts[0], parts[1], settings, notes)
 
 
+def in_one_part(settings: Settings) -> bool:
+    """Whether the data lies on the disk as it is, without a part to train on and one to evaluate on."""
+    root = Path(settings.data)
+    if settings.data == DIGITS or settings.data.startswith(NAMED) or settings.val_share:
+        return False
+    splits = (TRAIN, settings.train_split), (VAL, settings.val_split)
+    return root.exists() and not any(wanted or _part(root, names, None) for names, wanted in splits)
+
+
 def _part(root: Path, names: Sequence[str], wanted: str | None) -> Path | None:
     for name in (wanted,) if wanted else names:
         for path in (root / name, root / f"{name}.tar"):

@@ -250,7 +250,7 @@ def _stream(stream: Any, transform: Any, reading: Reading, seed: int, batch_size
 
 
 def _loader(samples: Any, reading: Reading, **options: Any) -> Loader:
-    return Loader(samples, collate, reading, worker_init_fn=_start_worker, **options)
+    return Loader(samples, collate, reading, worker_init_fn=start_worker, **options)
 
 
 def reading_of(settings: Settings) -> Reading:
@@ -259,7 +259,8 @@ def reading_of(settings: Settings) -> Reading:
     return Reading(usual if settings.loader_workers < 0 else settings.loader_workers, settings.loader_timeout)
 
 
-def _start_worker(worker: int) -> None:
+def start_worker(worker: int) -> None:
+    """Makes a loader process ready for its dataset: one thread, files of its own."""
     torch.set_num_threads(1)
     dataset = get_worker_info().dataset  # type: ignore[union-attr]
     if isinstance(dataset, StreamSamples):

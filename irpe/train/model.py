@@ -1,7 +1,7 @@
 """The model of a run: timm's, with iRPE; its weights, its parameter groups and its optimizer."""
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,7 @@ def build(
         options["img_size"] = first
     if settings.drop_path:
         options["drop_path_rate"] = settings.drop_path
-    if not timm.is_model(settings.model):
-        near = difflib.get_close_matches(settings.model, timm.list_models(), 4)
-        raise ValueError(f"--model {settings.model}: timm has none of that name; similar: {', '.join(near) or 'none'}")
+    _check_name(settings)
     seed_all(settings.seed, "model")
     try:
         model: nn.Module = timm.create_model(
@@ -68,6 +66,14 @@ def build(
     if settings.grad_checkpointing:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
     return model
+
+
+def _check_name(settings: Settings) -> None:
+    import timm
+
+    if not timm.is_model(settings.model):
+        near = difflib.get_close_matches(settings.model, timm.list_models(), 4)
+        raise ValueError(f"--model {settings.model}: timm has none of that name; similar: {', '.join(near) or 'none'}")
 
 
 def _check_blocks(settings: Settings, model: nn.Module) -> None:
@@ -103,7 +109,26 @@ def _check_patches(settings: Settings, model: nn.Module) -> None:
 
 def shape_of(settings: Settings, model: nn.Module) -> Shape:
     """What images the model takes: the settings' word, or the model's own."""
-    config = getattr(model, "pretrained_cfg", None) or {}
+    return _shape(settings, getattr(model, "pretrained_cfg", None) or {})
+
+
+def expected_shape(settings: Settings) -> Shape:
+    """`shape_of` the model that the settings name, without building it.
+
+    Raises:
+        ValueError: timm does not know it.
+    """
+    from timm.models import get_pretrained_cfg
+
+    _check_name(settings)
+    try:
+        config = get_pretrained_cfg(settings.model)
+    except RuntimeError as error:  # what stands behind the dot is no weights of it
+        raise ValueError(f"--model {settings.model}: {error}") from None
+    return _shape(settings, {} if config is None else config.to_dict())
+
+
+def _shape(settings: Settings, config: Mapping[str, Any]) -> Shape:
     size = settings.size() or tuple(config.get("input_size", (3, 224, 224)))[1:]
 
     def numbers(own: tuple[float, ...], key: str, default: float) -> tuple[float, ...]:

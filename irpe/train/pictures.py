@@ -21,19 +21,19 @@ class FolderSource:
 
     def __init__(self, classes: Sequence[str], paths: Sequence[str], targets: Sequence[int], mode: str) -> None:
         self.classes, self.paths, self.mode = list(classes), list(paths), mode
-        self._targets = list(targets)
+        self.targets = list(targets)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return read_picture(self.paths[index], self.mode), self._targets[index]
+        return read_picture(self.paths[index], self.mode), self.targets[index]
 
     def name(self, index: int) -> str:
         return self.paths[index]
 
     def labels(self) -> list[int] | None:
-        return self._targets
+        return self.targets
 
 
 class ReaderSource:
