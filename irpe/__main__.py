@@ -1,4 +1,4 @@
-"""The command `irpe`: train, evaluate, predict, export, compare, sweep, detect, bench, show and info."""
+"""The command `irpe`: inspect, train, evaluate, predict, export, compare, sweep, detect, bench, show and info."""
 
 import importlib.metadata
 import io
@@ -12,7 +12,7 @@ try:
     from rich.table import Table
 
     from ._version import __version__
-    from .cli import bench, compare, detect, export, predict, show, sweep, train
+    from .cli import bench, compare, detect, export, inspect, predict, show, sweep, train
     from .cli.common import console, new_folder
 except ImportError as error:
     raise SystemExit(f"irpe: {error}; {REMEDY}") from None
@@ -45,6 +45,7 @@ def _options(
     """Image relative position encoding (iRPE) for vision transformers."""
 
 
+app.command()(inspect.inspect)
 app.command()(train.train)
 app.command()(train.evaluate)
 app.command()(predict.predict)

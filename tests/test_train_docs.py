@@ -29,7 +29,7 @@ def of_irpe(line):
 
 
 def test_the_page_has_commands_of_every_kind():
-    assert len(TRAINING) == 11 and len(LINES) == 17
+    assert len(TRAINING) == 11 and len(LINES) == 19
     assert sum(line.startswith("torchrun --nproc-per-node 8 -m irpe") for line in LINES) == 2
 
 
@@ -76,6 +76,18 @@ def test_commands_of_evaluation(tmp_path, monkeypatch):
         words[1] = "runs/run"
         result = runner.invoke(app, [*words, "--device", "cpu"], catch_exceptions=False)
         assert result.exit_code == 0 and "on 64 images" in result.output
+
+
+def test_commands_of_inspection(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pictures(tmp_path / "pictures", per_class=3)
+    lines = [line for line in LINES if " inspect " in line]
+    assert len(lines) == 2
+    for line in lines:
+        result = CliRunner().invoke(app, [*of_irpe(line), "--loader-workers", "0"], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+    for name in ("inspect-pictures.png", "wide.png", "wide.json"):
+        assert (tmp_path / "runs" / name).exists()
 
 
 @pytest.mark.slow

@@ -73,7 +73,7 @@ def _detect(
     irpe detect coco --pretrained facebook/detr-resnet-50 --rpe rpe-2.0-product-ctx-1-k. On several GPUs: torchrun
     --nproc-per-node 8 -m irpe detect ... docs/detect.md has more examples.
     """
-    _ask_for_packages()
+    ask_for_packages()
     with sentences() as printer:
         from ..detect import run as job
         from ..runs.config import check_fetched, from_files
@@ -150,7 +150,7 @@ def _together(command: str) -> Iterator[None]:
         raise Stopped(stopped.signal, stopped.step, stopped.folder, command) from None
 
 
-def _ask_for_packages() -> None:
+def ask_for_packages() -> None:
     """Ends with one sentence where a package is missing, before anything is read: some would be missed late."""
     packages = ("transformers", "torchvision", "torchmetrics", "pycocotools", "scipy", "sklearn", "matplotlib", "timm")
     if missing := [package for package in packages if importlib.util.find_spec(package) is None]:

@@ -89,7 +89,7 @@ def _draw_panel(ax: Axes, panel: Panel) -> None:
         style = "--" if box.crowd else "-"
         ax.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, ec=color, lw=1.4, ls=style))
         frame = dict(facecolor=color, edgecolor="none", pad=0.8)
-        words = short(box.label, 24)
+        words = short(box.label, 16)
         ax.text(left, top, words, color="white", fontsize=6.5, va="top", bbox=frame, clip_on=True)
     ax.set_xlim(-0.5, width - 0.5)
     ax.set_ylim(height - 0.5, -0.5)
