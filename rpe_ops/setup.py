@@ -163,6 +163,8 @@ setup(
     name="rpe_ops_libraries",
     version="0.1.0",
     description="Shared libraries of rpe_ops: image relative position encoding in C++ and CUDA",
+    long_description=Path("README.md").read_text(encoding="utf-8") if Path("README.md").exists() else "",
+    long_description_content_type="text/markdown",
     packages=[],
     py_modules=[],
     ext_modules=extensions(),
