@@ -29,18 +29,20 @@ namespace {
 
 // ---- raw pointers and sizes
 
-// what these kernels take: other compilers than g++ make the plain ones alone
+// what these kernels take: on other machines, and from other compilers than g++, there are the plain ones alone
 Isa isa_of_attention() {
+  const Isa wanted = isa();  // which refuses names that it does not know
 #ifdef RPE_ATTENTION_X86
-  return isa();
+  return wanted;
 #else
-  return Isa::plain;
+  return std::min(wanted, Isa::plain);
 #endif
 }
 
 Kernels kernels(Storage storage) {
+  [[maybe_unused]] const Isa taken = isa_of_attention();
 #ifdef RPE_ATTENTION_X86
-  switch (isa_of_attention()) {
+  switch (taken) {
     case Isa::avx512_bf16: return storage == Storage::bf16 ? avx512_bf16::kernels(storage) : avx512::kernels(storage);
     case Isa::avx512: return avx512::kernels(storage);
     case Isa::avx2: return avx2::kernels(storage);
