@@ -118,7 +118,7 @@ def test_a_signal_while_pictures_are_measured_saves_and_measures_again(ended, tm
 
     monkeypatch.setattr("irpe.detect.run.signals", signals)
     with monkeypatch.context() as patch:
-        patch.setattr(Log, "measuring", lambda self: asked.__setitem__(0, 15))
+        patch.setattr(Log, "measuring", lambda *_: asked.__setitem__(0, 15))
         result = detect(tmp_path)
     assert result.exit_code == 143 and "stopped after step 2" in result.output
     run = tmp_path / "run"

@@ -10,9 +10,10 @@ pytest.importorskip("sklearn")
 
 import numpy as np
 from rich.console import Console
-from train_tiny import pictures
+from train_tiny import SMALL, irpe, pictures
 
 from irpe import viz
+from irpe.runs import logs
 from irpe.runs.logs import Log, duration, read_log
 from irpe.train import data, loader, model, report
 from irpe.train.settings import settings_from
@@ -39,6 +40,50 @@ def test_the_bar_tells_images_their_rate_and_the_time_that_is_left(tmp_path):
         "epoch 1: train 2.0000, val 1.5000, top-1 50.00" in shown and "images/s" in shown and "the best so far" in shown
     )
     assert [line["kind"] for line in read_log(tmp_path)] == ["step", "epoch"]
+
+
+def test_the_bar_of_measuring_moves_and_goes(tmp_path):
+    text = io.StringIO()
+    log = Log(tmp_path, Console(file=text, force_terminal=True, width=120, highlight=False), total_images=400)
+    log.advance(100)
+    for images in (16, 32, 47):
+        log.measuring(images, 47)
+        log.bar.refresh()
+    assert "47/47" in text.getvalue() and "32/47" in text.getvalue() and len(log.bar.tasks) == 2
+    log.epoch(epoch(1, 2), "", is_best=False)
+    assert len(log.bar.tasks) == 1
+    log.close()
+
+
+def test_without_a_terminal_there_is_a_line_now_and_then(tmp_path, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(logs.time, "perf_counter", lambda: clock[0])
+    text = io.StringIO()
+    log = Log(tmp_path, Console(file=text, width=120, highlight=False), total_images=4000)
+    for _ in range(7):
+        clock[0] += 10
+        log.advance(100)
+    for images in (16, 32, 47):
+        clock[0] += 20
+        log.measuring(images, 47)
+    clock[0] += 30
+    log.measuring(99, None)
+    assert text.getvalue().splitlines() == [
+        "300 of 4,000 images, 10 images/s, 6 min left",
+        "600 of 4,000 images, 10 images/s, 6 min left",
+        "measuring: 16 of 47 images",
+        "measuring: 47 of 47 images",
+        "measuring: 99 images",
+    ]
+
+
+def test_a_run_in_a_pipe_tells_where_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(logs, "PAUSE", 0.0)
+    pictures(tmp_path / "data", per_class=8)
+    result = irpe("train", tmp_path / "data", *SMALL, "--out", tmp_path, "--name", "run")
+    assert result.exit_code == 0, result.output
+    assert "30 of 60 images," in result.output and "measuring: 30 of 32 images" in result.output
+    assert "measuring: 32 of 32 images" in result.output and "60 of 60 images," in result.output
 
 
 def test_lines_that_will_be_written_again_are_removed(tmp_path):

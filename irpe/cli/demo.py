@@ -104,24 +104,29 @@ def _run(folder: Path, runs: list[Any], options: Options, sides: Sequence[str], 
 def _fit_with_progress(runs: Sequence[Any], workers: int | None) -> list[dict[str, Any]]:
     """`irpe.demo.fit_all` under a bar for all epochs of all runs and one for each run under way."""
     from .. import demo as job
+    from ..runs.logs import Pace
 
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"),
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False),
     )  # fmt: skip
     total = sum(run.epochs for run in runs)
-    ended = 0
+    done = ended = 0
+    pace = Pace()
     with Progress(*columns, console=console, speed_estimate_period=120) as progress:
         overall = progress.add_task(f"{len(runs)} runs", total=total)
         bars: dict[int, Any] = {}
 
         def on_epoch(index: int, epoch: int) -> None:
-            nonlocal ended
+            nonlocal done, ended
             run = runs[index]
             if index not in bars:
                 bars[index] = progress.add_task(f"{job.title_of(run.side)}, seed {run.seed}", total=run.epochs)
             progress.update(bars[index], completed=epoch)
             progress.advance(overall)
+            done += 1
+            if not console.is_terminal and pace.is_due():
+                console.print(f"{done} of {total} epochs, {ended} of {len(runs)} runs")
             if epoch == run.epochs:
                 ended += 1
                 progress.remove_task(bars[index])

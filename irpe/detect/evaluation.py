@@ -23,11 +23,14 @@ NAMES = {
 @torch.no_grad()
 def predict(
     model: Any, data: Coco, transform: Transform, processor: Any, settings: Settings, world: World,
-    interrupted: Callable[[], bool] = lambda: False,
+    interrupted: Callable[[], bool] = lambda: False, on_batch: Callable[[int, int], None] = lambda images, total: None,
 ) -> list[Prediction]:  # fmt: skip
     """What the model finds on each picture, in their order, in the first process; in the others as well.
 
     Every query gives one prediction, of its likeliest class, however small its score.
+
+    Args:
+        on_batch: is told how many pictures this process has seen, and of how many.
 
     Raises:
         Interrupted: `interrupted()` became true, in any process.
@@ -38,7 +41,9 @@ def predict(
     strange = 0
     # processes agree on an end before each batch, and may have one batch more or less than others
     batches = eval_batches(data, transform, settings, world.rank, world.size)
-    for _ in range(-(-len(range(0, len(data), world.size)) // settings.eval_batch_size)):
+    most = -(-len(data) // world.size)
+    for _ in range(-(-most // settings.eval_batch_size)):
+        on_batch(len(mine), most)
         if world.any(int(interrupted())):
             raise Interrupted
         if (batch := next(batches, None)) is None:

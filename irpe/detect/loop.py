@@ -151,11 +151,11 @@ class Trainer(trainer.Trainer):
             return 1.0 if step < self.settings.lr_drop * self.steps_per_epoch else 0.1
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.schedule - warmup)))
 
-    def _predict(self, stop: Stop) -> None:
+    def _predict(self, stop: Stop, on_batch: Callable[[int, int], None] = lambda images, total: None) -> None:
         """AP on the pictures to evaluate on, in every process."""
         transform = transform_of(self.settings, self.processor, training=False)
         self.predictions = predict(
-            self.model, self.val, transform, self.processor, self.settings, self.world, lambda: bool(stop())
+            self.model, self.val, transform, self.processor, self.settings, self.world, lambda: bool(stop()), on_batch
         )
         self.progress.score = self.world.from_first(lambda: average_precision(self.predictions, self.val))
 
@@ -165,8 +165,7 @@ class Trainer(trainer.Trainer):
 
     def measure(self, log: Log, stop: Stop) -> Measured:
         """AP on the pictures to evaluate on."""
-        log.measuring()
-        self._predict(stop)
+        self._predict(stop, log.measuring)
         score = self.progress.score
         figure = score["AP"] or 0.0
         if figure > self.progress.best:

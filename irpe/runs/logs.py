@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .files import WriteError, as_json, parse_json, plain, read_text, write_whole
 
 FILE = "log.jsonl"
+PAUSE = 30.0  # seconds between lines, where there is no terminal for a bar
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
@@ -72,6 +73,21 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min"
 
 
+class Pace:
+    """Tells when it is time for a line."""
+
+    def __init__(self) -> None:
+        self.last = time.perf_counter()
+
+    def is_due(self) -> bool:
+        """True once in every `PAUSE` seconds."""
+        now = time.perf_counter()
+        if now - self.last < PAUSE:
+            return False
+        self.last = now
+        return True
+
+
 class Log:
     """Writes the files and draws the bar; without a folder (in all processes but the first) it does nothing."""
 
@@ -83,6 +99,7 @@ class Log:
         self.folder, self.console = folder, console
         self.board: Any = None
         self.bar: Progress | None = None
+        self.measured: Any = None  # the bar's task while images are measured
         self.reported = 0
         if folder is None:
             return
@@ -97,6 +114,7 @@ class Log:
                 self.board = None
         self.total, self.done, self.at_last_line = total_images, 0, 0
         self.began = self.since = time.perf_counter()
+        self.pace = Pace()
         columns = (
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("images"),
             TextColumn("{task.fields[rate]}"), TextColumn("left"), TimeRemainingColumn(),
@@ -118,12 +136,27 @@ class Log:
             return
         self.done += images
         if self.bar is not None:
-            self.bar.update(self.task, description="training", advance=images, rate=f"{self.rate():,.0f}/s")
+            self.bar.update(self.task, advance=images, rate=f"{self.rate():,.0f}/s")
+        elif self.pace.is_due():
+            self.console.print(f"{self.done:,} of {self.total:,} images, {self.speed()}", soft_wrap=True)
 
-    def measuring(self) -> None:
-        """A batch was measured."""
-        if self.bar is not None:
-            self.bar.update(self.task, description="measuring")
+    def measuring(self, images: int, total: int | None) -> None:
+        """So many images were measured in this process, of so many where that is known."""
+        if self.folder is None:
+            return
+        if self.bar is None:
+            if self.pace.is_due():
+                of = "" if total is None else f" of {total:,}"
+                self.console.print(f"measuring: {images:,}{of} images", soft_wrap=True)
+            return
+        if self.measured is None:
+            self.measured = self.bar.add_task("measuring", rate="")
+        self.bar.update(self.measured, completed=images, total=total)
+
+    def speed(self) -> str:
+        """Images in a second since the run began, with the time of measuring, and the time that is left at that."""
+        spent = time.perf_counter() - self.began
+        return f"{self.done / spent:,.0f} images/s, {duration((self.total - self.done) * spent / self.done)} left"
 
     def rate(self) -> float:
         """Images of training in a second since the last line of the log."""
@@ -151,10 +184,10 @@ class Log:
         if values["bad_images"]:
             words += f", {values['bad_images']} unreadable images"
         if self.done:
-            spent = time.perf_counter() - self.began  # with the time of measuring
-            words += (
-                f", {self.done / spent:,.0f} images/s, {duration((self.total - self.done) * spent / self.done)} left"
-            )
+            words += f", {self.speed()}"
+        if self.bar is not None and self.measured is not None:
+            self.bar.remove_task(self.measured)
+            self.measured = None
         self.console.print(words + (", the best so far" if is_best else ""), soft_wrap=True)
         self.since, self.at_last_line = time.perf_counter(), self.done
         if self.board is not None:

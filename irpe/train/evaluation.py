@@ -65,9 +65,12 @@ def evaluate(
     *,
     num_classes: int,
     interrupted: Callable[[], bool] = lambda: False,
-    on_batch: Callable[[], None] = lambda: None,
+    on_batch: Callable[[int, int | None], None] = lambda images, total: None,
 ) -> tuple[Score, list[str]]:
     """(score, names of unreadable images) of a model on a source.
+
+    Args:
+        on_batch: is told how many images this process has seen, and of how many where that is known.
 
     Raises:
         Interrupted: `interrupted()` became true, in any process.
@@ -101,7 +104,7 @@ def evaluate(
         sums[1] += (first == targets[:, None]).any(1).sum()
         right += torch.bincount(targets[first[:, 0] == targets], minlength=num_classes)
         count += torch.bincount(targets, minlength=num_classes)
-        on_batch()
+        on_batch(int(count.sum()) + len(bad), None if stream else -(-len(source) // world.size))
     right, count, sums = world.total(right), world.total(count), world.total(sums)
     bad = world.gathered(bad)
     seen = int(count.sum())
