@@ -170,7 +170,7 @@ def test_a_signal_while_images_are_measured_saves_and_measures_again(whole, fold
     monkeypatch.setattr("irpe.train.run.signals", signals)
     common = ["train", folder, *ALL_ON, "--out", tmp_path, "--name", "run", "--resume", "auto"]
     with monkeypatch.context() as patch:
-        patch.setattr(Log, "measuring", lambda self: asked.__setitem__(0, 15))
+        patch.setattr(Log, "measuring", lambda *_: asked.__setitem__(0, 15))
         result = irpe(*common)
     assert result.exit_code == 143 and "stopped after step 2" in result.output
     assert log(tmp_path / "run", "epoch") == []
