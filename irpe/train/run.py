@@ -38,6 +38,12 @@ def _is_record(values: dict[str, Any]) -> bool:
     )
 
 
+def _located(values: dict[str, Any]) -> Settings:
+    """The settings in what `record` made; its data is found from everywhere."""
+    settings = located(settings_from_dict(values["settings"]), Path(str(values.get("started_in", "."))))
+    return dataclasses.replace(settings, download=False)  # what a file names is not fetched
+
+
 _RESULTS = (RESULT, CARD, BEST, WEIGHTS, AVERAGE, "model.pt2", "model.pt2.json")
 KIND = Kind(
     "irpe train",
@@ -45,15 +51,9 @@ KIND = Kind(
     results=_RESULTS,
     is_ours=_is_record,
     settings_from=settings_from_dict,
-    recorded=lambda values: _located(values),
+    recorded=_located,
     signed={CARD: "Made with irpe "},
 )
-
-
-def _located(values: dict[str, Any]) -> Settings:
-    """The settings in what `record` made; its data is found from everywhere."""
-    settings = located(settings_from_dict(values["settings"]), Path(str(values.get("started_in", "."))))
-    return dataclasses.replace(settings, download=False)  # what a file names is not fetched
 
 
 def default_name(settings: Settings) -> str:
