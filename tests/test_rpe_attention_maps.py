@@ -352,3 +352,72 @@ def test_opcheck():
         opcheck(torch.ops.rpe_ops.rpe_attention.default, (q, k, v, *rest))
         out, lse, sums = torch.ops.rpe_ops.rpe_attention(q, k, v, *rest)
         opcheck(torch.ops.rpe_ops.rpe_attention_backward.default, (out, sums, q, k, v, lse, *rest))
+
+
+BLOCKS = {  # height, width, skip, method on q, k and v
+    "product": ((71, 60, 2), ("product",) * 3),
+    "cross": ((60, 71, 0), ("cross_rows", "cross_cols", "cross_rows")),
+    "keys": ((65, 66, 1), (None, "product", None)),
+    "rows longer than a block": ((2, 2100, 3), ("product",) * 3),
+    "none": ((4300, 1, 0), (None,) * 3),
+    "distances": ((71, 60, 2), (None, "euc", "product")),  # whole, as all that is no sum of two axes
+}
+
+
+def some_rows(rows, maps, mask, keep, q, k, v, *tables):
+    """(B, H, rows, D) of the law: tables are W of one encoding on each of q, k, v at most."""
+    tables, scale = iter(tables), q.shape[-1] ** -0.5
+    scores = scale * q[:, :, rows] @ k.mT
+    for _, _, ids in maps[0]:
+        scores = scores + (scale * k @ next(tables)).gather(-1, ids[:, rows].expand(*k.shape[:3], -1)).mT
+    for _, _, ids in maps[1]:
+        scores = scores + (scale * q[:, :, rows] @ next(tables)).gather(-1, ids[rows].expand(*scores.shape))
+    if mask is not None:
+        scores = scores + mask[rows]
+    weights = scores.softmax(-1).masked_fill((scores == -math.inf).all(-1, keepdim=True), 0.0)
+    weights = weights if keep is None else weights * keep[:, :, rows]
+    out = weights @ v
+    for _, sizes, ids in maps[2]:
+        sums = torch.zeros(*weights.shape[:3], sizes[3], dtype=v.dtype)
+        out = out + sums.scatter_add(-1, ids[rows].expand(*weights.shape), weights) @ next(tables)
+    return out
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("case", BLOCKS)
+def test_long_sequences_take_keys_in_blocks(case, isa, monkeypatch):
+    monkeypatch.setenv("RPE_OPS_ISA", isa)
+    (height, width, skip), methods = BLOCKS[case]
+    dtypes = {"plain": torch.float64, "avx512_bf16": torch.bfloat16}
+    dtype, L = dtypes.get(isa, torch.float32), skip + height * width
+    maps = [[] if method is None else [grid(method, height, width, skip)] for method in methods]
+    inputs = problem((1, 1, L, L, 12), maps, dtype, weights=True)
+    late = torch.zeros(L).index_fill(0, torch.arange(L // 2 + 5), -math.inf)  # blocks without a key come first
+    holes = torch.randn(2 * L).masked_fill(torch.rand(2 * L) > 0.7, -math.inf).as_strided((L, L), (1, 1))
+    rows = torch.cat([torch.arange(9), torch.randint(L, (30,)), torch.arange(L - 9, L)])
+    for mask, dropout_p in ((None, 0.0), (late.expand(L, L), 0.0), (holes, 0.2 if case == "product" else 0.0)):
+        seed = torch.tensor([7])
+        options = dict(attn_mask=None if mask is None else mask.expand(1, 1, L, L), dropout_p=dropout_p, seed=seed)
+        ours = ByMaps.apply(maps, options, *inputs)[0]
+        keep = reference.dropout_weights(seed, (1, 1, L, L), dropout_p) if dropout_p else None
+        truth = some_rows(rows, maps, mask, keep, *(x.double() for x in inputs))
+        bound = 48 * torch.finfo(dtype).eps * max(1.0, truth.abs().max().item())
+        assert (ours[:, :, rows] - truth).abs().max() <= bound
+
+
+def test_blocks_keep_what_is_not_a_number():
+    """A NaN in a value of the last block is in every row, one in a key as well, however the blocks before ended."""
+    height, width, skip = 70, 62, 1
+    maps = [[grid("product", height, width, skip)] for _ in range(3)]
+    L = skip + height * width
+    inputs = problem((1, 1, L, L, 16), maps, torch.float32, weights=True)
+    mask = torch.zeros(L).index_fill(0, torch.arange(L - 40), -math.inf)
+    for which in (1, 2):
+        broken = [x.clone() for x in inputs]
+        broken[which][0, 0, L - 3, 5] = math.nan
+        for options in (None, mask.expand(1, 1, L, L)):
+            out = ByMaps.apply(maps, dict(attn_mask=options, dropout_p=0.0, seed=None), *broken)[0]
+            assert out[..., 5].isnan().all()
+    raised = [x.clone() for x in inputs]
+    raised[0] *= 1e4  # scores whose maximum rises by thousands from block to block
+    assert ByMaps.apply(maps, dict(attn_mask=None, dropout_p=0.0, seed=None), *raised)[0].isfinite().all()

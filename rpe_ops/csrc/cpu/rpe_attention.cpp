@@ -60,9 +60,8 @@ struct Scratch {
 };
 
 // as many queries as keep a tile's scores at 256 KiB, so that keys and values fit L2 beside them
-int64_t tile_of(int64_t keys, int64_t bytes) {
-  return 32 * bytes * std::max<int64_t>(keys, 1) <= int64_t(1) << 18 ? 32 : 16;
-}
+constexpr int64_t kScoreBytes = int64_t(1) << 18;
+int64_t tile_of(int64_t keys, int64_t bytes) { return 32 * bytes * std::max<int64_t>(keys, 1) <= kScoreBytes ? 32 : 16; }
 int64_t tiles_of(int64_t queries, int64_t tile) { return (queries + tile - 1) / tile; }
 
 // Of how many parts the tiles of a head are in the backward: about 48 parts of all heads, of two tiles or more. A function
@@ -197,7 +196,31 @@ struct Call {
     check(term.table.storage != Storage::boolean, name, ": the table is bool; expected floating point");
   }
 
+  // Where 16 queries have too many scores for that, 32 of them take the keys in blocks of image rows. Maps that are no sum of
+  // two axes, or not all of one grid, are read whole, and so are bucket sums that are a result.
+  void make_blocks() {
+    const int64_t number_bytes = p.q.storage == Storage::f64 ? 8 : 4;
+    if (16 * number_bytes * p.Lk <= kScoreBytes) return;
+    KeyBlocks blocks{0, p.Lk, 1, 0};  // without a map
+    bool first = true;
+    for (const std::vector<Term>* terms : {&on_q, &on_k, &on_v}) {
+      for (const Term& term : *terms) {
+        const Map& map = term.map;
+        if (map.kind != Map::axes || (terms == &on_v && !term.weight)) return;
+        if (first) blocks = {0, map.height, map.width, map.skip};
+        if (map.height != blocks.height || map.width != blocks.width || map.skip != blocks.skip) return;
+        first = false;
+      }
+    }
+    const int64_t most = kScoreBytes / (32 * number_bytes), wanted = (p.Lk + most - 1) / most;
+    blocks.rows = std::max<int64_t>(1, (blocks.height + wanted - 1) / wanted);
+    p.blocks = blocks;
+    p.tile = 32;
+    p.tiles = tiles_of(p.Lq, p.tile);
+  }
+
   void run_forward() {
+    make_blocks();
     const int64_t bytes = kernel.scratch_bytes(p);
     torch::stable::parallel_for(0, p.B * p.H * p.tiles, 1, [&](int64_t begin, int64_t end) {
       const Scratch scratch(bytes);

@@ -63,6 +63,17 @@ struct Term {
   int64_t width = 0;        // `used`, padded to whole vectors and to 8
 };
 
+// Image rows of keys, in the forward of long sequences: a tile takes some at a time, the tokens in front with the first.
+struct KeyBlocks {
+  int64_t rows = 0;  // of a block; 0: all keys are one
+  int64_t height = 0, width = 0, skip = 0;
+
+  int64_t count() const { return rows == 0 ? 1 : (height + rows - 1) / rows; }
+  int64_t rows_of(int64_t n) const { return height - n * rows < rows ? height - n * rows : rows; }
+  int64_t first_key(int64_t n) const { return n == 0 ? 0 : skip + n * rows * width; }
+  int64_t keys(int64_t n) const { return (n == 0 ? skip : 0) + rows_of(n) * width; }
+};
+
 struct Problem {
   int64_t B, H, Lq, Lk, D;
   View q, k, v, out, mask;  // mask: strides 0 where it broadcasts, data null where there is none
@@ -78,6 +89,7 @@ struct Problem {
   // Queries are taken column by column of this grid, the skip tokens last, where an encoding on queries has one: then
   // those of a tile that share a column share the columns' slots. Height 0: as they come.
   int64_t height, width, skip;
+  KeyBlocks blocks;
   int64_t tile;             // queries in a tile, a multiple of 16
   int64_t tiles;            // ceil(Lq / tile)
   int64_t parts;            // of the tiles of a head in the backward: each has sums of its own, added in their order

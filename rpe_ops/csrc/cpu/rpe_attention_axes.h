@@ -35,25 +35,34 @@ struct Segments {
   const Segment* end() const { return all + count; }
 };
 
-// The rows [from, from + height) of the reversed axis; runs first, first + 1, ..., last.
+// Keys that a tile has at a time: `skip` of them without a place, then the image rows [first, first + rows).
+struct KeyRows {
+  int64_t skip, first, rows;
+  explicit KeyRows(const Map& map) : skip(map.skip), first(0), rows(map.height) {}
+  KeyRows(int64_t skip, int64_t first, int64_t rows) : skip(skip), first(first), rows(rows) {}
+};
+
+// The rows [from, from + count) of the reversed axis; runs first, first + 1, ..., last.
 struct Window {
   int64_t from, first, last;
   Window(const Map& map, int64_t row, int64_t count)
       : from(row), first(map.run_of[row]), last(map.run_of[row + count - 1]) {}
+  // of a query in an image row
+  Window(const Map& map, const KeyRows& keys, int64_t row) : Window(map, map.height - 1 - row + keys.first, keys.rows) {}
 };
 
 // N octets, or as many as `octets` says where N = 0
 template <int S, int N, class T>
-void fill_image_rows(T* to, const T* table, const Map& map, int64_t row, int64_t column, T* buffer) {
+void fill_image_rows(T* to, const T* table, const Map& map, const KeyRows& keys, int64_t row, int64_t column, T* buffer) {
   const int64_t octets = N > 0 ? N : (map.width + 7) / 8;
   const int32_t* slots = map.col_slot + (map.width - 1 - column);
-  const Window window(map, map.height - 1 - row, map.height);
+  const Window window(map, keys, row);
   for (int64_t run = window.first; run <= window.last; ++run) {
     const T* at = table + (map.row_slots - 1 - run) * map.col_slots;
     T* found = buffer + 8 * octets * (run - window.first);
     for (int64_t n = 0; n < octets; ++n) store8(found + 8 * n, look_up8<S, T>(at, slots + 8 * n));
   }
-  for (int64_t y = 0; y < map.height; ++y) {  // what is too long is overwritten by the next one
+  for (int64_t y = 0; y < keys.rows; ++y) {  // what is too long is overwritten by the next one
     const T* found = buffer + 8 * octets * (map.run_of[window.from + y] - window.first);
     for (int64_t n = 0; n < octets; ++n) store8(to + y * map.width + 8 * n, load8(found + 8 * n));
   }
@@ -62,10 +71,11 @@ void fill_image_rows(T* to, const T* table, const Map& map, int64_t row, int64_t
 #ifdef RPE_AVX512
 // The same by sixteens, for slots below 16.
 template <int N>
-void fill_image_rows_16(float* to, const float* table, const Map& map, int64_t row, int64_t column, float* buffer) {
+void fill_image_rows_16(float* to, const float* table, const Map& map, const KeyRows& keys, int64_t row, int64_t column,
+                        float* buffer) {
   const int64_t parts = N > 0 ? N : (map.width + 15) / 16;
   const int32_t* slots = map.col_slot + (map.width - 1 - column);
-  const Window window(map, map.height - 1 - row, map.height);
+  const Window window(map, keys, row);
   for (int64_t run = window.first; run <= window.last; ++run) {
     const __m512 at = _mm512_loadu_ps(table + (map.row_slots - 1 - run) * map.col_slots);
     float* found = buffer + 16 * parts * (run - window.first);
@@ -73,24 +83,25 @@ void fill_image_rows_16(float* to, const float* table, const Map& map, int64_t r
       _mm512_storeu_ps(found + 16 * n, _mm512_permutexvar_ps(_mm512_loadu_si512(slots + 16 * n), at));
     }
   }
-  for (int64_t y = 0; y < map.height; ++y) {
+  for (int64_t y = 0; y < keys.rows; ++y) {
     const float* found = buffer + 16 * parts * (map.run_of[window.from + y] - window.first);
     for (int64_t n = 0; n < parts; ++n) _mm512_storeu_ps(to + y * map.width + 16 * n, _mm512_loadu_ps(found + 16 * n));
   }
 }
 #endif
 
-// to[j] = table[id of (query i, key j)]; writes up to 15 numbers behind the last key. `buffer` holds image rows, one of each run.
+// to[j] = table[id of (query i, key j)] for `count` keys; writes up to 15 numbers behind the last one. `buffer` holds image
+// rows, one of each run.
 template <class T>
-void fill_by_axes(T* to, const T* table, const Map& map, int64_t i, int64_t keys, T* buffer) {
-  const int64_t alone = i < map.skip ? keys : map.skip;
+void fill_by_axes(T* to, const T* table, const Map& map, int64_t i, const KeyRows& keys, int64_t count, T* buffer) {
+  const int64_t alone = i < map.skip ? count : keys.skip;
   for (int64_t j = 0; j < alone; ++j) to[j] = table[map.skip_id];
   if (i < map.skip) return;
   const int64_t row = (i - map.skip) / map.width, column = (i - map.skip) % map.width;
 #ifdef RPE_AVX512
   if constexpr (sizeof(T) == 4) {
     const auto fill = [&](auto parts) {
-      fill_image_rows_16<decltype(parts)::value>(to + map.skip, table, map, row, column, buffer);
+      fill_image_rows_16<decltype(parts)::value>(to + keys.skip, table, map, keys, row, column, buffer);
     };
     if (map.col_slots <= 16 && map.width <= 16) return fill(Count<1>());
     if (map.col_slots <= 16 && map.width <= 32) return fill(Count<2>());
@@ -98,7 +109,7 @@ void fill_by_axes(T* to, const T* table, const Map& map, int64_t i, int64_t keys
   }
 #endif
   const auto fill = [&](auto span, auto octets) {
-    fill_image_rows<decltype(span)::value, decltype(octets)::value>(to + map.skip, table, map, row, column, buffer);
+    fill_image_rows<decltype(span)::value, decltype(octets)::value>(to + keys.skip, table, map, keys, row, column, buffer);
   };
   const auto of_span = [&](auto span) {
     switch ((map.width + 7) / 8) {
@@ -121,12 +132,12 @@ inline int64_t axes_buffer(const Map& map) {
 
 // by_run[last run - run] = sum of the image rows of a run, whose sum so far stands there until its last row
 template <int N, class T>
-void add_up_runs(T* by_run, const T* places, const Map& map, const Window& window) {
+void add_up_runs(T* by_run, const T* places, const Map& map, int64_t rows, const Window& window) {
   const int64_t w = map.width, padded = round_up(w, 8);
   const int32_t *runs = map.run_of + window.from, *goes_on = map.goes_on + window.from;
   for (int64_t first = 0; first < padded; first += 8 * N) {
     oct<T> sum[N] = {};
-    for (int64_t y = 0; y < map.height; ++y) {
+    for (int64_t y = 0; y < rows; ++y) {
       const oct_bits<T> same = oct_bits<T>{} + goes_on[y];
       T* to = by_run + (window.last - runs[y]) * padded + first;
 #pragma GCC unroll 4
@@ -180,26 +191,26 @@ void sum_columns(T* sums, const T* by_run, const Map& map, const Window& window,
   }
 }
 
-// sums[n] = sum of row[j] over the keys j with id n, for at most eight rows whose queries are i[0], i[1], ...; each step is
-// taken for all of them, so that no row waits for its own sums. Writes zeros to 7 numbers behind.
+// sums[n] = sum of row[j] over the keys j with id n, of `number`, for at most eight rows whose queries are i[0], i[1], ...;
+// each step is taken for all of them, so that no row waits for its own sums. Writes zeros to 7 numbers behind.
 template <class T>
 void sum_by_axes(T* sums, const T* rows, int64_t stride, const int64_t* i, int64_t count, const Term& term,
-                 int64_t keys, T* buffer) {
+                 const KeyRows& keys, int64_t number, T* buffer) {
   const Map& map = term.map;
   const int64_t w = map.width, padded = round_up(w, 8);
   const int64_t size = round_up(least(map.row_slots, map.height), 8) * padded;
-  const auto window_of = [&](int64_t r) { return Window(map, map.height - 1 - (i[r] - map.skip) / w, map.height); };
+  const auto window_of = [&](int64_t r) { return Window(map, keys, (i[r] - map.skip) / w); };
   for (int64_t r = 0; r < count; ++r) {
     if (i[r] < map.skip) continue;
     const Window window = window_of(r);
     T* by_run = buffer + r * size;
-    const T* places = rows + r * stride + map.skip;
+    const T* places = rows + r * stride + keys.skip;
     switch (padded / 8) {
-      case 1: add_up_runs<1>(by_run, places, map, window); break;
-      case 2: add_up_runs<2>(by_run, places, map, window); break;
-      case 3: add_up_runs<3>(by_run, places, map, window); break;
-      case 4: add_up_runs<4>(by_run, places, map, window); break;
-      default: add_up_runs<1>(by_run, places, map, window);
+      case 1: add_up_runs<1>(by_run, places, map, keys.rows, window); break;
+      case 2: add_up_runs<2>(by_run, places, map, keys.rows, window); break;
+      case 3: add_up_runs<3>(by_run, places, map, keys.rows, window); break;
+      case 4: add_up_runs<4>(by_run, places, map, keys.rows, window); break;
+      default: add_up_runs<1>(by_run, places, map, keys.rows, window);
     }
     const int64_t used = window.last - window.first + 1;
     clear(by_run + used * padded, (round_up(used, 8) - used) * padded);
@@ -208,7 +219,7 @@ void sum_by_axes(T* sums, const T* rows, int64_t stride, const int64_t* i, int64
     const T* row = rows + r * stride;
     T *to = sums + r * term.width, total = 0;
     clear(to, term.width);
-    const int64_t alone = i[r] < map.skip ? keys : map.skip;
+    const int64_t alone = i[r] < map.skip ? number : keys.skip;
     for (int64_t j = 0; j < alone; ++j) total += row[j];
     if (i[r] >= map.skip) {
       sum_columns(to, buffer + r * size, map, window_of(r), w - 1 - (i[r] - map.skip) % w, buffer + 8 * size);
@@ -230,20 +241,21 @@ struct Cell {
   int64_t begin, end;    // those with these runs
 };
 
-// f(Cell) for a tile and the image rows [begin, end) of its keys
+// f(Cell) for a tile and its image rows of keys [begin, end), counted from the first of `keys`
 template <class F>
-RPE_INLINE void for_cells(const Segments& segments, const Map& map, int64_t begin, int64_t end, const F& f) {
+RPE_INLINE void for_cells(const Segments& segments, const Map& map, const KeyRows& keys, int64_t begin, int64_t end,
+                          const F& f) {
   for (int64_t row = begin; row < end; ++row) {
     for (const Segment& s : segments) {
       if (s.column < 0) continue;
       const int32_t* slots = map.col_slot + (map.width - 1 + s.column);
-      const Window window(map, map.height - 1 - row + s.row, s.count);
+      const Window window(map, map.height - 1 - (keys.first + row) + s.row, s.count);
       for (int64_t top = window.last; top >= window.first; top -= 8) {
         const int64_t last = most(top - 7, window.first);
         const int64_t from = most(map.run_start[last] - window.from, 0);
         const int64_t to = least(map.run_start[top + 1] - window.from, s.count);
         for (int64_t n = 0; n < map.width; n += 8) {
-          f(Cell{s, map.skip + row * map.width + n, least(map.width - n, 8), slots - n, top,
+          f(Cell{s, keys.skip + row * map.width + n, least(map.width - n, 8), slots - n, top,
                  map.run_of + window.from, from, to});
         }
       }
@@ -253,9 +265,9 @@ RPE_INLINE void for_cells(const Segments& segments, const Map& map, int64_t begi
 
 // S[i, j] += tables[j, id of (key j, query i)] for the keys that are alone in their bucket: skip tokens, and all for those
 template <class T>
-void add_skip_bucket(const Tile<T>& tile, const T* tables, const Term& term) {
+void add_skip_bucket(const Tile<T>& tile, const T* tables, const Term& term, const KeyRows& keys) {
   for (const Segment& s : Segments(tile, term.map)) {
-    const int64_t alone = s.column < 0 ? tile.keys : term.map.skip;
+    const int64_t alone = s.column < 0 ? tile.keys : keys.skip;
     for (int64_t r = s.at; r < s.at + s.count; ++r) {
       T* row = tile.numbers + r * tile.stride;
       for (int64_t j = 0; j < alone; ++j) row[j] += tables[j * term.width + term.map.skip_id];
@@ -263,12 +275,14 @@ void add_skip_bucket(const Tile<T>& tile, const T* tables, const Term& term) {
   }
 }
 
-// The same for the keys of the image rows [begin, end). Adds zeros to 7 numbers behind, reads 7 rows of tables more.
+// The same for the image rows of keys [begin, end), counted from their first. Adds zeros to 7 numbers behind, reads 7 rows of
+// tables more.
 template <class T>
-void add_by_axes(const Tile<T>& tile, const T* tables, const Term& term, int64_t begin, int64_t end) {
+void add_by_axes(const Tile<T>& tile, const T* tables, const Term& term, const KeyRows& keys, int64_t begin,
+                 int64_t end) {
   const Map& map = term.map;
   const int64_t width = term.width;
-  for_cells(Segments(tile, map), map, begin, end, [&](const Cell& cell) {
+  for_cells(Segments(tile, map), map, keys, begin, end, [&](const Cell& cell) {
     const T* at = tables + cell.key * width + (map.row_slots - 1 - cell.top);
     oct<T> r[8];
 #pragma GCC unroll 8
@@ -300,7 +314,7 @@ void sum_tile_by_axes(T* sums, const Tile<T>& tile, const Term& term) {
       for (int64_t j = 0; j < alone; ++j) sums[j * width + map.skip_id] += row[j];
     }
   }
-  for_cells(segments, map, 0, map.height, [&](const Cell& cell) {
+  for_cells(segments, map, KeyRows(map), 0, map.height, [&](const Cell& cell) {
     const T* numbers = tile.numbers + cell.s.at * tile.stride + cell.key;
     const int32_t* goes_on = map.goes_on + (cell.runs - map.run_of);
     T by_run[8 * 8] = {};

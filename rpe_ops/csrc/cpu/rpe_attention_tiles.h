@@ -11,12 +11,12 @@ inline uint32_t dropout_key(uint64_t seed, int64_t head, int64_t i) {
   const uint32_t key = mix(mix(uint32_t(seed) + 0x9e3779b9u) ^ uint32_t(seed >> 32));
   return mix(mix(key ^ uint32_t(head)) ^ uint32_t(i));
 }
-// keep[j] = 1 / (1 - p) or 0
+// keep[j] = 1 / (1 - p) or 0, for key first + j
 template <class T>
-void dropout_row(T* __restrict keep, double p, uint32_t key, int64_t n) {
+void dropout_row(T* __restrict keep, double p, uint32_t key, int64_t first, int64_t n) {
   const int32_t least = int32_t(p * 16777216.0 + 0.5);
   const T factor = p < 1 ? T(1 / (1 - p)) : T(0);
-  for (int64_t j = 0; j < n; ++j) keep[j] = int32_t(mix(key ^ uint32_t(j)) >> 8) < least ? T(0) : factor;
+  for (int64_t j = 0; j < n; ++j) keep[j] = int32_t(mix(key ^ uint32_t(first + j)) >> 8) < least ? T(0) : factor;
 }
 
 // ---- the tile
@@ -33,6 +33,12 @@ struct Weight {
   int64_t loaded = -1;                     // where the W begins that `down` and `up` are of
 };
 
+// The keys that a tile has at a time: all, or the block `n` of them.
+struct Block {
+  int64_t n, first, keys, padded;  // padded to whole vectors
+  KeyRows rows;                    // of a block
+};
+
 template <class X>
 struct Worker {
   using T = typename X::Number;
@@ -40,8 +46,9 @@ struct Worker {
   using Matrix = typename X::Matrix;
   static constexpr int W = simd<T>::W;
   const Problem& p;
-  const int64_t Dp = round_up(p.D, W > 8 ? W : 8), Lp = round_up(p.Lk, W), L16 = round_up(p.Lk, 16);
-  const int64_t L8 = round_up(p.Lk, 8);
+  const int64_t blocks = p.blocks.count(), most_keys = blocks > 1 ? p.blocks.keys(0) : p.Lk;  // of a block
+  const int64_t Dp = round_up(p.D, W > 8 ? W : 8), Lp = round_up(most_keys, W), L16 = round_up(most_keys, 16);
+  const int64_t L8 = blocks > 1 ? blocks * L16 : round_up(p.Lk, 8);  // rows of all keys, those of a block behind L16
   const int64_t ld = (L16 + 16) % 512 == 0 ? L16 + 32 : L16 + 16;  // of scores: no 4 KiB between rows
   const bool backward = p.backward;
   // rounded queries would be rounded again by the scale: they get it behind their products
@@ -54,6 +61,7 @@ struct Worker {
   T *result, *mask_row, *keep, *row_table, *bias, *second, *buffer, *grad_k = nullptr, *grad_v = nullptr, *tables_q;
   int32_t* ids;
   Groups<T> groups;
+  Block now = block(0);
   Weight<X> *weights_q, *weights_k, *weights_v;
   int64_t head = -1, b = 0, h = 0;
   bool mask_ready = false;
@@ -61,7 +69,7 @@ struct Worker {
   Worker(const Problem& problem, char* scratch) : p(problem), arena{scratch} {
     const int64_t M = p.tile;
     // what is read once lies where something else is needed later
-    keys_t = arena.template array<Item>(Lp * X::items(p.D));
+    keys_t = arena.template array<Item>(blocks * Lp * X::items(p.D));
     if (backward) {
       keys = X::input(arena, L16, Dp, true);
       values_t = arena.template array<Item>(Lp * X::items(p.D));
@@ -72,7 +80,7 @@ struct Worker {
       grad_v = take_sums(L16 * Dp);
       values.rows = reinterpret_cast<Item*>(grad_k);
     } else {
-      keys = values = X::input(arena, L16, Dp, true);
+      keys = values = X::input(arena, blocks * L16, Dp, true);
     }
     query = X::input(arena, M, Dp, backward);
     if (backward) grad = X::input(arena, M, Dp, true);
@@ -110,6 +118,18 @@ struct Worker {
     weights_q = weights(p.on_q, p.num_q, true, backward, 0, backward ? L8 : 0);
     weights_k = weights(p.on_k, p.num_k, true, backward, M, 0);
     weights_v = weights(p.on_v, p.num_v, backward, !backward, M, 0);
+  }
+
+  Block block(int64_t n) const {
+    if (blocks == 1) return {0, 0, p.Lk, Lp, {0, 0, 0}};
+    const int64_t keys = p.blocks.keys(n);
+    return {n, p.blocks.first_key(n), keys, round_up(keys, W), {n == 0 ? p.blocks.skip : 0, n * p.blocks.rows, p.blocks.rows_of(n)}};
+  }
+  KeyRows rows_of(const Map& map) const { return blocks == 1 ? KeyRows(map) : now.rows; }
+  // of rows of all keys those of the block
+  Matrix of_block(const Matrix& of) const {
+    const int64_t at = now.n * L16;
+    return {of.numbers == nullptr ? nullptr : of.numbers + at * Dp, of.rows + X::items(at * Dp), of.pairs + X::items(at) * Dp};
   }
 
   int64_t count_sums() const {
@@ -196,23 +216,24 @@ struct Worker {
     }
   }
 
-  // all rows of view, padded with zeros to (padded, Dp)
-  void load_rows(const Matrix& to, const View& view, int64_t padded) {
-    for (int64_t l = 0; l < p.Lk; ++l) {
-      if (l + 8 < p.Lk) fetch(view, head, l + 8);
-      X::load_row(to, l * Dp, view, row_of(view, b, h, l), p.D, T(1));
+  // the block's rows of view, padded with zeros to (L16, Dp)
+  void load_rows(const Matrix& to, const View& view) {
+    for (int64_t l = 0; l < now.keys; ++l) {
+      if (l + 8 < now.keys) fetch(view, head, now.first + l + 8);
+      X::load_row(to, l * Dp, view, row_of(view, b, h, now.first + l), p.D, T(1));
       X::clear_row(to, l * Dp + p.D, Dp - p.D);
     }
-    X::clear_row(to, p.Lk * Dp, (padded - p.Lk) * Dp);
+    X::clear_row(to, now.keys * Dp, (L16 - now.keys) * Dp);
   }
-  // to = view^T in panels, and `rows` as well where they are wanted; they are on the way where view is not read as it lies
+  // to = the block's rows of view, transposed, in panels, and `rows` as well where they are wanted; they are on the way where
+  // view is not read as it lies
   void pack(Item* to, const View& view, const Matrix& rows, bool wanted) {
-    const Item* from = X::in_place(view, row_of(view, b, h, 0));
+    const Item* from = X::in_place(view, row_of(view, b, h, now.first));
     if (from != nullptr && !wanted) {
-      pack_transposed<X>(to, from, view.l, p.Lk, p.D, reinterpret_cast<Item*>(result));
+      pack_transposed<X>(to, from, view.l, now.keys, p.D, reinterpret_cast<Item*>(result));
     } else {
-      load_rows(rows, view, L16);
-      pack_transposed<X>(to, rows.rows, Dp, p.Lk, p.D, nullptr);
+      load_rows(rows, view);
+      pack_transposed<X>(to, rows.rows, Dp, now.keys, p.D, nullptr);
     }
   }
   // those of a tile's queries, padded with zeros to whole eights
@@ -244,6 +265,8 @@ struct Worker {
     }
   }
 
+  Item* keys_t_of_block() const { return keys_t + now.n * Lp * X::items(p.D); }
+
   void enter(int64_t next) {
     head = next;
     b = head / p.H;
@@ -251,7 +274,10 @@ struct Worker {
     mask_ready = false;
     bool as_rows = backward;
     for (int64_t t = 0; t < p.num_q; ++t) as_rows = as_rows || p.on_q[t].weight;
-    pack(keys_t, p.k, keys, as_rows);
+    for (int64_t n = 0; n < blocks; ++n) {
+      now = block(n);
+      pack(keys_t_of_block(), p.k, of_block(keys), as_rows);
+    }
     T* at = tables_q;
     for (int64_t t = 0; t < p.num_q; ++t) {
       const Term& term = p.on_q[t];
@@ -259,15 +285,21 @@ struct Worker {
         load_weight(weights_q[t], term, early);
         by_weight({keys.rows, Dp}, L8, weights_q[t].down, term, {at, term.width, false, late});
       } else {
-        for (int64_t j = 0; j < p.Lk; ++j) {
-          load_table(at + j * term.width, term, term.table, row_of(term.table, b, h, j));
+        for (int64_t n = 0; n < blocks; ++n) {
+          now = block(n);
+          for (int64_t j = 0; j < now.keys; ++j) {
+            load_table(at + (n * L16 + j) * term.width, term, term.table, row_of(term.table, b, h, now.first + j));
+          }
         }
       }
       at += (L8 + 8) * term.width;
     }
     if (!backward) {
-      load_rows(values, p.v, L16);
-      X::pair_rows(values, p.Lk, Dp);
+      for (int64_t n = 0; n < blocks; ++n) {
+        now = block(n);
+        load_rows(of_block(values), p.v);
+        X::pair_rows(of_block(values), now.keys, Dp);
+      }
     } else {
       X::pair_rows(keys, p.Lk, Dp);
       pack(values_t, p.v, values, false);
@@ -303,24 +335,28 @@ struct Worker {
       const T* table = table_row(term, weights[t], r, i);
       T* to = t == 0 ? row : second;
       if (term.map.kind == Map::axes) {
-        fill_by_axes(to, table, term.map, i, p.Lk, buffer);
+        fill_by_axes(to, table, term.map, i, rows_of(term.map), now.keys, buffer);
       } else if (term.narrow) {
         fill_by_ids(to, table, term, i, p.Lk, reinterpret_cast<uint8_t*>(ids));
       } else {
         fill_by_ids(to, table, term, i, p.Lk, ids);
       }
-      for (int64_t j = 0; t > 0 && j < Lp; j += W) store(row + j, load(row + j) + load(second + j));
+      for (int64_t j = 0; t > 0 && j < now.padded; j += W) store(row + j, load(row + j) + load(second + j));
     }
-    clear(row + p.Lk, L16 - p.Lk);
+    clear(row + now.keys, L16 - now.keys);
   }
 
-  // The sums of a tile's rows r, r + 1, ... by the buckets of their queries, at most eight, go where they are wanted.
-  void sum_rows(const Tile<T>& tile, int64_t r, const Term& term, const Weight<X>& weight, const T* factor) {
+  // The sums of a tile's rows r, r + 1, ... by the buckets of their queries, at most eight, go where they are wanted; those of
+  // blocks before this one are there, and are multiplied with `earlier`.
+  void sum_rows(const Tile<T>& tile, int64_t r, const Term& term, const Weight<X>& weight, const T* factor,
+                const T* earlier = nullptr) {
     const int64_t count = least(tile.rows - r, 8);
     const T* rows = tile.numbers + r * ld;
     int64_t i[8];
     for (int64_t n = 0; n < count; ++n) i[n] = p.query_at(tile.first + r + n);
-    if (term.map.kind == Map::axes) sum_by_axes(row_table, rows, ld, i, count, term, p.Lk, buffer);
+    if (term.map.kind == Map::axes) {
+      sum_by_axes(row_table, rows, ld, i, count, term, rows_of(term.map), now.keys, buffer);
+    }
     for (int64_t n = 0; n < count; ++n) {
       T* sums = row_table + n * term.width;
       if (term.map.kind != Map::axes) {
@@ -333,7 +369,9 @@ struct Worker {
       }
       if (term.weight) {
         T* to = weight.tile.numbers + (r + n) * term.width;
-        for (int64_t c = 0; c < term.width; c += W) store(to + c, load(sums + c));
+        for (int64_t c = 0; c < term.width; c += W) {
+          store(to + c, now.n == 0 ? load(sums + c) : load(to + c) * earlier[r + n] + load(sums + c));
+        }
       } else {
         store_table(term, term.result, row_of(term.result, b, h, i[n]), sums, factor == nullptr ? T(1) : factor[r + n]);
       }
@@ -366,8 +404,8 @@ struct Worker {
 
   // ---- scores
 
-  // scale q k^T and the encodings on queries; the tables of those on keys
-  void score_tile(const Tile<T>& tile) {
+  // what all keys need of a tile: its queries, and the tables of encodings on keys
+  void begin_tile(const Tile<T>& tile) {
     const int64_t padded = round_up(tile.rows, 8);
     load_queries(query, p.q, tile.first, tile.rows, early);
     for (int64_t t = 0; t < p.num_k; ++t) {
@@ -376,16 +414,26 @@ struct Worker {
       by_weight({query.rows, Dp}, padded, weights_k[t].down, term,
                 {weights_k[t].tile.numbers, term.width, false, late});
     }
+  }
+
+  // scale q k^T and the encodings on queries, for the keys of the block
+  void score_tile(const Tile<T>& tile) {
+    const int64_t padded = round_up(tile.rows, 8), vectors = now.padded / W;
+    const KeyRows seen = blocks == 1 ? KeyRows(p.skip, 0, p.height) : now.rows;
+    const Item* panels = keys_t_of_block();
     // a few columns of the tile at a time, while they are near
-    for (int64_t n = 0, done = 0; n < Lp / W;) {
-      const int64_t count = panel_of(Lp / W - n), begin = n * W;
-      product<X, false>(padded, count, p.D, {query.rows, Dp}, {keys_t + begin * X::items(p.D), 0, true},
+    for (int64_t n = 0, done = 0; n < vectors;) {
+      const int64_t count = panel_of(vectors - n), begin = n * W;
+      product<X, false>(padded, count, p.D, {query.rows, Dp}, {panels + begin * X::items(p.D), 0, true},
                         {tile.numbers + begin, ld, false, late});
       n += count;
-      const int64_t columns = n * W - p.skip, rows = columns < 0 ? 0 : least(columns / most(p.width, 1), p.height);
+      const int64_t columns = n * W - seen.skip, rows = columns < 0 ? 0 : least(columns / most(p.width, 1), seen.rows);
       const T* at = tables_q;
       for (int64_t t = 0; t < p.num_q && rows > done; ++t) {
-        if (p.on_q[t].map.kind == Map::axes) add_by_axes(tile, at, p.on_q[t], done, rows);
+        const Term& term = p.on_q[t];
+        if (term.map.kind == Map::axes) {
+          add_by_axes(tile, at + now.n * L16 * term.width, term, rows_of(term.map), done, rows);
+        }
         at += (L8 + 8) * p.on_q[t].width;
       }
       done = rows;
@@ -393,7 +441,7 @@ struct Worker {
     const T* at = tables_q;
     for (int64_t t = 0; t < p.num_q; ++t) {
       if (p.on_q[t].map.kind == Map::axes) {
-        add_skip_bucket(tile, at, p.on_q[t]);
+        add_skip_bucket(tile, at + now.n * L16 * p.on_q[t].width, p.on_q[t], rows_of(p.on_q[t].map));
       } else {
         add_tables(tile, at, p.on_q[t]);
       }
@@ -403,8 +451,8 @@ struct Worker {
 
   void read_mask(int64_t i) {
     if (mask_ready && p.mask.l == 0) return;
-    load_row<T>(mask_row, p.mask, row_of(p.mask, b, h, i), p.Lk);
-    for (int64_t j = p.Lk; j < Lp; ++j) mask_row[j] = T(0);
+    load_row<T>(mask_row, p.mask, row_of(p.mask, b, h, i) + now.first * p.mask.d, now.keys);
+    for (int64_t j = now.keys; j < now.padded; ++j) mask_row[j] = T(0);
     mask_ready = true;
   }
 
@@ -413,7 +461,7 @@ struct Worker {
   void with_scores(T* row, int64_t r, int64_t i, const F& f) {
     if (p.num_k > 0) fill_row(bias, p.on_k, p.num_k, weights_k, r, i);
     if (p.mask.data != nullptr) read_mask(i);
-    for (int64_t j = p.Lk; j < Lp; ++j) row[j] = -T(__builtin_inf());
+    for (int64_t j = now.keys; j < now.padded; ++j) row[j] = -T(__builtin_inf());
     if (p.num_k > 0 && p.mask.data != nullptr) {
       f([row, one = bias, other = mask_row](int64_t j) { return load(row + j) + load(one + j) + load(other + j); });
     } else if (p.num_k > 0 || p.mask.data != nullptr) {
@@ -426,11 +474,19 @@ struct Worker {
 
   // ---- forward
 
-  // scores -> weights before they are divided by their sum, dropped; returns what they are to be multiplied with
-  T forward_row(T* row, int64_t r, int64_t i) {
-    vec<T> highest = spread(-T(__builtin_inf()));
+  // The softmax of a tile's rows, block by block: the maxima, the sums of exp(score - maximum), what a row is to be multiplied
+  // with in the end, and what all that blocks before have of it is multiplied with, since the maximum grows.
+  struct Softmax {
+    T top[32], sum[32], factor[32], earlier[32];
+  };
+
+  // scores -> weights before they are divided by their sum, dropped
+  void forward_row(T* row, int64_t r, int64_t i, Softmax& softmax) {
+    const bool first = now.n == 0;
+    const T before = first ? -T(__builtin_inf()) : softmax.top[r];
+    vec<T> highest = spread(before);
     with_scores(row, r, i, [&](const auto& score) {
-      for (int64_t j = 0; j < Lp; j += W) {
+      for (int64_t j = 0; j < now.padded; j += W) {
         const vec<T> x = score(j);
         highest = highest > x ? highest : x;
         store(row + j, x);
@@ -441,55 +497,74 @@ struct Worker {
     const bool nothing = top == -T(__builtin_inf());
     const vec<T> base = spread(nothing ? T(0) : top);
     vec<T> total{};
-    for (int64_t j = 0; j < Lp; j += W) {
+    for (int64_t j = 0; j < now.padded; j += W) {
       const vec<T> x = exponential<T>(load(row + j) - base);
       total += x;
       store(row + j, x);
     }
-    const T sum = sum_of<T>(total);
-    const bool empty = nothing && sum == 0;  // and no NaN, which the maximum does not see
-    // exp(s - inf) = 0: the backward of a row without a key is zero by itself
-    static_cast<T*>(p.lse)[head * p.Lq + i] = empty ? T(__builtin_inf()) : top + T(__builtin_log(sum));
-    if (keep != nullptr) {
-      dropout_row(keep, p.dropout_p, dropout_key(p.seed, head, i), Lp);
-      for (int64_t j = 0; j < Lp; j += W) store(row + j, load(row + j) * load(keep + j));
+    T sum = sum_of<T>(total);
+    if (!first) {  // of nothing there is zero, or NaN
+      softmax.earlier[r] = before == -T(__builtin_inf()) ? T(1) : exponential<T>(spread(before - top))[0];
+      sum += softmax.sum[r] * softmax.earlier[r];
     }
-    return empty ? T(0) : 1 / sum;
+    softmax.top[r] = top, softmax.sum[r] = sum;
+    const bool empty = nothing && sum == 0;  // and no NaN, which the maximum does not see
+    softmax.factor[r] = empty ? T(0) : 1 / sum;
+    if (now.n + 1 == blocks) {
+      // exp(s - inf) = 0: the backward of a row without a key is zero by itself
+      static_cast<T*>(p.lse)[head * p.Lq + i] = empty ? T(__builtin_inf()) : top + T(__builtin_log(sum));
+    }
+    if (keep != nullptr) {
+      dropout_row(keep, p.dropout_p, dropout_key(p.seed, head, i), now.first, now.padded);
+      for (int64_t j = 0; j < now.padded; j += W) store(row + j, load(row + j) * load(keep + j));
+    }
   }
 
   Tile<T> tile_of(T* numbers, int64_t tile) const {
     const int64_t first = tile * p.tile;
-    return {numbers, ld, first, least(p.Lq - first, p.tile), p.Lk};
+    return {numbers, ld, first, least(p.Lq - first, p.tile), now.keys};
   }
 
   void forward_tile(int64_t index) {
-    const Tile<T> tile = tile_of(scores.numbers, index);
-    const int64_t padded = round_up(tile.rows, 8);
+    const int64_t vectors = Dp / W, rows = tile_of(nullptr, index).rows, padded = round_up(rows, 8);
+    Softmax softmax;
     fetch_next(index);
-    score_tile(tile);
-    fetch_queries(p.q, tile_of(nullptr, index + 1));
-    T factor[32];
-    for (int64_t from = 0; from < tile.rows; from += 8) {
-      const int64_t end = least(from + 8, tile.rows);
-      for (int64_t r = from; r < end; ++r) {
-        factor[r] = forward_row(tile.numbers + r * ld, r, p.query_at(tile.first + r));
+    begin_tile(tile_of(scores.numbers, index));
+    for (int64_t n = 0; n < blocks; ++n) {
+      now = block(n);
+      mask_ready = mask_ready && blocks == 1;
+      const Tile<T> tile = tile_of(scores.numbers, index);
+      score_tile(tile);
+      if (n == 0) fetch_queries(p.q, tile_of(nullptr, index + 1));
+      for (int64_t from = 0; from < rows; from += 8) {
+        const int64_t end = least(from + 8, rows);
+        for (int64_t r = from; r < end; ++r) {
+          forward_row(tile.numbers + r * ld, r, p.query_at(tile.first + r), softmax);
+        }
+        for (int64_t t = 0; t < p.num_v; ++t) {
+          sum_rows(tile, from, p.on_v[t], weights_v[t], softmax.factor, softmax.earlier);
+        }
+        X::make_rows(scores, from, end - from, ld);
       }
-      for (int64_t t = 0; t < p.num_v; ++t) sum_rows(tile, from, p.on_v[t], weights_v[t], factor);
-      X::make_rows(scores, from, end - from, ld);
+      for (int64_t r = 0; n > 0 && r < rows; ++r) {
+        for (int64_t d = 0; d < Dp; d += W) {
+          store(result + r * Dp + d, load(result + r * Dp + d) * softmax.earlier[r]);
+        }
+      }
+      product<X, false>(padded, vectors, now.keys, {scores.rows, ld}, {of_block(values).pairs, Dp},
+                        {result, Dp, n > 0});
     }
-    const int64_t vectors = Dp / W;
-    product<X, false>(padded, vectors, p.Lk, {scores.rows, ld}, {values.pairs, Dp}, {result, Dp});
     for (int64_t t = 0; t < p.num_v; ++t) {
       const int64_t width = p.on_v[t].width;
       const Weight<X>& weight = weights_v[t];
       if (!p.on_v[t].weight) continue;
-      X::make_rows(weight.tile, 0, tile.rows, width);
+      X::make_rows(weight.tile, 0, rows, width);
       product<X, false>(padded, vectors, p.on_v[t].used, {weight.tile.rows, width}, {weight.up.pairs, Dp},
                         {result, Dp, true});
     }
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      const int64_t i = p.query_at(tile.first + r);
-      store_row<T>(p.out, row_of(p.out, b, h, i), result + r * Dp, p.D, factor[r]);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t i = p.query_at(index * p.tile + r);
+      store_row<T>(p.out, row_of(p.out, b, h, i), result + r * Dp, p.D, softmax.factor[r]);
     }
   }
 
@@ -507,7 +582,7 @@ struct Worker {
       }
     });
     if (p.num_v > 0) fill_row(bias, p.on_v, p.num_v, weights_v, r, i);
-    if (keep != nullptr) dropout_row(keep, p.dropout_p, dropout_key(p.seed, head, i), Lp);
+    if (keep != nullptr) dropout_row(keep, p.dropout_p, dropout_key(p.seed, head, i), 0, Lp);
     for (int64_t j = 0; j < Lp; j += W) {
       vec<T> x = load(grad_row + j);
       if (p.num_v > 0) x += load(bias + j);
@@ -529,6 +604,7 @@ struct Worker {
     const Tile<T> tile = tile_of(scores.numbers, index), tile_grad = tile_of(weights_grad.numbers, index);
     const int64_t rows = tile.rows, padded = round_up(rows, 8), keys8 = round_up(p.Lk, 8), vectors = Dp / W;
     fetch_next(index);
+    begin_tile(tile);
     score_tile(tile);
     load_queries(grad, p.grad_out, tile.first, rows, T(1));
     X::pair_rows(query, rows, Dp);
@@ -592,7 +668,7 @@ struct Worker {
     head = next;
     b = head / p.H;
     h = head % p.H;
-    load_rows(keys, p.k, L16);
+    load_rows(keys, p.k);
     X::pair_rows(keys, p.Lk, Dp);
     for (int64_t t = 0; t < p.num_q; ++t) {
       if (p.on_q[t].weight) load_weight(weights_q[t], p.on_q[t], early);
