@@ -47,11 +47,12 @@ asan: .venv/installed  ## the operators' tests against a build that stops at any
 	  $(ASAN_TESTS) -k "5-7 or 1-20 or matrices" $(CURDIR)/tests/test_rpe_attention_cuda.py $(CURDIR)/tests/test_warp_on_host.py; \
 	  attention=$$?; wait $$index && exit $$attention
 
-bench: .venv/ops  ## operators beside torch's own on this CPU, as ratios, and both held down to AVX2: seven minutes on two quiet cores; JSON in benchmarks/results/
+bench: .venv/ops  ## operators beside torch's own on this CPU, as ratios, and both held down to AVX2: a quarter of an hour on two quiet cores; JSON in benchmarks/results/
 	$(BIN)/python benchmarks/bench_rpe_index.py --rounds 8 --no-flat --out benchmarks/results
 	$(BIN)/python benchmarks/bench_attention.py --maps 14 24 32 64 --on k q v qkv --dtype float32 bfloat16 --seconds 2 --memory 64 --out benchmarks/results
 	$(BIN)/python benchmarks/bench_attention.py --isa avx2 --maps 14 24 32 --on k q v qkv --seconds 2 --out benchmarks/results
-	$(BIN)/python benchmarks/bench_model.py --sizes 224 --rounds 3 --variants plain "k fused" "qkv fused" --no-memory --out benchmarks/results
+	$(BIN)/python benchmarks/bench_model.py --rounds 4 --variants plain "k fused" "qkv fused" --out benchmarks/results
+	$(BIN)/python benchmarks/bench_model.py --isa avx2 --rounds 4 --variants plain "k fused" "qkv fused" --out benchmarks/results
 	$(BIN)/python benchmarks/bench_axes.py --rounds 4 --out benchmarks/results
 	$(MAKE) tables
 

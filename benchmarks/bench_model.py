@@ -1,6 +1,8 @@
-"""timm's deit_small_patch16_224 as it is and with iRPE: images per second and peak memory, in inference and training.
+"""Models of timm as they are and with iRPE: images per second and peak memory, in inference and training.
 
-    python benchmarks/bench_model.py --sizes 224 384
+    python benchmarks/bench_model.py --sizes 224 384 518
+
+DeiT-S at 224 and 384, and at 518 the ViT-B/14 of DINOv2.
 
 A step of training is forward, cross-entropy, backward and AdamW. The models take turns within one process; "fused" is
 what an equipped model does by itself where the operators are built, "eager" the formula in plain torch. On a GPU
@@ -22,8 +24,13 @@ import irpe
 from benchmarks import common, model_gpu
 from irpe.integrations import blocks as attention_blocks
 
-NAME = "deit_small_patch16_224"
-BATCH = {224: 16, 384: 4}
+MODELS = {  # by image size
+    224: "deit_small_patch16_224",
+    384: "deit_small_patch16_224",
+    518: "vit_base_patch14_dinov2",
+}
+CLASSES = 1000
+BATCH = {224: 16, 384: 4, 518: 1}
 VARIANTS = {  # where encodings are, and the backend
     "plain": (None, None),
     "k eager": ("k", "eager"),
@@ -36,7 +43,7 @@ VARIANTS = {  # where encodings are, and the backend
 def build(variant: str, size: int) -> nn.Module:
     """The model of a variant, its tables drawn at random, so that nothing is multiplied by zero."""
     torch.manual_seed(0)
-    model = timm.create_model(NAME, img_size=size)
+    model = timm.create_model(MODELS[size], img_size=size, num_classes=CLASSES)
     on, _ = VARIANTS[variant]
     if on is not None:
         irpe.equip(model, irpe.get_rpe_config(1.9, "product", "ctx", True, rpe_on=on))
@@ -50,7 +57,7 @@ def step(variant: str, size: int, train: bool):
     """A function of nothing that infers, or trains, one batch."""
     model = build(variant, size).train(train)
     backend = VARIANTS[variant][1]
-    images, labels = torch.randn(BATCH[size], 3, size, size), torch.randint(1000, (BATCH[size],))
+    images, labels = torch.randn(BATCH[size], 3, size, size), torch.randint(CLASSES, (BATCH[size],))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5) if train else None
 
     def call() -> None:
@@ -106,7 +113,7 @@ def main() -> None:
         for train in (False, True):
             taken = common.side_by_side({v: step(v, size, train) for v in args.variants}, rounds=args.rounds)
             for variant, seconds in taken.items():
-                row = {"size": size, "batch": BATCH[size], "pass": "training" if train else "inference"}
+                row = {"name": MODELS[size], "size": size, "batch": BATCH[size], "pass": "training" if train else "inference"}
                 row |= {"model": variant, "images/s": BATCH[size] / seconds["median"]}
                 row["time over plain"] = seconds["median"] / taken[args.variants[0]]["median"]
                 if not args.no_memory:

@@ -147,6 +147,9 @@ def index(results: Path) -> str:
     return "\n\n".join(parts)
 
 
+NAMES = {"deit_small_patch16_224": "DeiT-S", "vit_base_patch14_dinov2": "ViT-B/14 (DINOv2)"}
+
+
 def models(results: Path) -> str:
     parts = []
     for isa in ISAS:
@@ -157,8 +160,9 @@ def models(results: Path) -> str:
         for row in found["rows"]:
             peak = f"{row['peak MiB']:.0f}" if "peak MiB" in row else ""
             cells = [f"{row['images/s']:.3g}", f"{row['time over plain']:.2f}", peak]
-            rows.append([f"{row['size']}, B={row['batch']}, {row['pass']}", row["model"], *cells])
-        head = ["DeiT-S", "encodings", "images/s", "time over plain", "peak MiB"]
+            name = NAMES[row.get("name", "deit_small_patch16_224")]
+            rows.append([f"{name} at {row['size']}, B={row['batch']}, {row['pass']}", row["model"], *cells])
+        head = ["", "encodings", "images/s", "time over plain", "peak MiB"]
         parts += [table(head, rows), machine(found, "float32, ")]
     return "\n\n".join(parts)
 
