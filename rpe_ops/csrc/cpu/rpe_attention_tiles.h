@@ -123,13 +123,15 @@ struct Worker {
   Block block(int64_t n) const {
     if (blocks == 1) return {0, 0, p.Lk, Lp, {0, 0, 0}};
     const int64_t keys = p.blocks.keys(n);
-    return {n, p.blocks.first_key(n), keys, round_up(keys, W), {n == 0 ? p.blocks.skip : 0, n * p.blocks.rows, p.blocks.rows_of(n)}};
+    const KeyRows rows(n == 0 ? p.blocks.skip : 0, n * p.blocks.rows, p.blocks.rows_of(n));
+    return {n, p.blocks.first_key(n), keys, round_up(keys, W), rows};
   }
   KeyRows rows_of(const Map& map) const { return blocks == 1 ? KeyRows(map) : now.rows; }
   // of rows of all keys those of the block
   Matrix of_block(const Matrix& of) const {
     const int64_t at = now.n * L16;
-    return {of.numbers == nullptr ? nullptr : of.numbers + at * Dp, of.rows + X::items(at * Dp), of.pairs + X::items(at) * Dp};
+    T* numbers = of.numbers == nullptr ? nullptr : of.numbers + at * Dp;
+    return {numbers, of.rows + X::items(at * Dp), of.pairs + X::items(at) * Dp};
   }
 
   int64_t count_sums() const {
