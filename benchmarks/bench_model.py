@@ -113,7 +113,12 @@ def main() -> None:
         for train in (False, True):
             taken = common.side_by_side({v: step(v, size, train) for v in args.variants}, rounds=args.rounds)
             for variant, seconds in taken.items():
-                row = {"name": MODELS[size], "size": size, "batch": BATCH[size], "pass": "training" if train else "inference"}
+                row = {
+                    "name": MODELS[size],
+                    "size": size,
+                    "batch": BATCH[size],
+                    "pass": "training" if train else "inference",
+                }
                 row |= {"model": variant, "images/s": BATCH[size] / seconds["median"]}
                 row["time over plain"] = seconds["median"] / taken[args.variants[0]]["median"]
                 if not args.no_memory:
