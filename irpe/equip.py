@@ -2,11 +2,12 @@
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
 from .config_io import rpe_config_from_string
+from .integrations.adapter import Adapter
 from .irpe import RPEConfig, iRPE
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -116,30 +117,6 @@ def rpe_parameters(model: nn.Module, **options: Any) -> dict[str, Any]:
     return {"params": tables, "weight_decay": 0.0, **options}
 
 
-class Adapter(Protocol):
-    """What the modules of `integrations` offer. A part is a model, or a piece of one, that it knows how to work on."""
-
-    def find(self, model: nn.Module) -> list[Any]:
-        """The parts inside a model, itself included; also those that `why_not` has a reason against."""
-
-    def attentions(self, part: Any) -> list[nn.Module]:
-        """All attentions of a part that could have encodings, in the order of the forward pass."""
-
-    def why_not(
-        self, part: Any, config: RPEConfig, attentions: list[nn.Module], grid: tuple[int, ...] | None
-    ) -> str | None:
-        """The reason that these encodings cannot be added to these attentions of a part, or None."""
-
-    def equip(self, part: Any, config: RPEConfig, attentions: list[nn.Module], grid: tuple[int, ...] | None) -> None:
-        """Adds them, where `why_not` has no reason; more may be added later to the other attentions."""
-
-    def is_equipped(self, part: Any) -> bool:
-        """Whether any attention of a part has encodings."""
-
-    def unequip(self, part: Any) -> None:
-        """Takes all of them out."""
-
-
 _SUPPORTED = (
     "Supported are timm's VisionTransformer (vit, deit, deit3, with registers, with dynamic image sizes), "
     "VisionTransformerDistilled (deit distilled), Eva (eva02, dinov3, vit with rope), Beit and SwinTransformer (v1); "
@@ -152,15 +129,15 @@ _SUPPORTED = (
 
 
 def _adapters() -> Iterator[Adapter]:
+    """Every adapter but torch's, in the order in which they are asked."""
     if "timm" in sys.modules:  # a model of a library cannot exist before that
         from .integrations import timm_beit, timm_eva, timm_refused, timm_swin, timm_vit
 
-        for module in (timm_vit, timm_eva, timm_beit, timm_swin, timm_refused):
-            yield module.ADAPTER
+        yield from (module.ADAPTER for module in (timm_vit, timm_eva, timm_beit, timm_swin, timm_refused))
     if "transformers" in sys.modules:
         from .integrations import hf_vit
 
-        yield hf_vit
+        yield hf_vit.ADAPTER
 
 
 def _find(model: nn.Module, everything: bool = False) -> list[tuple[Adapter, Any]]:
@@ -169,9 +146,9 @@ def _find(model: nn.Module, everything: bool = False) -> list[tuple[Adapter, Any
         raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module. {_SUPPORTED}")
     found = [(adapter, part) for adapter in _adapters() for part in adapter.find(model)]
     if not found or everything:  # beside a vision transformer, torch's attentions are mostly heads and decoders
-        from .integrations import torch_mha
+        from .integrations.torch_mha import ADAPTER
 
-        found += [(torch_mha, part) for part in torch_mha.find(model)]
+        found += [(ADAPTER, part) for part in ADAPTER.find(model)]
     if not found:
         raise TypeError(f"{type(model).__name__} is not a model that iRPE can be added to. {_SUPPORTED}")
     return found

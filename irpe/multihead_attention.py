@@ -65,7 +65,10 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
         config = rpe_config_from_string(rpe_config) if isinstance(rpe_config, str) else rpe_config
         if config is not None and (reason := why_no_encodings(self, config)):
             raise ValueError(reason)
-        add_encodings(self, config)
+        rpe = build_rpe(config, self.head_dim, num_heads, device=device, dtype=dtype)
+        self.rpe_q, self.rpe_k, self.rpe_v = rpe
+        if config is not None:
+            self.register_forward_pre_hook(keep_fused_kernels_away)
 
     @one_node
     def forward(
@@ -249,23 +252,6 @@ def why_no_encodings(attention: nn.MultiheadAttention, config: RPEConfig) -> str
     if (attention.bias_k is not None or attention.add_zero_attn) and len(set(skips.values())) > 1:
         return f"add_bias_kv and add_zero_attn need one skip for all encodings, got {skips}"
     return None
-
-
-def add_encodings(attention: RPEMultiheadAttention, config: RPEConfig | None) -> None:
-    """Gives an attention its rpe_q, rpe_k, rpe_v, on the device and of the dtype of its weights."""
-    weight = attention.out_proj.weight
-    rpe = build_rpe(config, attention.head_dim, attention.num_heads, device=weight.device, dtype=weight.dtype)
-    attention.rpe_q, attention.rpe_k, attention.rpe_v = (one and one.train(attention.training) for one in rpe)
-    if config is not None:
-        attention.register_forward_pre_hook(keep_fused_kernels_away)
-
-
-def remove_encodings(attention: RPEMultiheadAttention) -> None:
-    """Takes out what `add_encodings` has added."""
-    del attention.rpe_q, attention.rpe_k, attention.rpe_v
-    hooks = attention._forward_pre_hooks
-    for number in [number for number, hook in hooks.items() if hook is keep_fused_kernels_away]:
-        del hooks[number]
 
 
 def keep_fused_kernels_away(attention: nn.Module, args: Any) -> None:

@@ -32,8 +32,8 @@ def own(name):
 
 @pytest.mark.parametrize("name", CORE)
 def test_functions_and_classes_of_the_core_are_public_or_have_an_underscore(name):
-    """Beside what modules of the package share: adapters are of its own, and their protocol is described at equip."""
-    shared = {"Adapter", "add_encodings", "keep_fused_kernels_away", "remove_encodings", "why_no_encodings"}
+    """Beside what modules of the package share."""
+    shared = {"keep_fused_kernels_away", "why_no_encodings"}
     assert own(name) - set(public("irpe")) <= shared
 
 

@@ -74,8 +74,8 @@ def forward(family, model, *args, **kwargs):
 
 
 def attentions(model):
-    (part,) = hf_vit.find(model)
-    return hf_vit.attentions(part)
+    (part,) = hf_vit.ADAPTER.find(model)
+    return hf_vit.ADAPTER.attentions(part)
 
 
 def snapshot(model):
@@ -233,7 +233,7 @@ def test_some_blocks(family):
         f"{part}.lookup_table_weight" for part in ("rp_depth", "rp_rows", "rp_cols")
     }
     assert (forward(family, model) - before).abs().max() > 1e-6
-    (part,) = hf_vit.find(model)
+    (part,) = hf_vit.ADAPTER.find(model)
     assert [one["attentions"] for one in part.config.irpe] == [[1]]
 
 

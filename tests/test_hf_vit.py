@@ -125,7 +125,7 @@ def forward(family, model, *size, **kwargs):
 
 
 def parts_of(model):
-    return hf_vit.find(model)
+    return hf_vit.ADAPTER.find(model)
 
 
 def snapshot(model):
@@ -172,7 +172,7 @@ def test_zero_tables_change_nothing(family):
     assert {key.split(".")[-2] for key in after.keys() - weights.keys()} == {"rpe_q", "rpe_k", "rpe_v"}
     (part,) = parts_of(model)
     prefix = FAMILIES[family][3]
-    assert [one.rpe_k.rpe_config.skip for one in hf_vit.attentions(part)] == [prefix] * 2
+    assert [one.rpe_k.rpe_config.skip for one in hf_vit.ADAPTER.attentions(part)] == [prefix] * 2
     assert not any("text" in key for key in after.keys() - weights.keys())
 
 
@@ -192,8 +192,8 @@ def test_zero_tables_in_float32_stay_within_the_gap_between_backends(family):
 class ByHand:
     def __init__(self, model, height, width):
         (part,) = parts_of(model)
-        self.modules = {id(one): one for one in hf_vit.attentions(part)}
-        self.size, self.skip = (height, width), hf_vit.attentions(part)[0].rpe_k.rpe_config.skip
+        self.modules = {id(one): one for one in hf_vit.ADAPTER.attentions(part)}
+        self.size, self.skip = (height, width), hf_vit.ADAPTER.attentions(part)[0].rpe_k.rpe_config.skip
 
     def __call__(self, module, q, k, v, attention_mask, scaling=None, dropout=0.0, **kwargs):
         c = module.rpe_k.rpe_config
@@ -544,7 +544,7 @@ def test_hooks_of_others_stay():
 
 
 def equipped(model):
-    return [n for n, one in enumerate(hf_vit.attentions(parts_of(model)[0])) if hasattr(one, "rpe_k")]
+    return [n for n, one in enumerate(hf_vit.ADAPTER.attentions(parts_of(model)[0])) if hasattr(one, "rpe_k")]
 
 
 @pytest.mark.parametrize("family", ["vit", "siglip vision", "detr"])
@@ -556,9 +556,9 @@ def test_some_blocks(family):
     assert equipped(model) == [0, 2]
     assert (forward(family, model, 2, 3) - before).abs().max() <= 1e-12
     part = parts_of(model)[0]
-    kinds = [one.config._attn_implementation for one in hf_vit.attentions(part)]
+    kinds = [one.config._attn_implementation for one in hf_vit.ADAPTER.attentions(part)]
     assert kinds == ["irpe", "sdpa", "irpe", "sdpa"]
-    assert hf_vit.attentions(part)[1].config is part.config
+    assert hf_vit.ADAPTER.attentions(part)[1].config is part.config
     with pytest.raises(ValueError, match="has iRPE already; call unequip first, or name other blocks"):
         equip(model, "rpe-1.9-product-ctx-1-k", blocks=[0])
     equip(model, "rpe-20-cross-bias-0-q", blocks=lambda number, name: number == 3)
@@ -628,7 +628,7 @@ def test_refused_subclass():
 def test_refused_arguments():
     model = make("vit", tables=False)
     refused(model, "the model knows the size of its map; leave grid out", grid=(2, 3))
-    refused(model, "rpe_v has skip=7, but the model has 1 prefix tokens", config=get_rpe_config(skip=7, rpe_on="v"))
+    refused(model, "rpe_v has skip=7, but the model has 1 prefix token;", config=get_rpe_config(skip=7, rpe_on="v"))
     refused(model, "blocks holds 7, but the model has 2 attentions", blocks=[7])
     refused(make("detr", tables=False), "skip=1, but the model has 0", config=get_rpe_config(skip=1))
     equip(model, get_rpe_config(skip=1))
@@ -646,7 +646,7 @@ def test_encodings_that_differ():
     config = RPEConfig(
         rpe_q=get_single_rpe_config(20, "euc", "bias", False), rpe_v=get_single_rpe_config(2.0, "cross", skip=2)
     )
-    attn = hf_vit.attentions(make("deit", config))[0]
+    attn = hf_vit.ADAPTER.attentions(make("deit", config))[0]
     assert attn.rpe_k is None
     assert attn.rpe_q.lookup_table_bias.shape == (3, 82)
     assert attn.rpe_v.rp_cols.lookup_table_weight.shape == (1, 10, 8)

@@ -31,19 +31,14 @@ ALLOWED = {
     "irpe.convert": {"irpe.irpe", "irpe.config_io"},
     "irpe.fx": set(),
     "irpe.multihead_attention": {"irpe.irpe", "irpe.config_io", "irpe.fx"},
-    "irpe.integrations.axes": {"irpe.irpe"},
-    "irpe.integrations.torch_mha": {"irpe.irpe", "irpe.multihead_attention", "irpe.integrations.axes"},
-    "irpe.integrations.blocks": {"irpe.irpe", "irpe.integrations.axes"},
+    "irpe.integrations.adapter": {"irpe.irpe"},
+    "irpe.integrations.torch_mha": {"irpe.irpe", "irpe.multihead_attention", "irpe.integrations.adapter"},
+    "irpe.integrations.blocks": {"irpe.irpe", "irpe.fx", "irpe.integrations.adapter"},
     "irpe.integrations.on_map": {"irpe.integrations.blocks"},
-    "irpe.integrations.timm_beit": {"timm", "irpe.fx", "irpe.integrations.blocks", "irpe.integrations.on_map"},
-    "irpe.integrations.timm_eva": {"timm", "irpe.fx", "irpe.integrations.blocks", "irpe.integrations.on_map"},
     "irpe.integrations.timm_record": {"irpe.irpe", "irpe.config_io"},
-    "irpe.integrations.timm_refused": {"timm", "irpe.irpe"},
-    "irpe.integrations.timm_swin": {"timm", "irpe.fx", "irpe.integrations.blocks"},
-    "irpe.integrations.timm_vit": {"timm", "irpe.fx", "irpe.integrations.blocks", "irpe.integrations.on_map"},
     "irpe.integrations.hf_missing": {"irpe.irpe"},
     "irpe.integrations.hf_vit": {
-        *("transformers", "irpe.irpe", "irpe.config_io", "irpe.integrations.hf_vit", "irpe.integrations.axes")
+        *("transformers", "irpe.irpe", "irpe.config_io", "irpe.integrations.hf_vit", "irpe.integrations.adapter")
     },
     "irpe.equip": {"irpe.irpe", "irpe.config_io", "irpe.integrations"},
     "irpe.models": {"timm", "irpe.equip"},
@@ -62,6 +57,9 @@ ALLOWED = {
 FILES = sorted([*(ROOT / "irpe").rglob("*.py"), *(ROOT / "rpe_ops").rglob("*.py")])
 
 
+OF_TIMM = {"timm", "irpe.fx", *(f"irpe.integrations.{name}" for name in ("adapter", "blocks", "on_map"))}
+
+
 def module_name(file):
     return ".".join(file.relative_to(ROOT).with_suffix("").parts)
 
@@ -72,6 +70,9 @@ def within(name, allowed):
 
 BELOW_COMMANDS = {module_name(file).removesuffix(".__init__") for file in FILES} - {"irpe", "irpe.__main__"}
 BELOW_COMMANDS = {name for name in BELOW_COMMANDS if not within(name, ["irpe.cli"])}
+for name in BELOW_COMMANDS - ALLOWED.keys():
+    if name.startswith("irpe.integrations.timm_"):  # a family of timm each
+        ALLOWED[name] = OF_TIMM
 for above in ("saving", "publish", "prediction", "drawing", "bench"):
     ALLOWED[f"irpe.{above}"] = {*THIRD_PARTY, *BELOW_COMMANDS}
 
@@ -107,7 +108,7 @@ def test_import_direction(file):
         every = {"irpe", "rpe_ops", *THIRD_PARTY, *map(module_name, FILES)} - {"irpe.__main__"}
         allowed = ALLOWED[rule] if rule else every
         assert within(imported, allowed), f"{name} imports {imported}"
-        if name == "irpe.equip" and "integrations" in imported:
+        if name == "irpe.equip" and "integrations" in imported and not imported.endswith(".adapter"):
             assert not at_top, "equip imports adapters inside functions: a model's library may be absent"
 
 

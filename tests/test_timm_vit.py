@@ -22,7 +22,7 @@ from timm.models._builder import build_model_with_cfg  # noqa: E402
 from timm.models._manipulate import checkpoint_seq  # noqa: E402
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer  # noqa: E402
 
-from irpe.integrations.timm_vit import blocks_on_map  # noqa: E402
+from irpe.integrations.on_map import blocks_on_map  # noqa: E402
 
 
 def make(family="dynamic", config=QKV, *, tables=True, dtype=torch.float64, **options):

@@ -575,11 +575,11 @@ def test_transformers_attention_pooling_is_left_alone():
     config = transformers.SiglipVisionConfig(
         hidden_size=24, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
     )
-    from irpe.integrations import torch_mha
+    from irpe.integrations.torch_mha import ADAPTER
 
     model = transformers.SiglipVisionModel(config)
     assert attentions(model)
-    assert torch_mha.find(model) == []
+    assert ADAPTER.find(model) == []
 
 
 def test_the_import_is_cheap(run_python):

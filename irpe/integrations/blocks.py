@@ -1,6 +1,5 @@
 """What the adapters of timm share: attentions with encodings, and the adapter of models that are made of blocks."""
 
-import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -8,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..irpe import RPEConfig, RPEModule, _Encodings, build_rpe, rpe_attention
-from .axes import why_not_axes
+from ..irpe import RPEConfig, RPEModule, _Encodings, rpe_attention
+from .adapter import Adapter, Grid, Map, replaced
 
 
 class EncodedAttention:
@@ -57,8 +56,8 @@ def qkv_without_bias_on_keys(attn: Any, x: Tensor) -> Tensor:
     return F.linear(x, attn.qkv.weight, bias)
 
 
-class BlockFamily:
-    """The `irpe.equip.Adapter` of models that have `blocks`, each with an attention `attn`.
+class BlockFamily(Adapter):
+    """The adapter of models that have `blocks`, each with an attention `attn`.
 
     Objects are equipped by a change of class, and their weights stay where they were.
 
@@ -79,80 +78,55 @@ class BlockFamily:
 
     def find(self, model: nn.Module) -> list[Any]:
         """The models of the family inside a model: itself, or what a wrapper such as timm's features_only holds."""
-        return [one for one in model.modules() if isinstance(one, tuple(self._models))]
+        return [module for module in model.modules() if isinstance(module, tuple(self._models))]
 
-    def attentions(self, part: Any) -> list[nn.Module]:
+    def attentions(self, part: Any) -> list[Any]:
         """The attention of every block that has one."""
         found = [getattr(block, "attn", None) for block in part.blocks]
         return [attn for attn in found if isinstance(attn, nn.Module)]
 
-    def why_not(
-        self, part: Any, config: RPEConfig, attentions: list[nn.Module], grid: tuple[int, ...] | None
-    ) -> str | None:
-        """The reason that these encodings cannot be added to these attentions of a model, or None."""
-        equipped = self.is_equipped(part)
-        if type(part) not in self._models and not equipped:
+    def has_encodings(self, module: nn.Module) -> bool:
+        return isinstance(module, EncodedAttention)
+
+    def map_of(self, part: Any) -> Map:
+        return Map(2, getattr(part, "num_prefix_tokens", 0))  # windows have none
+
+    def heads(self, attention: Any) -> tuple[int, int, Tensor]:
+        return attention.proj.in_features // attention.num_heads, attention.num_heads, attention.proj.weight
+
+    def objection(self, part: Any, attentions: list[Any]) -> str | None:
+        if type(part) not in self._models and type(part) not in self._original:
             changed = [cls.__name__ for cls in self._models if isinstance(part, cls)]
             return f"{type(part).__name__} changes the forward of {changed[0]}"
         if type(getattr(part, "patch_drop", None)) not in (type(None), nn.Identity):
             return "patch dropout removes tokens, so the rest is no full map; build the model with patch_drop_rate=0"
         if hasattr(part, "patch_embed") and not hasattr(part.patch_embed, "dynamic_feat_size"):
             return f"its patch embedding {type(part.patch_embed).__name__} does not tell the size of its map"
+        known = (*self._attentions, *(self._original if type(part) in self._original else ()))
         for name, block in part.blocks.named_children():
             if type(block) not in self._blocks:
                 return f"blocks.{name} is a {type(block).__name__}; expected {_or(self._blocks)}"
-            known = type(block.attn) in self._attentions or (equipped and type(block.attn) in self._original)
-            if not known:
+            if type(block.attn) not in known:
                 return f"blocks.{name}.attn is a {type(block.attn).__name__}; expected {_or(self._attentions)}"
         for name, module in part.named_modules():
             mirrored = isinstance(module, (*self._models, *self._blocks, *self._attentions))
             if mirrored and "forward" in vars(module):
-                return (
-                    f"the forward of {name or 'the model'} has been replaced on the object, which would leave iRPE out"
-                )
-        if any(isinstance(attn, EncodedAttention) for attn in attentions):
-            return "it has iRPE already; call unequip first, or name other blocks"
-        if grid is not None:
-            return f"grid={grid}, but the model knows the size of its map; leave grid out"
-        if reason := why_not_axes(config, 2):
-            return reason
-        for name, single in vars(config).items():
-            if single is not None and single.skip not in (0, _skip(part)):
-                return f"{name} has skip={single.skip}, but the model has {_skip(part)} prefix tokens; leave skip at 0"
+                return replaced(name)
         return None
 
-    def equip(self, part: Any, config: RPEConfig, attentions: list[nn.Module], grid: tuple[int, ...] | None) -> None:
-        """Adds rpe_q, rpe_k and rpe_v to attentions of a model, which `why_not` has no reason against."""
-        config = RPEConfig(**{n: one and dataclasses.replace(one, skip=_skip(part)) for n, one in vars(config).items()})
-        for attention in attentions:
-            one: Any = attention
-            weight, head_dim = one.proj.weight, one.proj.in_features // one.num_heads
-            tables = build_rpe(config, head_dim, one.num_heads, device=weight.device, dtype=weight.dtype)
-            one.__class__ = self._attentions[type(one)]
-            one.rpe_q, one.rpe_k, one.rpe_v = (rpe and rpe.train(one.training) for rpe in tables)
+    def change(self, attention: Any) -> None:
+        attention.__class__ = self._attentions[type(attention)]
+
+    def restore(self, attention: Any) -> None:
+        attention.__class__ = self._original[type(attention)]
+
+    def finish(self, part: Any, config: RPEConfig, attentions: list[Any], grid: Grid) -> None:
         part.__class__ = self._models.get(type(part), type(part))
 
-    def is_equipped(self, part: Any) -> bool:
-        """Whether it has iRPE."""
-        if type(part) not in self._models:
-            return type(part) in self._original
-        return type(part) in self._original and any(isinstance(a, EncodedAttention) for a in self.attentions(part))
-
-    def unequip(self, part: Any) -> None:
-        """Takes out what `equip` has added: classes and tables."""
-        for attention in self.attentions(part):
-            if isinstance(attention, EncodedAttention):
-                one: Any = attention
-                one.__class__ = self._original[type(one)]
-                del one.rpe_q, one.rpe_k, one.rpe_v
+    def undo(self, part: Any) -> None:
         part.__class__ = self._original[type(part)]
-
-
-def _skip(part: Any) -> int:
-    """Tokens in front of the map; windows have none."""
-    return getattr(part, "num_prefix_tokens", 0)
 
 
 def _or(classes: Iterable[type]) -> str:
     # with the module: timm has several classes Attention and Block
-    return " or ".join(f"{one.__module__}.{one.__name__}" for one in classes)
+    return " or ".join(f"{cls.__module__}.{cls.__name__}" for cls in classes)

@@ -10,7 +10,6 @@ from torch import Tensor
 from ..fx import one_node
 from .blocks import BlockFamily
 from .on_map import AttentionOnMap, BlockOnMap, ModelOnMap
-from .on_map import blocks_on_map as blocks_on_map  # where it was before other families had it
 
 
 class ViTBlockOnMap(BlockOnMap):

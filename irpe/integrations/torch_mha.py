@@ -5,129 +5,110 @@ An equipped attention is called as before and knows its map without any state: i
 `VisionTransformer` has square images only, and checks them.
 """
 
-import dataclasses
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..irpe import RPEConfig
-from ..multihead_attention import RPEMultiheadAttention, add_encodings, remove_encodings, why_no_encodings
-from .axes import why_not_axes
+from ..multihead_attention import RPEMultiheadAttention, keep_fused_kernels_away, why_no_encodings
+from .adapter import Adapter, Grid, Map, replaced
 
 
 class EquippedMultiheadAttention(RPEMultiheadAttention):
     """The class of an equipped `nn.MultiheadAttention`, whose weights stay where they were."""
 
 
+class TorchAdapter(Adapter):
+    """Of torchvision's vision transformers, and of any model that has attentions of torch beside them."""
+
+    def find(self, model: nn.Module) -> list[Any]:
+        """torchvision's vision transformers, and the model itself where it has attentions beside them."""
+        vits = [module for module in model.modules() if _is_vit(module)]
+        if _is_vit(model) or not _every(model):
+            return vits
+        # beside a vit, attentions that could have none (a decoder of text) are no reason to refuse the whole
+        return (
+            [model, *vits]
+            if not vits or self.attentions(model) or any(map(self.has_encodings, _every(model)))
+            else vits
+        )
+
+    def attentions(self, part: nn.Module) -> list[Any]:
+        """The attentions of a part but those of decoder layers, whose queries may be no map."""
+        of_decoders = _inside(part, lambda module: isinstance(module, nn.TransformerDecoderLayer))
+        return [attention for attention in _every(part) if id(attention) not in of_decoders]
+
+    def has_encodings(self, module: nn.Module) -> bool:
+        return isinstance(module, EquippedMultiheadAttention)
+
+    def map_of(self, part: nn.Module) -> Map | None:
+        return Map(2, 1) if _is_vit(part) else None
+
+    def heads(self, attention: Any) -> tuple[int, int, Tensor]:
+        return attention.head_dim, attention.num_heads, attention.out_proj.weight
+
+    def objection(self, part: nn.Module, attentions: list[Any]) -> str | None:
+        if not attentions and not self.is_equipped(part):
+            return (
+                "its attentions are those of decoder layers, whose tokens (queries, text) need not be a map; where "
+                "they are, equip the one attention, such as layer.self_attn, with grid=(height, width)"
+            )
+        if _is_vit(part) and (reason := _why_not_vit(part)):
+            return reason
+        for name, attention in _named(part, attentions):
+            if type(attention) not in (nn.MultiheadAttention, EquippedMultiheadAttention):
+                return f"{name} is a {type(attention).__name__}; expected nn.MultiheadAttention itself"
+            if "forward" in vars(attention):
+                return replaced(name)
+        return None
+
+    def why_not(self, part: nn.Module, config: RPEConfig, attentions: list[Any], grid: Grid) -> str | None:
+        if reason := super().why_not(part, config, attentions, grid):
+            return reason
+        config = self.config_for(part, config)
+        reasons = ((name, why_no_encodings(attention, config)) for name, attention in _named(part, attentions))
+        return next((f"{name}: {reason}" for name, reason in reasons if reason), None)
+
+    def change(self, attention: Any) -> None:
+        attention.__class__ = EquippedMultiheadAttention
+        attention.register_forward_pre_hook(keep_fused_kernels_away)
+
+    def restore(self, attention: Any) -> None:
+        hooks = attention._forward_pre_hooks
+        for number in [number for number, hook in hooks.items() if hook is keep_fused_kernels_away]:
+            del hooks[number]
+        vars(attention).pop("rpe_grid", None)
+        attention.__class__ = nn.MultiheadAttention
+
+    def finish(self, part: nn.Module, config: RPEConfig, attentions: list[Any], grid: Grid) -> None:
+        """Tells attentions their map, and keeps nested tensors from encoders."""
+        if grid is not None:
+            for attention in attentions:
+                attention.rpe_grid = grid
+        for encoder in _encoders(part):
+            # nested tensors leave out padding, so the rest is no map
+            if encoder.use_nested_tensor and self.is_equipped(encoder):
+                encoder.use_nested_tensor, encoder.rpe_took_nested_tensor = False, True
+
+    def undo(self, part: nn.Module) -> None:
+        for encoder in _encoders(part):
+            if vars(encoder).pop("rpe_took_nested_tensor", False):
+                encoder.use_nested_tensor = True
+
+
+ADAPTER = TorchAdapter()
 _OF_OTHERS = ("timm", "transformers")  # their attentions are their adapters' business
 
 
-def find(model: nn.Module) -> list[nn.Module]:
-    """torchvision's vision transformers, and the model itself where it has attentions beside them."""
-    vits = [one for one in model.modules() if _is_vit(one)]
-    if _is_vit(model) or not _attentions(model):
-        return vits
-    # beside a vit, attentions that could have none (a decoder of text) are no reason to refuse the whole
-    return [model, *vits] if not vits or attentions(model) or is_equipped(model) else vits
-
-
-def attentions(part: nn.Module) -> list[nn.Module]:
-    """The attentions of a part but those of decoder layers, whose queries may be no map."""
-    of_decoders = _inside(part, lambda one: isinstance(one, nn.TransformerDecoderLayer))
-    return [one for one in _attentions(part) if id(one) not in of_decoders]
-
-
-def why_not(
-    part: nn.Module, config: RPEConfig, attentions: list[nn.Module], grid: tuple[int, ...] | None
-) -> str | None:
-    """The reason that these encodings cannot be added to these attentions of a part, or None."""
-    if not attentions and not is_equipped(part):
-        return (
-            "its attentions are those of decoder layers, whose tokens (queries, text) need not be a map; where they "
-            "are, equip the one attention, such as layer.self_attn, with grid=(height, width)"
-        )
-    if _is_vit(part) and (reason := _why_not_vit(part, config, grid)):
-        return reason
-    if reason := _why_not_grid(part, config, grid):
-        return reason
-    config = _config_for(part, config)
-    names = {id(module): name for name, module in part.named_modules()}
-    for one in attentions:
-        assert isinstance(one, nn.MultiheadAttention)
-        name = names[id(one)] or "the model"
-        if type(one) is EquippedMultiheadAttention:
-            return "it has iRPE already; call unequip first, or name other blocks"
-        if type(one) is not nn.MultiheadAttention:
-            return f"{name} is a {type(one).__name__}; expected nn.MultiheadAttention itself"
-        if "forward" in vars(one):
-            return f"the forward of {name} has been replaced on the object, which would leave iRPE out"
-        if reason := why_no_encodings(one, config):
-            return f"{name}: {reason}"
-    return None
-
-
-def equip(part: nn.Module, config: RPEConfig, attentions: list[nn.Module], grid: tuple[int, ...] | None) -> None:
-    """Adds rpe_q, rpe_k and rpe_v to attentions of a part, which `why_not` has no reason against."""
-    for attention in attentions:
-        one: Any = attention
-        one.__class__ = EquippedMultiheadAttention
-        add_encodings(one, _config_for(part, config))
-        if grid is not None:
-            one.rpe_grid = grid
-    for encoder in _encoders(part):
-        # nested tensors leave out padding, so the rest is no map
-        if encoder.use_nested_tensor and any(_is_equipped(one) for one in encoder.modules()):
-            encoder.use_nested_tensor, encoder.rpe_took_nested_tensor = False, True
-
-
-def is_equipped(part: nn.Module) -> bool:
-    """Whether any attention of a part has encodings."""
-    return any(_is_equipped(one) for one in _attentions(part))
-
-
-def unequip(part: nn.Module) -> None:
-    """Takes out what `equip` has added: classes, tables, hooks, the map; encoders may use nested tensors again."""
-    for attention in _attentions(part):
-        if _is_equipped(attention):
-            one: Any = attention
-            remove_encodings(one)
-            vars(one).pop("rpe_grid", None)
-            one.__class__ = nn.MultiheadAttention
-    for encoder in _encoders(part):
-        if vars(encoder).pop("rpe_took_nested_tensor", False):
-            encoder.use_nested_tensor = True
-
-
-def _config_for(part: nn.Module, config: RPEConfig) -> RPEConfig:
-    if not _is_vit(part):
-        return config
-    return RPEConfig(**{name: one and dataclasses.replace(one, skip=1) for name, one in vars(config).items()})
-
-
-def _why_not_grid(part: nn.Module, config: RPEConfig, grid: tuple[int, ...] | None) -> str | None:
-    if _is_vit(part):
-        return why_not_axes(config, 2)
-    for name, single in vars(config).items():
-        if single is None:
-            continue
-        if grid is not None and len(grid) != single.ndim:
-            return f"grid={grid}, but {name} has ndim={single.ndim}; expected as many numbers as axes"
-        if grid is None and single.ndim > 2:
-            return f"{name} has ndim={single.ndim}, and nothing in the model tells the size of its map: pass grid="
-    return None
-
-
-def _why_not_vit(vit: Any, config: RPEConfig, grid: tuple[int, ...] | None) -> str | None:
+def _why_not_vit(vit: Any) -> str | None:
     torchvision = sys.modules["torchvision.models.vision_transformer"]
     if type(vit) is not torchvision.VisionTransformer:
         return (
             f"{type(vit).__name__} changes the forward of VisionTransformer; equip its encoder instead, with the "
             "number of its prefix tokens as skip in the configuration, and with grid="
         )
-    if grid is not None:
-        return f"grid={grid}, but the model knows the size of its map; leave grid out"
     if type(vit.encoder) is not torchvision.Encoder:
         return f"encoder is a {type(vit.encoder).__name__}; expected torchvision's Encoder"
     for name, block in vit.encoder.layers.named_children():
@@ -137,10 +118,7 @@ def _why_not_vit(vit: Any, config: RPEConfig, grid: tuple[int, ...] | None) -> s
         if "forward" in vars(module) and isinstance(
             module, (torchvision.VisionTransformer, torchvision.Encoder, torchvision.EncoderBlock)
         ):
-            return f"the forward of {name or 'the model'} has been replaced on the object, which may leave iRPE out"
-    for name, single in vars(config).items():
-        if single is not None and single.skip not in (0, 1):
-            return f"{name} has skip={single.skip}, but the model has 1 prefix token; leave skip at 0"
+            return replaced(name)
     return None
 
 
@@ -149,22 +127,26 @@ def _is_vit(module: nn.Module) -> bool:
     return torchvision is not None and isinstance(module, torchvision.VisionTransformer)
 
 
-def _is_equipped(module: nn.Module) -> bool:
-    return isinstance(module, EquippedMultiheadAttention)
-
-
 def _encoders(part: nn.Module) -> list[Any]:
-    return [one for one in part.modules() if isinstance(one, nn.TransformerEncoder)]
+    return [module for module in part.modules() if isinstance(module, nn.TransformerEncoder)]
 
 
-def _inside(part: nn.Module, is_one: Callable[[nn.Module], bool]) -> set[int]:
-    """The modules inside those modules of a part that are one of these, as ids."""
-    return {id(module) for one in part.modules() if is_one(one) for module in one.modules()}
+def _inside(part: nn.Module, wanted: Callable[[nn.Module], bool]) -> set[int]:
+    """The modules inside those modules of a part that are wanted, as ids."""
+    return {id(inner) for module in part.modules() if wanted(module) for inner in module.modules()}
 
 
-def _attentions(part: nn.Module) -> list[nn.Module]:
+def _every(part: nn.Module) -> list[nn.Module]:
     """What is an attention of torch and belongs to this part: not to a vit inside it, nor to another library."""
-    others = _inside(part, lambda one: type(one).__module__.split(".")[0] in _OF_OTHERS)
+    others = _inside(part, lambda module: type(module).__module__.split(".")[0] in _OF_OTHERS)
     if not _is_vit(part):
         others |= _inside(part, _is_vit)
-    return [one for one in part.modules() if isinstance(one, nn.MultiheadAttention) and id(one) not in others]
+    return [
+        module for module in part.modules() if isinstance(module, nn.MultiheadAttention) and id(module) not in others
+    ]
+
+
+def _named(part: nn.Module, attentions: list[Any]) -> list[tuple[str, Any]]:
+    """Attentions of a part with their names."""
+    names = {id(module): name for name, module in part.named_modules()}
+    return [(names[id(attention)] or "the model", attention) for attention in attentions]

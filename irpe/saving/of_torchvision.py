@@ -12,15 +12,15 @@ _VIT = ("image_size", "patch_size", "hidden_dim", "mlp_dim", "num_classes", "rep
 
 
 def save_torchvision(model: Any, folder: Path, classes: list[str], processor: Any) -> dict[str, Any]:
-    from ..integrations import torch_mha
     from ..integrations.timm_record import entries_of
+    from ..integrations.torch_mha import ADAPTER
     from ..runs.files import write_json
     from ..runs.tensors import write_weights
 
     layers = list(model.encoder.layers)
     arguments = {name: getattr(model, name) for name in _VIT}
     arguments |= {"num_layers": len(layers), "num_heads": layers[0].num_heads}
-    config = {"arguments": arguments, "irpe": entries_of(torch_mha.attentions(model))}
+    config = {"arguments": arguments, "irpe": entries_of(ADAPTER.attentions(model))}
     write_json(folder / CONFIG, config)
     with torch.device("meta"):
         again = _build_torchvision(config)

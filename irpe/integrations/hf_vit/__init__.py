@@ -5,8 +5,8 @@ state: a pre-hook of the model reads them off `pixel_values`, transformers' own 
 the attention function, and gradient checkpointing keeps the arguments of each call.
 """
 
-from .adapter import attentions, equip, find, is_equipped, unequip, why_not
+from .adapter import ADAPTER
 from .on_disk import read_config
 from .saving import from_pretrained
 
-__all__ = ["attentions", "equip", "find", "from_pretrained", "is_equipped", "read_config", "unequip", "why_not"]
+__all__ = ["ADAPTER", "from_pretrained", "read_config"]

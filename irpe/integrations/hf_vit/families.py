@@ -20,7 +20,6 @@ class Family:
     registers: bool = False  # whether there are `config.num_register_tokens` more
     swapped: str = ""  # the file here that changes classes of a part, because only their forward knows the map
     hands_on: bool = True  # the attention gives its keyword arguments to the attention function
-    query: str = "q_proj"  # the attention's projection of queries
     ndim: int = 2  # axes of the map
 
     @property
@@ -51,11 +50,11 @@ FAMILIES = (
     Family("siglip.modeling_siglip", ("SiglipVisionModel",), "encoder.layers", "SiglipAttention", 0, hands_on=False),
     Family(
         "videomae.modeling_videomae", ("VideoMAEModel",), "encoder.layer", "VideoMAESelfAttention", 0,
-        swapped="videomae", query="query", ndim=3,
+        swapped="videomae", ndim=3,
     ),
     Family(
         "vjepa2.modeling_vjepa2", ("VJEPA2Model",), "encoder.layer", "VJEPA2RopeAttention", 0,
-        swapped="vjepa2", query="query", ndim=3,
+        swapped="vjepa2", ndim=3,
     ),
     Family(_DETR, ("DetrModel",), "encoder.layers", "DetrSelfAttention", 0, swapped="detr"),
     Family(_DETR, ("DetrForSegmentation",), "detr.model.encoder.layers", "DetrSelfAttention", 0, swapped="detr"),

@@ -9,7 +9,7 @@ import os
 from typing import Any
 
 from ...config_io import rpe_config_from_dict
-from . import adapter
+from .adapter import ADAPTER
 from .on_disk import HUB, read_config
 
 _OF_WEIGHTS = ("dtype", "torch_dtype", "quantization_config", "trust_remote_code")  # no matter of the configuration
@@ -99,17 +99,17 @@ class _Mapping:
 
 
 def _equip_as_configured(model: Any, folder: Any) -> None:
-    parts = [part for part in adapter.find(model) if getattr(part.config, "irpe", None)]
+    parts = [part for part in ADAPTER.find(model) if getattr(part.config, "irpe", None)]
     if not parts:
         raise ValueError(
             f"the configuration of {folder} says nothing of iRPE: it was saved by a model that was not equipped; load "
             f"it with {type(model).__name__}.from_pretrained, and call irpe.equip"
         )
     for part in parts:
-        every, entries = adapter.attentions(part), part.config.irpe
+        every, entries = ADAPTER.attentions(part), part.config.irpe
         for entry in entries:
             config = rpe_config_from_dict(entry["rpe_config"])
             chosen = [every[number] for number in entry["attentions"]]
-            if reason := adapter.why_not(part, config, chosen, None):
+            if reason := ADAPTER.why_not(part, config, chosen, None):
                 raise ValueError(f"iRPE of {folder} cannot be added to {type(part).__name__}: {reason}")
-            adapter.equip(part, config, chosen, None)
+            ADAPTER.equip(part, config, chosen, None)
