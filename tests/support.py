@@ -38,6 +38,7 @@ FEATURES = {
     "test_compile_fullgraph_with_image_sizes_in_turns": "compile",
     "test_attention_maps": "attention maps",
     "test_features_of_a_block_and_its_attention": "fx",
+    "test_attention_maps_by_name": "fx",
     "test_export": "export",
     "test_export_with_dynamic_batch": "export",
 }

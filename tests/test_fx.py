@@ -16,6 +16,7 @@ extraction = pytest.importorskip("torchvision.models.feature_extraction")
 from equipped import QKV, fill  # noqa: E402
 from families import FAMILIES, images  # noqa: E402
 from timm.models import _features_fx as timm_extraction  # noqa: E402
+from timm.utils import AttentionExtract  # noqa: E402
 
 from irpe.equip import equip  # noqa: E402
 
@@ -60,6 +61,40 @@ def test_features_of_a_block_and_its_attention(create, family):
             handle.remove()
         got = extractor(x)
         assert all(torch.equal(got[name], seen[name]) for name in seen) and len(seen) == 2
+
+
+def unfused(model):
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_maps_by_name(family):
+    """timm's AttentionExtract on nodes, by its own names: wherever there are some of the plain model."""
+    plain, image = FAMILIES[family].build(), images(*FAMILIES[family].sizes[0][0])
+    model = equip(copy.deepcopy(plain), QKV)
+    try:
+        expected = AttentionExtract(unfused(plain), method="fx")(image)
+    except (fx.proxy.TraceError, TypeError) as error:
+        assert family in ("deit distilled dynamic", "swin dynamic")
+        with pytest.raises(type(error)):
+            AttentionExtract(unfused(model), method="fx")
+        pytest.skip("the plain model cannot be traced")
+    extractor = AttentionExtract(unfused(model), method="fx")
+    got = extractor(image)
+    assert got.keys() == expected.keys() and len(got) >= 2
+    for name in got:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-12, atol=1e-12)
+    drops = [f"{name.rpartition('.')[0]}.attn_drop" for name in got]
+    hooked = AttentionExtract(fill(model), names=drops, method="hook")
+    extractor = AttentionExtract(model, method="fx")
+    for size, _ in FAMILIES[family].sizes:
+        x = images(*size)
+        assert all(map(torch.equal, extractor(x).values(), hooked(x).values()))
+    got = extractor(image)
+    assert all((got[name] - expected[name]).abs().max() > 1e-6 for name in got)
 
 
 def test_training_and_gradients():

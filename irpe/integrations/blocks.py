@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from ..fx import one_call
 from ..irpe import RPEConfig, RPEModule, _Encodings, rpe_attention
 from .adapter import Adapter, Grid, Map, replaced
 
@@ -29,19 +30,57 @@ class EncodedAttention:
         is_causal: bool = False,
     ) -> Tensor:
         """Attention with the encodings, its heads side by side: (B, H, L, D) each -> (B, L, H * D)."""
-        if is_causal:  # as in timm's own formula, a mask that is given beside it is not used
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-        rpe = (self.rpe_q, self.rpe_k, self.rpe_v)
-        places: dict[str, Any] = dict(height=height, width=width)
-        watched = self.attn_drop._forward_hooks or self.attn_drop._forward_pre_hooks
+        watched = self.attn_drop._forward_hooks or self.attn_drop._forward_pre_hooks or isinstance(q, fx.Proxy)
         if getattr(self, "fused_attn", True) or not watched:
+            rpe = (self.rpe_q, self.rpe_k, self.rpe_v)
             dropout_p = self.attn_drop.p if self.training else 0.0
-            x = rpe_attention(q, k, v, *rpe, **places, scale=self.scale, attn_mask=mask, dropout_p=dropout_p)
-        else:  # as in timm's own formula, weights pass through attn_drop, where hooks look at them
-            written_out = _Encodings.of(q, k, *rpe, places | dict(positions=None))
-            bias, empty = written_out.bias(q * self.scale, k * self.scale, mask)
-            x, _ = written_out.formula(q * self.scale, k, v, bias, empty, self.attn_drop)
+            x = rpe_attention(
+                q,
+                k,
+                v,
+                *rpe,
+                height=height,
+                width=width,
+                scale=self.scale,
+                attn_mask=_mask(q, mask, is_causal),
+                dropout_p=dropout_p,
+            )
+        else:  # as in timm's own formula, weights pass through attn_drop, where hooks and torch.fx look at them
+            scores, empty = self.scores(q, k, height, width, mask, is_causal)
+            weights = self.cleared(scores.softmax(-1), empty)
+            x = self.values(self.attn_drop(weights), v, height, width)
         return x.transpose(1, 2).flatten(2)
+
+    @one_call
+    def scores(
+        self: Any, q: Tensor, k: Tensor, height: int, width: int, mask: Tensor | None, is_causal: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """scale q k^T with all that is added to it, (B, H, L, L), and which rows have no key, (.., L, 1)."""
+        encodings = _Encodings.of(
+            q, k, self.rpe_q, self.rpe_k, self.rpe_v, dict(height=height, width=width, positions=None)
+        )
+        q = q * self.scale
+        bias, empty = encodings.bias(q, k * self.scale, _mask(q, mask, is_causal))
+        scores = q @ k.transpose(-2, -1)
+        return (scores if bias is None else scores + bias), empty
+
+    @one_call
+    def cleared(self, weights: Tensor, empty: Tensor | None) -> Tensor:
+        """Weights of 0 in the rows that have no key."""
+        return weights if empty is None else weights.masked_fill(empty, 0.0)
+
+    @one_call
+    def values(self: Any, weights: Tensor, v: Tensor, height: int, width: int) -> Tensor:
+        """weights v and the encodings of values: (B, H, L, D)."""
+        out = weights @ v
+        return out if self.rpe_v is None else out + self.rpe_v(weights, height=height, width=width)
+
+
+def _mask(q: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor | None:
+    """As in timm's own formula, a mask that is given beside is_causal is not used."""
+    if not is_causal:
+        return mask
+    return torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
 
 
 def qkv_without_bias_on_keys(attn: Any, x: Tensor) -> Tensor:

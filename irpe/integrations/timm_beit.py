@@ -30,8 +30,9 @@ class RPEBeitAttention(AttentionOnMap, Attention):
     def forward(self: Any, x: Tensor, shared_rel_pos_bias: Any = None) -> Tensor:
         """Attention over x (B, L, C), with the encodings of the map that `shared_rel_pos_bias` names."""
         height, width, bias = self.map_of(shared_rel_pos_bias)
+        batch, tokens, _ = x.shape
         qkv = qkv_without_bias_on_keys(self, x)
-        q, k, v = qkv.reshape(*x.shape[:-1], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = qkv.reshape(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         if self.relative_position_bias_table is not None:
             own = self._get_rel_pos_bias()
             bias = own if bias is None else own + bias

@@ -12,7 +12,7 @@ from timm.layers import AttentionRope, apply_rot_embed_cat
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from torch import Tensor
 
-from ..fx import one_node
+from ..fx import one_call, one_node
 from .blocks import BlockFamily, qkv_without_bias_on_keys
 from .on_map import AttentionOnMap, BlockOnMap, ModelOnMap
 
@@ -42,7 +42,7 @@ class _RopeAttention(AttentionOnMap):
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = (self.turned(one, rope).type_as(v) for one in (q, k))
-        groups = q.shape[1] // k.shape[1]
+        groups = getattr(self, "num_kv_groups", 1)
         if groups > 1:
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         x = self.norm(self.attend(q, k, v, height, width, mask, is_causal))
@@ -52,12 +52,14 @@ class _RopeAttention(AttentionOnMap):
 
     def heads(self: Any, x: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values of x, (B, H, L, D) each; keys and values may have fewer heads."""
+        batch, tokens, _ = x.shape
         if self.qkv is None:
             of_each = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-            return tuple(one.reshape(*x.shape[:-1], -1, self.head_dim).transpose(1, 2) for one in of_each)
+            return tuple(each.reshape(batch, tokens, -1, self.head_dim).transpose(1, 2) for each in of_each)
         qkv = self.project(x)
-        return qkv.reshape(*x.shape[:-1], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        return qkv.reshape(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
 
+    @one_call
     def turned(self: Any, x: Tensor, rope: Tensor) -> Tensor:
         """x (B, H, L, D) turned by rope, but for its prefix tokens."""
         skip = self.num_prefix_tokens

@@ -19,11 +19,12 @@ class RPEWindowAttention(EncodedAttention, WindowAttention):
     @one_node
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attention over the windows x (B * windows, L, C), mask (windows, L, L) added to the scores of each image."""
-        qkv = self.qkv(x).reshape(*x.shape[:-1], 3, self.num_heads, -1)
+        batch, tokens, _ = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         bias = self._get_rel_pos_bias()  # (1, H, L, L)
         if mask is not None:
-            images = x.shape[0] // mask.shape[0]
+            images = batch // mask.shape[0]
             bias = (bias + mask.unsqueeze(1)).expand(images, -1, -1, -1, -1).flatten(0, 1)
         height, width = self.window_size
         return self.proj_drop(self.proj(self.attend(q, k, v, height, width, bias)))
