@@ -36,7 +36,9 @@ class Row(NamedTuple):
     @property
     def added(self) -> np.ndarray:
         """(L,): the sum of what is added to the scores."""
-        return np.asarray(sum((one for one in (self.on_keys, self.on_queries) if one is not None), 0 * self.scores))
+        return np.asarray(
+            sum((scores for scores in (self.on_keys, self.on_queries) if scores is not None), 0 * self.scores)
+        )
 
     @property
     def moved(self) -> float:
@@ -97,7 +99,7 @@ def attention_maps(
     part = encoded_part(model)
     blocks = list(part.blocks)
     _within("block", block, len(blocks))
-    attentions = {number: one.attn for number, one in enumerate(blocks, 1) if isinstance(one.attn, AttentionOnMap)}
+    attentions = {number: each.attn for number, each in enumerate(blocks, 1) if isinstance(each.attn, AttentionOnMap)}
     if block is not None and block not in attentions:
         has = ", ".join(map(str, attentions))
         raise ValueError(f"block {block} has no encodings; expected one of {has}")
@@ -143,13 +145,13 @@ def encoded_part(model: nn.Module) -> Any:
     for part in model.modules():
         blocks = getattr(part, "blocks", None)
         if isinstance(blocks, nn.Sequential | nn.ModuleList) and any(
-            isinstance(getattr(one, "attn", None), AttentionOnMap) for one in blocks
+            isinstance(getattr(inner, "attn", None), AttentionOnMap) for inner in blocks
         ):
             return part
     name = getattr(model, "original", type(model)).__name__
-    if any(isinstance(one, EncodedAttention) for one in model.modules()):
+    if any(isinstance(module, EncodedAttention) for module in model.modules()):
         raise ValueError(f"{_WORKS}; the attention of {name} is in windows, each a map of its own")
-    if not any(getattr(one, f"rpe_{letter}", None) is not None for one in model.modules() for letter in "qkv"):
+    if not any(getattr(module, f"rpe_{letter}", None) is not None for module in model.modules() for letter in "qkv"):
         raise ValueError(f"{_WORKS}; this {name} has none: irpe.equip(model, ...) adds them, training fills them")
     raise ValueError(f"{_WORKS}; this is a {name}")
 
@@ -177,12 +179,12 @@ def _recording(attentions: dict[int, Any]) -> Iterator[dict[int, _Call]]:
         return record
 
     try:
-        for number, one in attentions.items():
-            one.attend = recorder(number, one.attend)
+        for number, attention in attentions.items():
+            attention.attend = recorder(number, attention.attend)
         yield calls
     finally:
-        for one in attentions.values():
-            vars(one).pop("attend", None)
+        for attention in attentions.values():
+            vars(attention).pop("attend", None)
 
 
 class _Whole:
@@ -200,10 +202,10 @@ class _Whole:
         on_keys = None if attention.rpe_k is None else attention.rpe_k(q, **places)
         on_queries = None if attention.rpe_q is None else attention.rpe_q(k, **places).transpose(-2, -1)
         self.on_keys, self.on_queries = (
-            None if one is None else one[0].float().expand_as(self.scores) for one in (on_keys, on_queries)
+            None if scores is None else scores[0].float().expand_as(self.scores) for scores in (on_keys, on_queries)
         )
         self.without = self.scores.softmax(-1)
-        self.added = sum((one for one in (self.on_keys, self.on_queries) if one is not None), 0 * self.without)
+        self.added = sum((scores for scores in (self.on_keys, self.on_queries) if scores is not None), 0 * self.without)
         self.weights = (self.scores + self.added).softmax(-1)
         self.share = self.weights.new_zeros(self.weights.shape[:2])  # (H, L)
         self.of_values: list[tuple[Tensor, Tensor]] = []  # (H', N, D), ids (L, L)
@@ -222,7 +224,7 @@ class _Whole:
         if float((added.amax(-1) - added.amin(-1)).max()) > _SEEN:
             return True
         tables = [table[:, ids[self.skip :, self.skip :].unique()] for table, ids in self.of_values]
-        return any(bool(one.abs().max() > _SEEN) for one in tables)
+        return any(bool(table.abs().max() > _SEEN) for table in tables)
 
     def choose(self, head: int | None, token: int | None, has_class: bool) -> tuple[int, int]:
         """The head and the token of the map, of which some are given, that are changed most."""
@@ -258,9 +260,12 @@ def _why_blank(part: Any, attentions: dict[int, Any], number: int, whole: _Whole
     if whole.tells_apart:
         return ""
     tables = [
-        parameter for one in attentions.values() for name, parameter in one.named_parameters() if "lookup" in name
+        parameter
+        for attention in attentions.values()
+        for name, parameter in attention.named_parameters()
+        if "lookup" in name
     ]
-    if not any(bool(one.abs().max() > 0) for one in tables):
+    if not any(bool(table.abs().max() > 0) for table in tables):
         return "All tables are zero, so nothing is added: the encodings have not been trained."
     if number == len(part.blocks) and getattr(part, "global_pool", None) == "token" and whole.skip:
         return (

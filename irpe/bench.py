@@ -86,11 +86,11 @@ def model(name: str, rpe: list[str], *, batch: int, device: torch.device, second
     models |= {short: equip(timm.create_model(name), config) for short, config in named(rpe).items()}
     images = torch.randn(batch, *models["without"].default_cfg["input_size"], device=device)
 
-    for one in models.values():
-        one.to(device)
-    inference = {name: partial(_without_graph, partial(one.eval(), images)) for name, one in models.items()}
+    for model in models.values():
+        model.to(device)
+    inference = {name: partial(_without_graph, partial(model.eval(), images)) for name, model in models.items()}
     yield Row(name, "inference", in_turns(inference, device, seconds))
-    training = {name: partial(_step, one.train(), images) for name, one in models.items()}
+    training = {name: partial(_step, model.train(), images) for name, model in models.items()}
     yield Row(name, "with backward", in_turns(training, device, seconds))
 
 
@@ -123,7 +123,7 @@ def named(rpe: Iterable[str]) -> dict[str, RPEConfig]:
 
 def letters(config: RPEConfig) -> str:
     """Where the encodings are: k, or q, k, v."""
-    return ", ".join(name[-1] for name, one in vars(config).items() if one is not None)
+    return ", ".join(name[-1] for name, single in vars(config).items() if single is not None)
 
 
 def _without_graph(call: Run) -> None:

@@ -40,10 +40,12 @@ def rpe_config_from_string(text: str, *, skip: int = 0) -> RPEConfig:
 def _clipped(config: RPEConfig) -> RPEConfig:
     """With alpha = beta, from where on all offsets are in the last bucket."""
     clipped = {}
-    for name, one in vars(config).items():
-        if one is not None:
-            last = tuple(float(int(n)) for n in one.beta) if isinstance(one.beta, tuple) else float(int(one.beta))
-            clipped[name] = dataclasses.replace(one, alpha=last, beta=last)
+    for name, single in vars(config).items():
+        if single is not None:
+            last = (
+                tuple(float(int(n)) for n in single.beta) if isinstance(single.beta, tuple) else float(int(single.beta))
+            )
+            clipped[name] = dataclasses.replace(single, alpha=last, beta=last)
     return RPEConfig(**clipped)
 
 
@@ -56,16 +58,19 @@ def rpe_config_to_string(config: RPEConfig) -> str:
     Configurations that differ between q, k and v have none (ValueError), nor has alpha : beta : gamma but 1 : 2 : 8,
     clipped or not.
     """
-    singles = {name[-1]: one for name, one in vars(config).items() if one is not None}
-    one = next(iter(singles.values()), None)
-    if one is None or any(other != one for other in singles.values()):
+    singles = {name[-1]: single for name, single in vars(config).items() if single is not None}
+    first = next(iter(singles.values()), None)
+    if first is None or any(other != first for other in singles.values()):
         raise ValueError(f"{config} has no string form: q, k and v have different configurations, or none")
-    mode, gammas = one.mode.replace("contextual", "ctx"), one.gamma if isinstance(one.gamma, tuple) else (one.gamma,)
+    mode, gammas = (
+        first.mode.replace("contextual", "ctx"),
+        first.gamma if isinstance(first.gamma, tuple) else (first.gamma,),
+    )
     ratio = "x".join(str(gamma / 8) for gamma in gammas)
-    text = f"rpe-{ratio}-{_METHOD_NAMES[one.method]}-{mode}-{int(one.shared_head)}-{''.join(singles)}"
-    text += "" if one.ndim == 2 else f"-{one.ndim}d"
+    text = f"rpe-{ratio}-{_METHOD_NAMES[first.method]}-{mode}-{int(first.shared_head)}-{''.join(singles)}"
+    text += "" if first.ndim == 2 else f"-{first.ndim}d"
     for form in (text, text + "-clip"):
-        if rpe_config_from_string(form, skip=one.skip) == config:
+        if rpe_config_from_string(form, skip=first.skip) == config:
             return form
     raise ValueError(f"{config} has no string form: alpha : beta : gamma is not 1 : 2 : 8")
 
@@ -73,11 +78,11 @@ def rpe_config_to_string(config: RPEConfig) -> str:
 def rpe_config_to_dict(config: RPEConfig) -> dict[str, Any]:
     """The three encodings as nested plain values; `rpe_config_from_dict` gives an equal configuration back."""
     return {
-        name: None if one is None else dataclasses.asdict(one) | {"method": _METHOD_NAMES[one.method]}
-        for name, one in vars(config).items()
+        name: None if single is None else dataclasses.asdict(single) | {"method": _METHOD_NAMES[single.method]}
+        for name, single in vars(config).items()
     }
 
 
 def rpe_config_from_dict(fields: dict[str, Any]) -> RPEConfig:
     """The configuration that `rpe_config_to_dict` wrote."""
-    return RPEConfig(**{name: None if one is None else SingleRPEConfig(**one) for name, one in fields.items()})
+    return RPEConfig(**{name: None if single is None else SingleRPEConfig(**single) for name, single in fields.items()})

@@ -194,28 +194,28 @@ def _convert(
     prefix: str, encodings: dict[str, _Encoding | None], new: RPEConfig, described: bool, drop: bool, options: _Options
 ) -> dict[str, Tensor]:
     """The new tables of one attention, under their keys."""
-    given = [one for one in encodings.values() if one is not None]
+    given = [old for old in encodings.values() if old is not None]
     result = {}
     for name, single in vars(new).items():
-        one = encodings[name]
+        old = encodings[name]
         if single is None:
-            if one is not None and not drop:
+            if old is not None and not drop:
                 raise ValueError(
                     f"new_config has no encoding {prefix}{name}: leaving it out changes what the model computes; "
                     "pass drop=True if that is meant"
                 )
             continue
         skip = single.skip > 0 if described else any(other.skip for other in given)
-        if one is None:
+        if old is None:
             tables = _zeros(prefix + name, single, skip, given, options)
-        elif one.single.mode != single.mode:
+        elif old.single.mode != single.mode:
             raise ValueError(
-                f"{prefix}{name} is {one.single.mode} and would become {single.mode}, which has no meaning: a "
+                f"{prefix}{name} is {old.single.mode} and would become {single.mode}, which has no meaning: a "
                 "contextual table holds vectors that meet queries or keys, a bias numbers that do not depend on them"
             )
         else:
-            tables = _remap(one, single, skip, options)
-            tables = [_for_heads(table, one.single, single, prefix + name, options) for table in tables]
+            tables = _remap(old, single, skip, options)
+            tables = [_for_heads(table, old.single, single, prefix + name, options) for table in tables]
         order = _buckets_first(name, single)
         for part, table in zip(_parts(single), tables, strict=True):
             kind = "bias" if single.mode == "bias" else "weight"
@@ -228,8 +228,8 @@ def _convert(
 
 def _zeros(name: str, single: SingleRPEConfig, skip: bool, given: list[_Encoding], options: _Options) -> list[Tensor]:
     """Tables for an encoding that was not there, of the sizes of those that were."""
-    heads = [one.tables[0].shape[1] for one in given if not one.single.shared_head]
-    dims = [one.tables[0].shape[2] for one in given if one.single.mode != "bias"]
+    heads = [old.tables[0].shape[1] for old in given if not old.single.shared_head]
+    dims = [old.tables[0].shape[2] for old in given if old.single.mode != "bias"]
 
     def size(which: str, told: list[int], argument: int | None, needed: bool) -> int:
         sizes = {*told, *([] if argument is None else [argument])} if needed else {1}
@@ -263,21 +263,21 @@ def _for_heads(table: Tensor, old: SingleRPEConfig, new: SingleRPEConfig, name: 
     return table
 
 
-def _remap(one: _Encoding, new: SingleRPEConfig, skip: bool, options: _Options) -> list[Tensor]:
+def _remap(old: _Encoding, new: SingleRPEConfig, skip: bool, options: _Options) -> list[Tensor]:
     """The tables under the mapping of `new`, with the bucket of prefix tokens if `skip`."""
-    like, sizes = one.tables[0], _sizes(one.single)
-    tables = [table[:size] for table, size in zip(one.tables, sizes, strict=True)]
-    last = [table[size:] for table, size in zip(one.tables, sizes, strict=True)]
-    if (copied := _copied(tables, one.single, new)) is not None:
+    like, sizes = old.tables[0], _sizes(old.single)
+    tables = [table[:size] for table, size in zip(old.tables, sizes, strict=True)]
+    last = [table[size:] for table, size in zip(old.tables, sizes, strict=True)]
+    if (copied := _copied(tables, old.single, new)) is not None:
         tables = copied
         last = [torch.zeros_like(last[0])] * (len(tables) - len(last)) + last
     else:
-        tables = [table.to(like.dtype) for table in _closest(tables, one.single, new, options)]
+        tables = [table.to(like.dtype) for table in _closest(tables, old.single, new, options)]
         both = torch.stack(last).double().sum(0)  # cross adds the buckets of its tables
         last = [(both / len(tables)).to(like.dtype)] * len(tables)
     if not skip:
         return tables
-    if not one.skip:
+    if not old.skip:
         last = [like.new_zeros(1, *like.shape[1:])] * len(tables)
     return [torch.cat(pair) for pair in zip(tables, last, strict=True)]
 

@@ -18,11 +18,11 @@ def with_boxes(image: Any, found: Sequence[Found]) -> Any:
     width, font = max(1, side // 200), ImageFont.load_default(max(9, side // 40))
     if not found:
         draw.text((2, 2), "nothing found", fill="white", font=font, stroke_width=1, stroke_fill="black")
-    for one in reversed(found):  # the best on top
-        x, y, right, bottom = one.box
-        color = CLASS_COLORS[one.number % len(CLASS_COLORS)]
+    for result in reversed(found):  # the best on top
+        x, y, right, bottom = result.box
+        color = CLASS_COLORS[result.number % len(CLASS_COLORS)]
         draw.rectangle((x, y, max(x, right), max(y, bottom)), outline=color, width=width)
-        words = f"{printable(one.label)} {one.score:.2f}"
+        words = f"{printable(result.label)} {result.score:.2f}"
         place = draw.textbbox((x, y), words, font=font, anchor="lb")
         lower = max(0, -place[1])  # of a box at the upper edge
         draw.rectangle((place[0], place[1] + lower, place[2], place[3] + lower), fill=color)

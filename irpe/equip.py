@@ -111,7 +111,7 @@ def rpe_parameters(model: nn.Module, **options: Any) -> dict[str, Any]:
     Raises:
         ValueError: there is no table in the model.
     """
-    tables = [one.table for one in model.modules() if isinstance(one, iRPE)]
+    tables = [module.table for module in model.modules() if isinstance(module, iRPE)]
     if not tables:
         raise ValueError(f"{type(model).__name__} has no tables of iRPE: equip it first")
     return {"params": tables, "weight_decay": 0.0, **options}

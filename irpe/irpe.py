@@ -184,10 +184,10 @@ def get_single_rpe_config(
 ) -> SingleRPEConfig:
     """Configuration of one encoding; the arguments are explained at `get_rpe_config`."""
     ratios = tuple(ratio) if isinstance(ratio, (tuple, list)) else (ratio,)
-    if not ratios or not all(isinstance(one, (int, float)) and 0 < one < math.inf for one in ratios):
+    if not ratios or not all(isinstance(n, (int, float)) and 0 < n < math.inf for n in ratios):
         raise ValueError(f"ratio={ratio!r}; expected a finite number above 0, such as 1.9, or one for each axis")
     alpha, beta, gamma = (
-        tuple(float(one) * n for one in ratios) if len(ratios) > 1 else float(ratios[0]) * n for n in (1, 2, 8)
+        tuple(float(ratio) * n for ratio in ratios) if len(ratios) > 1 else float(ratios[0]) * n for n in (1, 2, 8)
     )
     return SingleRPEConfig(_as_method(method), mode, shared_head, skip, alpha, beta, gamma, ndim)
 
@@ -424,9 +424,9 @@ def get_bucket_ids(
 
     Returns ids (..., Lq, Lk) and the number of buckets, on a full grid those of `get_bucket_ids_2d`.
     """
-    for one in (positions, key_positions):
-        if one.dim() < 2 or not 0 < one.shape[-1] == positions.shape[-1] <= len(_AXES):
-            raise ValueError(f"positions have shape {tuple(one.shape)}; expected (..., L, 2): row and column")
+    for places in (positions, key_positions):
+        if places.dim() < 2 or not 0 < places.shape[-1] == positions.shape[-1] <= len(_AXES):
+            raise ValueError(f"positions have shape {tuple(places.shape)}; expected (..., L, 2): row and column")
     offsets = (positions.double().unsqueeze(-2) - key_positions.double().unsqueeze(-3)).unbind(-1)  # (..., Lq, Lk) each
     num_buckets = get_num_buckets(method, alpha, beta, gamma, len(offsets))
     ids = sum(_parts(_as_method(method), offsets, alpha, beta, gamma), torch.zeros((), dtype=torch.long))
@@ -450,7 +450,7 @@ def _cells(size: Sequence[int], device: torch.device) -> list[Tensor]:
 def _build(kind: str, mapping: str, size: tuple[int, ...], device: torch.device) -> Tensor:
     """`BucketMap.offsets`, or ids (L, L), of a mapping "method skip alpha beta gamma"; symbolic sizes stay symbols."""
     method, skip, *numbers = mapping.split()
-    piecewise: Any = (tuple(map(float, one.split(","))) if "," in one else float(one) for one in numbers)
+    piecewise: Any = (tuple(map(float, text.split(","))) if "," in text else float(text) for text in numbers)
     bucket_map = get_bucket_map(method, size, int(skip), *piecewise)
     if kind != "symbols":
         made = bucket_map.offsets if kind == "offsets" else bucket_map.ids(torch.long if kind == "saved" else None)
@@ -682,10 +682,10 @@ class iRPE(nn.Module):
 
     def _ids_at(self, x: Tensor, positions: Any) -> Tensor:
         own, others = positions if isinstance(positions, tuple) else (positions, positions)
-        for one, tokens in ((own, x.shape[2]), (others, others.shape[-2] if self.transposed else x.shape[3])):
+        for at, tokens in ((own, x.shape[2]), (others, others.shape[-2] if self.transposed else x.shape[3])):
             n = self.rpe_config.ndim
-            if one.dim() not in (2, 3) or one.shape[-2:] != (tokens, n) or (one.dim() == 3 and len(one) != len(x)):
-                got = tuple(one.shape)
+            if at.dim() not in (2, 3) or at.shape[-2:] != (tokens, n) or (at.dim() == 3 and len(at) != len(x)):
+                got = tuple(at.shape)
                 raise ValueError(f"positions have shape {got}; expected ({tokens}, {n}) or (B, {tokens}, {n})")
         c = self.rpe_config
         ids, _ = get_bucket_ids(c.method, own, others, c.skip, c.alpha, c.beta, c.gamma)
@@ -771,7 +771,7 @@ class iRPE_Cross(nn.Module):
         self.method, self.mode, self.transposed = METHOD.CROSS, last.mode, last.transposed
         self.head_dim, self.num_heads = last.head_dim, last.num_heads
         # of each; None where a ratio for each axis makes them differ
-        self.num_buckets = last.num_buckets if all(one.num_buckets == last.num_buckets for one in others) else None
+        self.num_buckets = last.num_buckets if all(part.num_buckets == last.num_buckets for part in others) else None
 
     def parts(self) -> list[iRPE]:
         """The module of each axis."""
@@ -912,10 +912,10 @@ class _Encodings(NamedTuple):
     @staticmethod
     def of(q: Tensor, k: Tensor, rpe_q: Any, rpe_k: Any, rpe_v: Any, places: dict[str, Any]) -> _Encodings:
         """Checked; places are height, width, size and positions as `rpe_attention` takes them."""
-        for name, one, transposed in (("rpe_q", rpe_q, True), ("rpe_k", rpe_k, True), ("rpe_v", rpe_v, False)):
-            if one is not None and one.transposed is not transposed:
-                where = "keys or queries" if one.transposed else "values"
-                raise ValueError(f"{name} is an encoding for {where}: {one}")
+        for name, rpe, transposed in (("rpe_q", rpe_q, True), ("rpe_k", rpe_k, True), ("rpe_v", rpe_v, False)):
+            if rpe is not None and rpe.transposed is not transposed:
+                where = "keys or queries" if rpe.transposed else "values"
+                raise ValueError(f"{name} is an encoding for {where}: {rpe}")
         positions = places["positions"]
         if positions is None:
             if q.shape[2] != k.shape[2] and not (rpe_q is None and rpe_k is None and rpe_v is None):
@@ -932,11 +932,11 @@ class _Encodings(NamedTuple):
         """Why `rpe_ops` cannot take the attention, as the end of a sentence; "" where it can."""
         if _attention is None:
             return f"needs rpe_ops, which is absent ({RPE_OPS_MISSING})"
-        some = [one for one in self[:3] if one is not None]
+        some = [rpe for rpe in self[:3] if rpe is not None]
         if some and any(places.dim() > 2 for places in self.of_q["positions"] or ()):
             return 'takes one map for all samples; use "eager" for positions (B, L, 2)'
-        for one in some:
-            for part in (one, *one.parts()) if isinstance(one, iRPE_Cross) else (one,):
+        for rpe in some:
+            for part in (rpe, *rpe.parts()) if isinstance(rpe, iRPE_Cross) else (rpe,):
                 hooks = part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks
                 if any(hooks) or "forward" in part.__dict__ or type(part) not in (iRPE, iRPE_Cross):
                     return 'reads the tables, without the hooks or the forward of an encoding; use "eager"'

@@ -128,7 +128,7 @@ def _same_tables(state_dict: dict[str, Tensor], model: VisionTransformer) -> dic
         keys, reason = ", ".join(list(map(str, state_dict))[:3]), f"{type(error).__name__} {error}".splitlines()[0]
         raise ValueError(f"the checkpoint does not fit a DeiT: {reason}; it begins with {keys}") from None
     # timm loads without `strict` as soon as the head is new, so keys that are missing would go unnoticed
-    has, needs = ({name for name in one if "lookup_table" in name} for one in (state_dict, model.state_dict()))
+    has, needs = ({name for name in state if "lookup_table" in name} for state in (state_dict, model.state_dict()))
     if has != needs:
         raise ValueError(
             f"the checkpoint has {len(has)} tables of iRPE, {len(has - needs)} of them not in the model, which needs "

@@ -160,10 +160,10 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
 
     def _reset_parameters(self) -> None:
         super()._reset_parameters()
-        for one in self.modules():  # none yet where the constructor of nn.MultiheadAttention calls this
+        for module in self.modules():  # none yet where the constructor of nn.MultiheadAttention calls this
             # transformers calls this for what it has loaded, too, and marks the weights that there were
-            if isinstance(one, iRPE) and not getattr(one.table, "_is_hf_initialized", False):
-                one.reset_parameters()
+            if isinstance(module, iRPE) and not getattr(module.table, "_is_hf_initialized", False):
+                module.reset_parameters()
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         if query.is_nested or key.is_nested or value.is_nested:
@@ -218,7 +218,7 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
         if positions is None:
             if q.shape[2] != k.shape[2]:
                 raise ValueError(f"{q.shape[2]} queries and {k.shape[2]} keys: an encoding needs positions= here")
-            single = next(one.rpe_config for one in self.modules() if isinstance(one, iRPE))
+            single = next(module.rpe_config for module in self.modules() if isinstance(module, iRPE))
             cells = torch.stack(_cells(_size(q.shape[2], single, **size), q.device), -1)
             positions = F.pad(cells, (0, 0, single.skip, 0), value=-1)
         elif any(n is not None for n in size.values()):
@@ -243,7 +243,7 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
 
 def why_no_encodings(attention: nn.MultiheadAttention, config: RPEConfig) -> str | None:
     """The reason that an attention cannot have these encodings, or None."""
-    skips = {name: one.skip for name, one in vars(config).items() if one is not None}
+    skips = {name: single.skip for name, single in vars(config).items() if single is not None}
     if (attention.bias_k is not None or attention.add_zero_attn) and (min(skips.values(), default=1) < 1):
         return (
             "add_bias_kv and add_zero_attn add a key that has no place, and its pairs need the skip bucket: expected "
@@ -273,11 +273,11 @@ def _merge_masks(
         masks.append(attn_mask.view(-1, heads if attn_mask.dim() == 3 else 1, queries, keys))
     if not masks:
         return None
-    if all(one.dtype == torch.bool for one in masks):
+    if all(mask.dtype == torch.bool for mask in masks):
         return ~(masks[0] | masks[-1])
     added = [
-        torch.zeros_like(one, dtype=q.dtype).masked_fill(one, -torch.inf) if one.dtype == torch.bool else one
-        for one in masks
+        torch.zeros_like(mask, dtype=q.dtype).masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else mask
+        for mask in masks
     ]
     return sum(added[1:], added[0])
 

@@ -60,8 +60,11 @@ class Preprocessing:
         try:
             size, mean, std = (tuple(values[name]) for name in ("size", "mean", "std"))
             crop_pct, interpolation = float(values["crop_pct"]), str(values["interpolation"])
-            numbers = all(isinstance(one, (int, float)) for one in (*mean, *std)) and len(mean) == len(std) in (1, 3)
-            sides = len(size) == 2 and all(isinstance(one, int) and 0 < one < 100_000 for one in size)
+            numbers = all(isinstance(number, (int, float)) for number in (*mean, *std)) and len(mean) == len(std) in (
+                1,
+                3,
+            )
+            sides = len(size) == 2 and all(isinstance(side, int) and 0 < side < 100_000 for side in size)
             known = interpolation in ("bicubic", "bilinear", "nearest", "lanczos", "hamming", "box")
             crop_mode = values.get("crop_mode", "center")  # files of before have none
             known = known and crop_mode in ("center", "squash", "border")
@@ -140,9 +143,11 @@ class Classifier:
     def of(self, pictures: Sequence[Picture], top: int = 5) -> list[list[Guess]]:
         """The guesses for a batch of pictures."""
         if self.batch is not None and len(pictures) > self.batch:
-            return [one for part in chunks(pictures, self.batch) for one in self.of(part, top)]
+            return [result for part in chunks(pictures, self.batch) for result in self.of(part, top)]
         mode = "RGB" if self.channels == 3 else "L"
-        images = torch.stack([self.prepare(read(one, mode)) for one in pictures])  # (B, channels, height, width)
+        images = torch.stack(
+            [self.prepare(read(picture, mode)) for picture in pictures]
+        )  # (B, channels, height, width)
         if self.batch is not None:
             images = torch.cat([images, images.new_zeros(self.batch - len(images), *images.shape[1:])])
         first = next(self.model.parameters(), None)
@@ -219,18 +224,18 @@ class Detector:
         short, longest = int(size["shortest_edge"]), int(size["longest_edge"])
         mean, std = tuple(self.processor.image_mean), tuple(self.processor.image_std)
         transform = Transform((short,), longest, 0.0, mean, std)
-        images = [read(one, "RGB", turned=True) for one in pictures]
+        images = [read(picture, "RGB", turned=True) for picture in pictures]
         none, draw = torch.zeros(0, 4), np.random.default_rng(0)
         batch = collate([(transform(image, none, draw)[0], {}, k) for k, image in enumerate(images)])
-        sizes = [(one.height, one.width) for one in images]
+        sizes = [(image.height, image.width) for image in images]
         self.model.eval()
         found, strange = found_on(self.model, batch, sizes, self.processor, threshold=threshold)
         if strange:
             raise ValueError("the outputs are not numbers: the weights are damaged, or training went wrong")
-        return [self._sorted(one) for one in found]
+        return [self._sorted(raw) for raw in found]
 
-    def _sorted(self, one: dict[str, Tensor]) -> list[Found]:
-        values = zip(one["scores"].tolist(), one["labels"].tolist(), one["boxes"].tolist(), strict=True)
+    def _sorted(self, raw: dict[str, Tensor]) -> list[Found]:
+        values = zip(raw["scores"].tolist(), raw["labels"].tolist(), raw["boxes"].tolist(), strict=True)
         boxes = [Found(self.classes[label], score, tuple(box), label) for score, label, box in values]
         return sorted(boxes, key=lambda found: -found.score)
 

@@ -83,7 +83,7 @@ def card(
         tags=["irpe", *(["relative-position-encoding"] if encodings else []), "vision-transformer"],
         eval_results=figures or None,
     )  # fmt: skip
-    count = sum(one.numel() for one in model.parameters())
+    count = sum(parameter.numel() for parameter in model.parameters())
     rows = [
         ("model", base or type(model).__name__), ("encoding", rpe or ", ".join(encodings) or "none"),
         ("parameters", f"{count:,}"),
@@ -109,7 +109,7 @@ def _encodings(model: nn.Module) -> list[str]:
     from .irpe import RPEConfig
 
     found = set()
-    for config in {config_of(one) for one in model.modules()} - {RPEConfig()}:
+    for config in {config_of(module) for module in model.modules()} - {RPEConfig()}:
         try:
             found.add(rpe_config_to_string(config))
         except ValueError:
@@ -162,7 +162,7 @@ def _name_of(pretrained: str | None) -> str:
 
 
 def _slug(words: str) -> str:
-    return "-".join("".join(one if one.isalnum() else " " for one in words.lower()).split())
+    return "-".join("".join(letter if letter.isalnum() else " " for letter in words.lower()).split())
 
 
 def _cell(value: str) -> str:

@@ -109,21 +109,21 @@ def draw_slices(path: Path, groups: Sequence[tuple[BucketMap, ...]], query: tupl
     """
     frames, height, width = groups[0][0].size
     at = query_on((frames, height, width), query)
-    rows = [one for group in groups for one in group]
+    rows = [table for group in groups for table in group]
     cell = 1.25  # inches
     tall = cell * min(2.0, max(0.35, height / width))
     figure = Figure(figsize=(cell * frames + 1.2, (tall + 0.25) * len(rows) + 0.5), dpi=110, layout="constrained")
     figure.suptitle(f"Buckets on a map of {frames}×{height}×{width} tokens, by frame, for one query (○)", fontsize=11)
-    for line, one in zip(figure.subplots(len(rows), frames, squeeze=False), rows, strict=True):
-        around = one.around(at)
-        colors = one.colors(around)
+    for line, table in zip(figure.subplots(len(rows), frames, squeeze=False), rows, strict=True):
+        around = table.around(at)
+        colors = table.colors(around)
         for frame, ax in enumerate(line):
             ax.imshow(colors[frame], interpolation="nearest")
             _borders(ax, around[frame])
             _bare(ax)
             if frame == at[0]:
                 ax.plot(at[2], at[1], "o", ms=4, mfc="white", mec="black", mew=1.0)
-        line[0].set_ylabel(f"{one.title},\nratio {one.ratio:g}\n{one.used()} buckets", fontsize=7.5)
+        line[0].set_ylabel(f"{table.title},\nratio {table.ratio:g}\n{table.used()} buckets", fontsize=7.5)
     for frame, ax in enumerate(figure.axes[:frames]):
         ax.set_title(f"frame {frame}", fontsize=9)
     return _save(figure, path)

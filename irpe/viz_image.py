@@ -54,7 +54,7 @@ def draw_attention(path: Path, maps: AttentionMaps, pixels: np.ndarray, title: s
         pixels: (height, width, 3) in [0, 1], what the model saw, in colors.
     """
     rows = [maps.query, *([] if maps.class_token is None else [maps.class_token])]
-    panels = [one for one in _PANELS if one.values(maps.query) is not None]
+    panels = [panel for panel in _PANELS if panel.values(maps.query) is not None]
     tall = _CELL * min(2.0, max(0.4, pixels.shape[0] / pixels.shape[1]))
     size = (_CELL * (1 + len(panels)) + 0.5, (tall + 1.05) * len(rows) + (0.75 if maps.note else 0.4))
     figure = Figure(figsize=size, dpi=130, layout=ConstrainedLayoutEngine(h_pad=0.03, hspace=0.0))
@@ -71,7 +71,7 @@ def draw_attention(path: Path, maps: AttentionMaps, pixels: np.ndarray, title: s
             _mark(ax, maps, pixels)
         drawn = [(ax, panel, _on_map(panel, row, maps)) for ax, panel in zip(axes, panels, strict=True)]
         for bar in dict.fromkeys(panel.bar for panel in panels):
-            group = [one for one in drawn if one[1].bar == bar]
+            group = [part for part in drawn if part[1].bar == bar]
             at = [1 + panels.index(panel) for _, panel, _ in group]
             _draw_group(figure, group, row, maps, pixels, grid[2 * number + 1, at[0] : at[-1] + 1])
     if maps.note:

@@ -88,7 +88,7 @@ def bucket_maps(
 ) -> tuple[BucketMap, ...]:
     """The tables of a method on a map of size (height, width) or (frames, height, width): for cross one for each axis.
 
-    >>> sum(one.used() for one in bucket_maps("cross", (14, 14), skip=1))
+    >>> sum(table.used() for table in bucket_maps("cross", (14, 14), skip=1))
     56
 
     Args:

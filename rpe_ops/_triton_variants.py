@@ -44,15 +44,15 @@ _AXES = ("axes_forward", "axes_backward_queries", "axes_backward_keys")
 
 def usual(target: str) -> Iterator[Variant]:
     """Those of 16 bits without mask and dropout, on keys or on queries, keys and values."""
-    for one in variants(target):
-        known = dict(one.constants)
-        if one.kernel == "table_sums":
-            if known["WIDE"] == 64 and dict(one.types)["x"] != "*fp32":
-                yield one
+    for variant in variants(target):
+        known = dict(variant.constants)
+        if variant.kernel == "table_sums":
+            if known["WIDE"] == 64 and dict(variant.types)["x"] != "*fp32":
+                yield variant
             continue
         some = (known.get("ON_Q"), known.get("ON_K"), known.get("ON_V")) in ((False, True, False), (True, True, True))
-        if some and not known["EXTRA"] and known["WIDE"] == 64 and dict(one.types)["q"] != "*fp32":
-            yield one
+        if some and not known["EXTRA"] and known["WIDE"] == 64 and dict(variant.types)["q"] != "*fp32":
+            yield variant
 
 
 _POINTERS = {"parts": "*fp32", "lse": "*fp32", "delta": "*fp32", "mask": "*fp32", "seed": "*i64"}

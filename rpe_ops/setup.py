@@ -67,7 +67,7 @@ def run_nvcc(*arguments: str) -> str:
 
 def architectures() -> str:
     known = run_nvcc("--list-gpu-code")
-    return ";".join(one for one in ARCHITECTURES if f"sm_{one.replace('.', '')}" in known.split()) + "+PTX"
+    return ";".join(name for name in ARCHITECTURES if f"sm_{name.replace('.', '')}" in known.split()) + "+PTX"
 
 
 def extensions() -> list[Any]:

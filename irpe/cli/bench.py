@@ -89,4 +89,6 @@ def _print(rows: Iterable[Any], done: list[Any], printer: Console) -> None:
 def _line(cells: list[str], widths: list[int]) -> str:
     """Two columns at the left, the others at the right."""
     pairs = zip(cells, widths, strict=True)
-    return "  ".join(one.ljust(width) if k < 2 else one.rjust(width) for k, (one, width) in enumerate(pairs)).rstrip()
+    return "  ".join(
+        cell.ljust(width) if k < 2 else cell.rjust(width) for k, (cell, width) in enumerate(pairs)
+    ).rstrip()

@@ -14,7 +14,7 @@ from ..runs.files import as_json, printable, reason_of, write_whole
 
 T = TypeVar("T")
 # typer has brought click along, and holds a copy of its own since 0.29: what its errors are derived from
-ClickException: Any = next(one for one in typer.BadParameter.__mro__ if one.__name__ == "ClickException")
+ClickException: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 OUT = Path("runs")  # the folder of all results, where none is named
 
 

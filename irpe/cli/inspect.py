@@ -34,10 +34,10 @@ _OF_BOXES = (
 def _options(cls: type, names: Collection[str], words: str = "") -> list[tuple[str, Any, Any]]:
     """These fields of settings, with `words` before their help."""
     return [
-        (one.name, one.type, dataclasses.field(
-            default=one.default, metadata={**one.metadata, "help": words + one.metadata["help"]}
+        (field.name, field.type, dataclasses.field(
+            default=field.default, metadata={**field.metadata, "help": words + field.metadata["help"]}
         ))
-        for one in dataclasses.fields(cls) if one.name in names
+        for field in dataclasses.fields(cls) if field.name in names
     ]  # fmt: skip
 
 

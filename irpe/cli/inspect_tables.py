@@ -44,24 +44,24 @@ def _some(names: Sequence[str], between: str = ", ") -> str:
 def _classes(facts: dict[str, Any], unit: str) -> Table:
     """The classes from the largest to the smallest, of a long list both ends."""
     parts, few = list(facts["parts"]), set(facts["few"])
-    rows = sorted(facts["classes"], key=lambda one: -(one[parts[0]] or 0))
-    most = max(1, *(one[parts[0]] or 0 for one in rows))
+    rows = sorted(facts["classes"], key=lambda row: -(row[parts[0]] or 0))
+    most = max(1, *(row[parts[0]] or 0 for row in rows))
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("category" if unit == "boxes" else "class", overflow="fold")
     for part in parts:
         table.add_column(unit if part == "all" else part, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     long = len(rows) > _SHOWN
-    for k, one in enumerate(rows):
+    for k, row in enumerate(rows):
         if long and _ENDS <= k < len(rows) - _ENDS:
             if k == _ENDS:
                 left = rows[_ENDS : len(rows) - _ENDS]
                 words = f"... {len(left):,} more, with {_count(left[0][parts[0]])} to {_count(left[-1][parts[0]])}"
                 table.add_row(words, *[""] * len(parts), "")
             continue
-        length = round(_BAR * (one[parts[0]] or 0) / most)
-        marks = "█" * max(length, 1 if one[parts[0]] else 0) + (" few" if one["name"] in few else "")
-        table.add_row(one["name"], *(_count(one[part]) for part in parts), marks)
+        length = round(_BAR * (row[parts[0]] or 0) / most)
+        marks = "█" * max(length, 1 if row[parts[0]] else 0) + (" few" if row["name"] in few else "")
+        table.add_row(row["name"], *(_count(row[part]) for part in parts), marks)
     if long:
         table.caption, table.caption_justify = f"{len(rows):,} in all, of which --json writes every one", "left"
     return table
@@ -114,7 +114,7 @@ def _broken(parts: dict[str, Any]) -> Iterator[str]:
             words = f"{turned:,} {what}{_of(name)} {verb} an orientation in EXIF"
             yield f"{words}, which is not followed: turn {those} before"
         if bad := part["unreadable"]:
-            names = [f"{one['name']}: {one['reason']}" for one in bad]
+            names = [f"{picture['name']}: {picture['reason']}" for picture in bad]
             what = "picture" if len(bad) == 1 else "pictures"
             yield f"{len(bad):,} {what}{_of(name)} cannot be read: {_some(names, '; ')}"
     if not any(part["unreadable"] for part in parts.values()):
@@ -137,7 +137,7 @@ def _twice(facts: dict[str, Any]) -> Iterator[str]:
         yield "no picture is both in train and in val"
         return
     verb, names = ("is", "it") if len(leaks) == 1 else ("are", "them")
-    words = _some([f"{one['val']} is {one['train']}" for one in leaks], "; ")
+    words = _some([f"{pair['val']} is {pair['train']}" for pair in leaks], "; ")
     yield (
         f"{len(leaks):,} of {parts['val']['pictures']:,} pictures to evaluate on {verb} in train too, pixel by "
         f"pixel, so what is measured on {names} has been learned by heart: {words}"

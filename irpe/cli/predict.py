@@ -98,10 +98,10 @@ def predict(
                 except ValueError as error:
                     bad.append(str(error))
             found = said.of([image for _, image in read_ones], limit) if read_ones else []
-            for (file, image), one in zip(read_ones, found, strict=True):
-                results.append((file, one))
+            for (file, image), entry in zip(read_ones, found, strict=True):
+                results.append((file, entry))
                 if folder is not None:
-                    _draw(folder, file, image, one)
+                    _draw(folder, file, image, entry)
         printer.print(_table(results, detects))
         if json_file is not None:
             write_json(json_file, _by_file(results) if ids is None else _boxes(results, ids))
@@ -151,13 +151,13 @@ class _Ids:
             # a file's number, as COCO's are named, or its name; the whole path where several have one
             own = {file: int(file.stem) if re.fullmatch("[0-9]{1,18}", file.stem) else file.name for file in files}
             count = Counter(own.values())
-            self.images = {file: str(file) if count[one] > 1 else one for file, one in own.items()}
+            self.images = {file: str(file) if count[name] > 1 else name for file, name in own.items()}
             return
         values = read_json(annotations)
         try:
-            names = {PurePosixPath(one["file_name"]).as_posix(): one["id"] for one in values["images"]}
-            self.categories = {str(one["name"]): one["id"] for one in values["categories"]}
-            if not all(isinstance(one, (int, str)) for one in (*names.values(), *self.categories.values())):
+            names = {PurePosixPath(image["file_name"]).as_posix(): image["id"] for image in values["images"]}
+            self.categories = {str(category["name"]): category["id"] for category in values["categories"]}
+            if not all(isinstance(number, (int, str)) for number in (*names.values(), *self.categories.values())):
                 raise TypeError
         except (KeyError, TypeError):
             raise ValueError(f"--annotations {annotations} is not in COCO's detection format") from None
@@ -170,16 +170,16 @@ class _Ids:
                 raise ValueError(f"{other} and {file} would both be image {name} of --annotations; leave one out")
             self.images[file] = names[name]
         if self.categories.keys().isdisjoint(classes):
-            expected, found = (", ".join(sorted(map(str, one))[:5]) for one in (self.categories, classes))
+            expected, found = (", ".join(sorted(map(str, names))[:5]) for names in (self.categories, classes))
             raise ValueError(f"--annotations has the categories {expected}; the model has others: {found}")
 
-    def category(self, one: Any) -> Any:
+    def category(self, box: Any) -> Any:
         """Of annotations, None where they have none of this name; else the number of the model's class."""
-        return one.number if self.categories is None else self.categories.get(one.label)
+        return box.number if self.categories is None else self.categories.get(box.label)
 
     def left_out(self, results: Sequence[tuple[Path, list[Any]]]) -> str:
         """A line about the boxes that have no category, or nothing."""
-        count = Counter(one.label for _, found in results for one in found if self.category(one) is None)
+        count = Counter(box.label for _, found in results for box in found if self.category(box) is None)
         names = ", ".join(name for name, _ in count.most_common(5)) + ", ..." * (len(count) > 5)
         return f"without {count.total():,} boxes of classes that --annotations does not have: {names}" if count else ""
 
@@ -193,19 +193,19 @@ def _suffixes(file: Path) -> Iterator[str]:
 
 
 def _by_file(results: Sequence[tuple[Path, list[Any]]]) -> list[dict[str, Any]]:
-    return [{"file": str(file), "predictions": [one._asdict() for one in found]} for file, found in results]
+    return [{"file": str(file), "predictions": [result._asdict() for result in found]} for file, found in results]
 
 
 def _boxes(results: Sequence[tuple[Path, list[Any]]], ids: _Ids) -> list[dict[str, Any]]:
     """COCO's results, with two names more."""
     return [
         {
-            "image_id": ids.images[file], "category_id": ids.category(one), "bbox": _bbox(one.box), "score": one.score,
-            "file_name": str(file), "category": one.label,
+            "image_id": ids.images[file], "category_id": ids.category(box), "bbox": _bbox(box.box), "score": box.score,
+            "file_name": str(file), "category": box.label,
         }
         for file, found in results
-        for one in found
-        if ids.category(one) is not None
+        for box in found
+        if ids.category(box) is not None
     ]  # fmt: skip
 
 
@@ -222,8 +222,8 @@ def _csv(results: Sequence[tuple[Path, list[Any]]], detects: bool) -> bytes:
         ("file", "label", "score", "x", "y", "width", "height") if detects else ("file", "rank", "label", "score")
     )
     for file, found in results:
-        for rank, one in enumerate(found, 1):
-            more = (one.label, one.score, *_bbox(one.box)) if detects else (rank, one.label, one.score)
+        for rank, result in enumerate(found, 1):
+            more = (result.label, result.score, *_bbox(result.box)) if detects else (rank, result.label, result.score)
             writer.writerow((file, *more))
     return text.getvalue().encode()
 
@@ -246,6 +246,6 @@ def _table(results: Sequence[tuple[Path, list[Any]]], detects: bool) -> Table:
     table.add_column("picture", overflow="fold")
     table.add_column("boxes" if detects else "classes", overflow="fold")
     for file, found in results[:_SHOWN]:
-        words = ", ".join(f"{one.label} {100 * one.score:.1f} %" for one in found)
+        words = ", ".join(f"{result.label} {100 * result.score:.1f} %" for result in found)
         table.add_row(str(file), words or "nothing found")
     return table

@@ -76,7 +76,7 @@ def show(
     and what those add on keys, on queries and on values.
     """
     sources = {name: context.get_parameter_source(name) for name in (*_OF_MAPS, *_OF_PICTURES)}
-    given = [name for name, one in sources.items() if one is not None and one.name != "DEFAULT"]
+    given = [name for name, source in sources.items() if source is not None and source.name != "DEFAULT"]
     out = out or Path("runs/buckets.png" if image is None else "runs/attention.png")
     if out.suffix.lower() != ".png":
         raise typer.BadParameter(f"--out {out}; expected a file name that ends in .png")
@@ -108,12 +108,12 @@ def _buckets(
     if frames is not None and not 1 <= frames <= 16:
         raise typer.BadParameter(f"--frames {frames}; expected 1 to 16")
     axes = size if frames is None else (frames, *size)
-    groups = [checked(viz_maps.bucket_maps, one, axes, ratio=ratio, skip=skip) for one in names]
+    groups = [checked(viz_maps.bucket_maps, name, axes, ratio=ratio, skip=skip) for name in names]
     path = checked(viz.draw_buckets if frames is None else viz.draw_slices, out, groups, query)
-    for one, group in zip(names, groups, strict=True):
+    for name, group in zip(names, groups, strict=True):
         used = " + ".join(str(table.used()) for table in group)
         total = f" = {sum(table.used() for table in group)}" if len(group) > 1 else ""
-        console.print(f"{one:8} ratio {group[0].ratio:<5g} {used}{total} buckets in use")
+        console.print(f"{name:8} ratio {group[0].ratio:<5g} {used}{total} buckets in use")
     console.print(str(path), soft_wrap=True)
 
 

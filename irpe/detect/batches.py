@@ -175,4 +175,4 @@ def found_on(
     output.logits, output.pred_boxes = output.logits.float(), output.pred_boxes.float()
     numbers = (output.logits.isfinite().all(2) & output.pred_boxes.isfinite().all(2)).all(1)  # (B,)
     found = processor.post_process_object_detection(output, threshold=threshold, target_sizes=torch.tensor(sizes))
-    return [{name: value.cpu() for name, value in one.items()} for one in found], int((~numbers).sum())
+    return [{name: value.cpu() for name, value in boxes.items()} for boxes in found], int((~numbers).sum())

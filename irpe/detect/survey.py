@@ -64,9 +64,9 @@ def survey(
     facts["classes"] = [
         {"name": name, **{part: found[k] for part, found in counts.items()}} for k, name in enumerate(names)
     ]
-    learned = [one["train"] for one in facts["classes"]]
+    learned = [row["train"] for row in facts["classes"]]
     facts["few_under"] = scarce(learned)
-    facts["few"] = [one["name"] for one in facts["classes"] if one["train"] < facts["few_under"]]
+    facts["few"] = [row["name"] for row in facts["classes"] if row["train"] < facts["few_under"]]
     if verify:
         pairs = [(a.number, b.number) for a, b in shared(looks["train"], looks["val"])]
         facts["in_both"] = [{"train": _name(parts["train"], a), "val": _name(parts["val"], b)} for a, b in pairs]
@@ -79,13 +79,13 @@ def of_boxes(data: Coco) -> dict[str, Any]:
     each = [len(picture.boxes) for picture in data.pictures]
     areas = torch.cat([picture.areas for picture in data.pictures])
     small, large = int((areas < _SMALL).sum()), int((areas > _LARGE).sum())
-    widths, heights = [one.width for one in data.pictures], [one.height for one in data.pictures]
+    widths, heights = [picture.width for picture in data.pictures], [picture.height for picture in data.pictures]
     return {
         "pictures": len(data), "boxes": sum(each), "boxes_of_a_picture": spread(each),
-        "without_boxes": each.count(0), "of_crowds": sum(int(one.crowd.sum()) for one in data.pictures),
+        "without_boxes": each.count(0), "of_crowds": sum(int(picture.crowd.sum()) for picture in data.pictures),
         "box_areas": {"small": small, "medium": len(areas) - small - large, "large": large},
         "width": spread(widths), "height": spread(heights),
-        "of_known_size": len(data), "not_square": sum(one.width != one.height for one in data.pictures),
+        "of_known_size": len(data), "not_square": sum(picture.width != picture.height for picture in data.pictures),
     }  # fmt: skip
 
 

@@ -80,7 +80,9 @@ class Adapter:
         if (known := self.map_of(part)) is None:
             return config
         singles = vars(config).items()
-        return RPEConfig(**{name: one and dataclasses.replace(one, skip=known.prefix) for name, one in singles})
+        return RPEConfig(
+            **{name: single and dataclasses.replace(single, skip=known.prefix) for name, single in singles}
+        )
 
     def equip(self, part: Any, config: RPEConfig, attentions: list[Any], grid: Grid) -> None:
         """Adds rpe_q, rpe_k and rpe_v to attentions of a part, where `why_not` has no reason against it."""

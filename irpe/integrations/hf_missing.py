@@ -24,9 +24,9 @@ def zero_missing_tables(model: nn.Module) -> None:
     modeling = sys.modules.get("transformers.modeling_utils")  # no model of it exists before that
     if modeling is None:
         return
-    for one in model.modules():
-        if isinstance(one, iRPE) and not one.table.is_meta:
-            setattr(one, _DONE, True)
+    for module in model.modules():
+        if isinstance(module, iRPE) and not module.table.is_meta:
+            setattr(module, _DONE, True)
     cls = modeling.PreTrainedModel
     if not hasattr(cls._initialize_weights, "before_irpe"):
         cls._initialize_weights = _with_tables(cls._initialize_weights)

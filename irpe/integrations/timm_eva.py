@@ -41,7 +41,7 @@ class _RopeAttention(AttentionOnMap):
         q, k, v = self.heads(x)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
-            q, k = (self.turned(one, rope).type_as(v) for one in (q, k))
+            q, k = (self.turned(x, rope).type_as(v) for x in (q, k))
         groups = getattr(self, "num_kv_groups", 1)
         if groups > 1:
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)

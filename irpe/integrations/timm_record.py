@@ -33,12 +33,12 @@ def config_of(attention: nn.Module) -> RPEConfig:
     """The configuration that the encodings of an attention were built from; an empty one where it has none."""
     singles = {}
     for name in ("rpe_q", "rpe_k", "rpe_v"):
-        one: Any = getattr(attention, name, None)
-        if isinstance(one, iRPE_Cross):
-            part: Any = next(one.children())
+        rpe: Any = getattr(attention, name, None)
+        if isinstance(rpe, iRPE_Cross):
+            part: Any = next(rpe.children())
             singles[name] = dataclasses.replace(part.rpe_config, method=METHOD.CROSS)
-        elif one is not None:
-            singles[name] = one.rpe_config
+        elif rpe is not None:
+            singles[name] = rpe.rpe_config
     return RPEConfig(**singles)
 
 
@@ -48,18 +48,18 @@ def record(model: nn.Module, attentions: Iterable[nn.Module] = ()) -> None:
     Without attentions it takes that out again.
     """
     attentions = list(attentions)
-    for one in model.modules():
-        of_timm, wrapper = "pretrained_cfg" in vars(one), hasattr(one, "timm_model") and hasattr(one, "config")
+    for module in model.modules():
+        of_timm, wrapper = "pretrained_cfg" in vars(module), hasattr(module, "timm_model") and hasattr(module, "config")
         if not of_timm and not wrapper:
             continue
-        inside = {id(part) for part in one.modules()}
+        inside = {id(part) for part in module.modules()}
         entries = entries_of(attention for attention in attentions if id(attention) in inside)
         if wrapper:  # transformers', whose own configuration is what is saved
-            config: Any = one.config
+            config: Any = module.config
             if entries:
                 config.irpe = entries
             else:
                 vars(config).pop("irpe", None)
             continue
-        arguments = {name: value for name, value in vars(one).get("_model_args", {}).items() if name != RECORD}
-        one._model_args = arguments | ({RECORD: entries} if entries else {})  # type: ignore[assignment]
+        arguments = {name: value for name, value in vars(module).get("_model_args", {}).items() if name != RECORD}
+        module._model_args = arguments | ({RECORD: entries} if entries else {})  # type: ignore[assignment]

@@ -61,7 +61,7 @@ def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
         value = left.pop()
         if isinstance(value, dict):
             yield value
-            left += [one for name, one in value.items() if name not in _LABELS]
+            left += [inner for name, inner in value.items() if name not in _LABELS]
         elif isinstance(value, list):
             left += value
 

@@ -80,8 +80,8 @@ def _back(folder: str, name: str) -> bool:
     if not os.path.islink(path):
         return False
     place = Path(os.path.realpath(path))
-    way = (Path(os.path.realpath(one)) for one in (Path(folder), *Path(folder).parents))
-    return any(place == one or place in one.parents for one in way)
+    way = (Path(os.path.realpath(path)) for path in (Path(folder), *Path(folder).parents))
+    return any(place == path or place in path.parents for path in way)
 
 
 def converted(image: Image.Image, mode: str) -> Image.Image:

@@ -102,7 +102,7 @@ def contradictions(looks: Sequence[Look]) -> list[tuple[Look, Look]]:
     """(the first, another one) of the same pixels and of different classes."""
     first: dict[bytes, Look] = {}
     pairs = ((first.setdefault(look.digest, look), look) for look in looks if not look.reason)
-    return [(one, other) for one, other in pairs if one.label != other.label]
+    return [(look, other) for look, other in pairs if look.label != other.label]
 
 
 def scarce(counts: Sequence[int]) -> float:

@@ -65,14 +65,14 @@ def write_folder(folder: Path, write: Callable[[Path], object], ours: re.Pattern
 
 def unfinished(folder: Path) -> Path | None:
     """The folder of before, or the files of it, which a process that was killed while it replaced them has left."""
-    return next((one for one in _left(folder) if (one / LAST).is_file()), None)
+    return next((place for place in _left(folder) if (place / LAST).is_file()), None)
 
 
 def _left(folder: Path) -> list[Path]:
     name = re.compile(rf"\.{re.escape(folder.name)}\.\d+\.old")
-    places = [one for one in (folder.parent, folder) if one.is_dir()]
-    found = (one for place in places for one in place.iterdir() if name.fullmatch(one.name))
-    return sorted(one for one in found if one.is_dir() and not one.is_symlink())
+    places = [path for path in (folder.parent, folder) if path.is_dir()]
+    found = (path for place in places for path in place.iterdir() if name.fullmatch(path.name))
+    return sorted(path for path in found if path.is_dir() and not path.is_symlink())
 
 
 def _recover(place: Path, ours: re.Pattern[str]) -> None:
@@ -81,8 +81,8 @@ def _recover(place: Path, ours: re.Pattern[str]) -> None:
         if not place.exists():
             os.replace(left, place)
         elif left.parent == place and not (place / LAST).exists():
-            for one in list(left.iterdir()):
-                os.replace(one, place / one.name)
+            for file in list(left.iterdir()):
+                os.replace(file, place / file.name)
             left.rmdir()
         else:
             _clear(left, place, ours)
@@ -132,8 +132,10 @@ def _clear(old: Path, place: Path, ours: re.Pattern[str], written: Iterable[str]
 
 
 def _replace_files(place: Path, new: Path, old: Path, ours: re.Pattern[str]) -> None:
-    names = sorted((one.name for one in new.iterdir()), key=lambda name: name == LAST)
-    before = [one.name for one in place.iterdir() if one.is_file() and (ours.fullmatch(one.name) or one.name in names)]
+    names = sorted((file.name for file in new.iterdir()), key=lambda name: name == LAST)
+    before = [
+        file.name for file in place.iterdir() if file.is_file() and (ours.fullmatch(file.name) or file.name in names)
+    ]
     before.sort(key=lambda name: name != LAST)
     steps = [(place / name, old / name) for name in before] + [(new / name, place / name) for name in names]
     done: list[tuple[Path, Path]] = []

@@ -188,7 +188,7 @@ def _run(folder: Path, values: Any, weights: str) -> Any:
         places = {"best": (BEST, FOLDER), "last": (FOLDER,)}
         if weights not in places:
             raise ValueError(f"weights={weights!r}; expected best or last of a run of irpe detect")
-        found = next((folder / one for one in places[weights] if (folder / one / CONFIG).exists()), None)
+        found = next((folder / place for place in places[weights] if (folder / place / CONFIG).exists()), None)
         if found is None:
             raise ValueError(f"{folder} has no weights: the run has not ended")
         return load(found)

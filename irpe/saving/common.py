@@ -22,7 +22,7 @@ MODEL = re.compile(
 
 def check_same(model: nn.Module, again: nn.Module) -> None:
     """Refuses a model that is not what its configuration builds."""
-    own, other = ({name: one.shape for name, one in part.state_dict().items()} for part in (model, again))
+    own, other = ({name: tensor.shape for name, tensor in part.state_dict().items()} for part in (model, again))
     if own != other:
         strange = sorted({name for name, _ in set(own.items()) ^ set(other.items())})
         raise ValueError(
@@ -36,7 +36,7 @@ def fill(model: nn.Module, folder: Path) -> None:
     from ..runs.files import reason_of
     from ..runs.tensors import read_safetensors, read_torch
 
-    file = next((one for one in (folder / WEIGHTS, folder / "pytorch_model.bin") if one.exists()), folder / WEIGHTS)
+    file = next((path for path in (folder / WEIGHTS, folder / "pytorch_model.bin") if path.exists()), folder / WEIGHTS)
     try:
         state = read_safetensors(file) if file.suffix == ".safetensors" else read_torch(file)
     except (ValueError, OSError) as error:
@@ -45,7 +45,7 @@ def fill(model: nn.Module, folder: Path) -> None:
         model.load_state_dict(state, strict=True)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} does not fit the model: {' '.join(str(error).split())[:300]}") from None
-    kinds = {one.dtype for one in state.values() if one.is_floating_point()}
+    kinds = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
     if len(kinds) == 1 and kinds <= {torch.float16, torch.bfloat16, torch.float64}:
         model.to(kinds.pop())
 
@@ -98,5 +98,5 @@ def with_classifier(model: Any, names: Any, preprocessing: Any, count: int) -> A
         return model
     if not isinstance(names, list) or len(names) != count:
         names = [str(number) for number in range(count)]
-    model.predict = Classifier(model, [str(one) for one in names], preprocessing=preprocessing)
+    model.predict = Classifier(model, [str(name) for name in names], preprocessing=preprocessing)
     return model

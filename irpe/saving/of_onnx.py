@@ -36,7 +36,7 @@ def load_onnx(path: Path) -> Any:
             raise ValueError(f"{file} does not exist; expected what irpe export wrote: an .onnx file, and its JSON")
     facts = read_json(beside)
     try:
-        said, classes = facts["input"], [str(one) for one in facts["classes"]]
+        said, classes = facts["input"], [str(name) for name in facts["classes"]]
         batch, _, height, width = said["shape"]
         values = {name: said[name] for name in ("mean", "std", "crop_pct", "interpolation")} | {"size": [height, width]}
     except (KeyError, TypeError, ValueError):

@@ -31,7 +31,7 @@ def save_timm(model: Any, folder: Path, classes: list[str], processor: Any) -> d
     save_config_for_hf(model, str(file), model_config=config, data_config=data)
     values = read_json(file)
     arguments = values.get("model_args") or {}
-    for name in [one for one in arguments if one.startswith("pretrained")]:
+    for name in [key for key in arguments if key.startswith("pretrained")]:
         del arguments[name]  # how weights were read once
         write_json(file, values)
     try:
@@ -60,8 +60,8 @@ def _build_timm(config: dict[str, Any]) -> Any:
         raise ValueError(f"timm has no model {name!r}, or this version of it has not")
     if strange := loading_arguments(arguments):
         raise ValueError(f"model_args has {', '.join(strange)}; what a file names is neither fetched nor read")
-    shape = {key: one for key, one in (config.get("pretrained_cfg") or {}).items() if key in _SHAPE}
-    shape = {key: tuple(one) if isinstance(one, list) else one for key, one in shape.items()}
+    shape = {key: value for key, value in (config.get("pretrained_cfg") or {}).items() if key in _SHAPE}
+    shape = {key: tuple(value) if isinstance(value, list) else value for key, value in shape.items()}
     model = timm.create_model(name, pretrained=False, pretrained_cfg={"architecture": name, **shape}, **arguments)
     for entry in entries:
         equip(model, rpe_config_from_dict(entry["rpe_config"]), blocks=entry["attentions"])

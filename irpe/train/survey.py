@@ -84,17 +84,17 @@ def survey(
         if verify:
             looks[part] = looked(Looks(source, look, _name), reading, advance, worker_init_fn=start_worker)
             facts["parts"][part] |= of_part(looks[part], source.name)
-            known = known or [one.label for one in looks[part]]
+            known = known or [look.label for look in looks[part]]
         counts[part] = None if known is None else Counter(known)
     facts["classes"] = [
         {"name": name, **{part: None if found is None else found[k] for part, found in counts.items()}}
         for k, name in enumerate(data.classes)
     ]
     first = next(iter(parts))
-    learned = [one[first] for one in facts["classes"]]
+    learned = [row[first] for row in facts["classes"]]
     known = [count for count in learned if count is not None]
     facts["few_under"] = scarce(known) if known else None
-    facts["few"] = [one["name"] for one in facts["classes"] if known and one[first] < facts["few_under"]]
+    facts["few"] = [row["name"] for row in facts["classes"] if known and row[first] < facts["few_under"]]
     if verify and len(parts) == 2:
         pairs = shared(looks["train"], looks["val"])
         facts["in_both"] = [
@@ -102,7 +102,7 @@ def survey(
         ]
     if verify:
         pairs = contradictions(looks[first])
-        facts["of_two_classes"] = [[parts[first].name(one.number) for one in pair] for pair in pairs]
+        facts["of_two_classes"] = [[parts[first].name(look.number) for look in pair] for pair in pairs]
     return facts | {"notes": data.notes}
 
 
@@ -143,7 +143,7 @@ def rows_of(
         image.thumbnail((_LARGEST, _LARGEST))
         panels = [
             Panel(np.asarray(image) / 255),
-            *(Panel(unnormalised(one, shape.mean, shape.std)) for one in (plain.image, *seen)),
+            *(Panel(unnormalised(image, shape.mean, shape.std)) for image in (plain.image, *seen)),
         ]
         rows.append(Row(f"{short(classes[plain.target], 40)}  {size}", panels))
         views.append(seen[-1])

@@ -45,10 +45,10 @@ def _guarded(to_json_string: Any) -> Any:
                 values[_KEPT + "model_type"] = values["model_type"]
                 values["model_type"] += "-with-irpe"
         else:
-            for one in _equipped(values):
-                name = next((name for name in _LAYERS[::-1] if name in one), None)
-                if name is not None and one[name] != SENTENCE:
-                    one[_KEPT + name], one[name] = one[name], SENTENCE
+            for config in _equipped(values):
+                name = next((name for name in _LAYERS[::-1] if name in config), None)
+                if name is not None and config[name] != SENTENCE:
+                    config[_KEPT + name], config[name] = config[name], SENTENCE
         return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
     guarded.before_irpe = to_json_string  # type: ignore[attr-defined]
@@ -70,10 +70,10 @@ def _is_of_a_class_elsewhere(values: dict[str, Any]) -> bool:
 def readable(values: dict[str, Any]) -> bool:
     """Gives guarded configurations inside plain values their numbers back, in place; whether there were any."""
     found = False
-    for one in _equipped(values):
+    for config in _equipped(values):
         for name in (*_LAYERS, "model_type"):
-            if _KEPT + name in one:
-                one[name], found = one.pop(_KEPT + name), True
+            if _KEPT + name in config:
+                config[name], found = config.pop(_KEPT + name), True
     return found
 
 
@@ -82,7 +82,7 @@ def _equipped(values: Any) -> list[dict[str, Any]]:
     if not isinstance(values, dict):
         return []
     own = [values] if isinstance(values.get("irpe"), list) else []
-    return own + [part for one in values.values() for part in _equipped(one)]
+    return own + [part for value in values.values() for part in _equipped(value)]
 
 
 def read_config(cls: Any, folder: str | os.PathLike[str], **kwargs: Any) -> Any:

@@ -53,9 +53,9 @@ def _with_config(cls: Any, folder: Any, kwargs: dict[str, Any]) -> dict[str, Any
     from transformers import AutoConfig
 
     of_config = AutoConfig if hasattr(cls, "_model_mapping") else cls.config_class
-    told = {name: one for name, one in kwargs.items() if name not in _OF_WEIGHTS}
+    told = {name: value for name, value in kwargs.items() if name not in _OF_WEIGHTS}
     config, rest = read_config(of_config, folder, return_unused_kwargs=True, **told)
-    kept = {name: one for name, one in kwargs.items() if name in rest or name in (*HUB, *_OF_WEIGHTS)}
+    kept = {name: value for name, value in kwargs.items() if name in rest or name in (*HUB, *_OF_WEIGHTS)}
     return kept | {"config": config}
 
 
@@ -94,7 +94,7 @@ class _Mapping:
     def __getitem__(self, config_class: Any) -> Any:
         found = self.mapping[config_class]
         if isinstance(found, (list, tuple)):
-            return tuple(_equipping(one, self.folder) for one in found)
+            return tuple(_equipping(cls, self.folder) for cls in found)
         return _equipping(found, self.folder)
 
 

@@ -85,6 +85,6 @@ def swap_back(part: Any) -> None:
 
 
 def _change(part: Any, classes: dict[type, type]) -> None:
-    for one in part.modules():
-        if type(one) in classes:
-            one.__class__ = classes[type(one)]
+    for module in part.modules():
+        if type(module) in classes:
+            module.__class__ = classes[type(module)]
