@@ -57,6 +57,25 @@ def run_python(fresh, tmp_path):
 
 
 @pytest.fixture(scope="session")
+def made_once(tmp_path_factory):
+    """made_once(name, make): the file of that name, which `make(path)` makes once for all of pytest's workers."""
+
+    def file(name, make):
+        import fcntl  # not everywhere
+
+        folder = tmp_path_factory.getbasetemp()
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            folder = folder.parent  # one compiles, the others wait
+        with open(folder / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (folder / name).exists():
+                make(folder / name)
+        return folder / name
+
+    return file
+
+
+@pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
     """The folder of a run of `irpe train` on tiny pictures, beside their folder `data`; for reading alone."""
     from train_tiny import SMALL, irpe, pictures

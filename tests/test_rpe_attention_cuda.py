@@ -99,18 +99,8 @@ def build(library):
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
-    import fcntl  # not everywhere
-
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent  # of all workers: one compiles, which takes half a minute, the others wait
-    library = folder / "rpe_attention_on_host.so"
-    with open(folder / "rpe_attention_on_host.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not library.exists():
-            build(library)
-    return ctypes.CDLL(str(library))
+def kernels(made_once):
+    return ctypes.CDLL(str(made_once("rpe_attention_on_host.so", build)))
 
 
 def heads_of(x):

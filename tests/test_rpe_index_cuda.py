@@ -49,21 +49,19 @@ class Options(ctypes.Structure):
     _fields_ = [(name, INT) for name in ("multiprocessors", "first_block", "order")]
 
 
-def build(folder):
+def build(library):
     flags = os.environ.get("RPE_OPS_CXXFLAGS", "-O1").split()
     if "-fsanitize=address" in flags:  # fibers have stacks of their own
         flags += ["--param", "asan-stack=0"]
-    library = folder / "on_host.so"
     include = Path(torch.__file__).parent / "include"
     source = ROOT / "tests" / "on_host" / "rpe_index.cpp"
     command = [COMPILER, "-std=c++17", *flags, "-Wall", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
     subprocess.run([*command, f"-I{include}", source, "-o", library], check=True)
-    return library
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("on_host"))
+def library(made_once):
+    return made_once("rpe_index_on_host.so", build)
 
 
 @pytest.fixture(scope="module")

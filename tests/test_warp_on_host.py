@@ -21,19 +21,17 @@ LANE = torch.arange(32)
 GROUP, T = LANE // 4, LANE % 4
 
 
-def build(folder):
+def build(library):
     flags = os.environ.get("RPE_OPS_CXXFLAGS", "-O2").split()
     if "-fsanitize=address" in flags:  # fibers have stacks of their own
         flags += ["--param", "asan-stack=0"]
-    library = folder / "warp.so"
     command = [COMPILER, "-std=c++17", *flags, "-Wall", "-shared", "-fPIC", f"-I{ROOT / 'tests'}"]
     subprocess.run([*command, ROOT / "tests" / "on_host" / "warp.cpp", "-o", library], check=True)
-    return library
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("warp"))
+def library(made_once):
+    return made_once("warp_on_host.so", build)
 
 
 @pytest.fixture(scope="module")
