@@ -144,10 +144,10 @@ class Classifier:
         """The guesses for a batch of pictures."""
         if self.batch is not None and len(pictures) > self.batch:
             return [result for part in chunks(pictures, self.batch) for result in self.of(part, top)]
-        mode = "RGB" if self.channels == 3 else "L"
-        images = torch.stack(
-            [self.prepare(read(picture, mode)) for picture in pictures]
-        )  # (B, channels, height, width)
+        from .runs.picture import mode_of
+
+        mode = mode_of(self.channels)
+        images = torch.stack([self.prepare(read(each, mode)) for each in pictures])  # (B, channels, height, width)
         if self.batch is not None:
             images = torch.cat([images, images.new_zeros(self.batch - len(images), *images.shape[1:])])
         first = next(self.model.parameters(), None)

@@ -123,6 +123,7 @@ def _attention(source: str, weights: str, image: Path, out: Path, **wanted: Any)
     from ..attention_maps import attention_maps, encoded_part
     from ..prediction import read
     from ..runs.files import printable
+    from ..runs.picture import mode_of
     from ..saving import load
     from ..viz_image import draw_attention
 
@@ -131,7 +132,7 @@ def _attention(source: str, weights: str, image: Path, out: Path, **wanted: Any)
     model = load(source, weights=weights)
     encoded_part(model)  # refuses others before anything is asked of `predict`
     said = model.predict
-    prepared = said.prepare(read(image, "RGB" if said.channels == 3 else "L"))
+    prepared = said.prepare(read(image, mode_of(said.channels)))
     maps = attention_maps(model, prepared, **wanted)
     mean, std = np.array(said.preprocessing.mean), np.array(said.preprocessing.std)
     pixels = np.clip(prepared.permute(1, 2, 0).numpy() * std + mean, 0, 1)  # as the model saw it, in colour

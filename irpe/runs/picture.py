@@ -84,6 +84,11 @@ def _back(folder: str, name: str) -> bool:
     return any(place == path or place in path.parents for path in way)
 
 
+def mode_of(channels: int) -> str:
+    """Pillow's name of pictures with 3 channels, RGB, or with 1, L (grey)."""
+    return "RGB" if channels == 3 else "L"
+
+
 def converted(image: Image.Image, mode: str) -> Image.Image:
     """The image in RGB or L (grey): 16 bits become 8, transparency is dropped, of several frames it is the first.
 

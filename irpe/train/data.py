@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import IterableDataset
 
 from ..runs.files import read_text
-from ..runs.picture import converted, read_picture
+from ..runs.picture import converted, mode_of, read_picture
 from ..runs.settings import DIGITS, refuse_two_digits
 from .pictures import ReaderSource, pictures
 from .settings import Settings
@@ -166,7 +166,7 @@ def open_data(settings: Settings, *, train: bool = True) -> Data:
         ValueError: nothing is there; a class without images; classes that differ between train and val; a data set
             that has to be downloaded; --val-share where there is a part to evaluate on.
     """
-    mode = "RGB" if settings.in_chans == 3 else "L"
+    mode = mode_of(settings.in_chans)
     if settings.val_share and settings.val_split:
         raise ValueError(
             f"--val-share {settings.val_share:g} and --val-split {settings.val_split} both say what to evaluate on; "

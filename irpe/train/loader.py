@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ..runs.picture import converted
+from ..runs.picture import converted, mode_of
 from ..runs.seeds import Share, mixed, seed_all
 from ..runs.workers import BadImageError, Careful, Loader, Reading
 from .data import Source
@@ -80,7 +80,7 @@ class Samples(Careful[Sample]):
 
     def _none(self, bad: tuple[str, ...]) -> Sample:
         # every process does as many batches, so some hold images that are not counted
-        mode = "RGB" if getattr(self.transform, "channels", 3) == 3 else "L"
+        mode = mode_of(getattr(self.transform, "channels", 3))
         return Sample(self.transform(Image.new(mode, (64, 64))), 0, False, bad)
 
 
@@ -92,7 +92,7 @@ class StreamSamples(IterableDataset[Sample]):
 
     def __iter__(self) -> Iterator[Sample]:
         seed_all(get_worker_info().seed)  # type: ignore[union-attr]
-        mode = "RGB" if getattr(self.transform, "channels", 3) == 3 else "L"
+        mode = mode_of(getattr(self.transform, "channels", 3))
         for image, target in self.stream:
             try:
                 picture = converted(image, mode)

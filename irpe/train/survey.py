@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..runs.files import reason_of
 from ..runs.grid import Panel, Row, short
-from ..runs.picture import converted, decoded, open_picture
+from ..runs.picture import converted, decoded, mode_of, open_picture
 from ..runs.seeds import mixed, seed_all
 from ..runs.survey import Look, Looks, contradictions, look_at, looked, of_part, scarce, shared, unnormalised
 from .data import STREAMS, Data, Source, Subset, in_one_part, open_data
@@ -74,7 +74,7 @@ def survey(
         advance: is told how many more pictures were looked at.
         verify: whether every picture is read; without it there are counts alone.
     """
-    look, reading = functools.partial(_look, "RGB" if settings.in_chans == 3 else "L"), reading_of(settings)
+    look, reading = functools.partial(_look, mode_of(settings.in_chans)), reading_of(settings)
     looks: dict[str, list[Look]] = {}
     facts: dict[str, Any] = {"kind": "classification", "data": settings.data, "verified": verify, "parts": {}}
     counts: dict[str, Counter[int] | None] = {}
