@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fresh import PATIENCE
+from fresh import FORK, PATIENCE
 
 pytest.importorskip("timm")
 pytest.importorskip("sklearn")
@@ -124,7 +125,10 @@ def test_results_do_not_depend_on_the_number_of_workers():
     assert any(np.abs(one[0]["state"][name]).max() > 0 for name in one[0]["state"] if "lookup_table" in name)
 
 
-def test_an_exception_in_a_worker_arrives_with_its_reason():
+def test_an_exception_in_a_worker_arrives_with_its_reason(monkeypatch):
+    # as the command starts a worker is seen in the quick run below
+    context = multiprocessing.get_context("fork" if FORK else "spawn")
+    monkeypatch.setattr(demo.multiprocessing, "get_context", lambda kind: context)
     with pytest.raises(ValueError, match="it has another form"):
         demo.fit_all([demo.Run("nonsense", 0, 4e-3, **TINY), demo.Run(demo.NONE, 0, 4e-3, **TINY)], 1)
 
