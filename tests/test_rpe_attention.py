@@ -1,7 +1,6 @@
 import math
 import os
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,11 +121,10 @@ def test_the_instruction_set_is_the_machine_s_or_a_lower_one_by_name(monkeypatch
 
 
 @needs_build
-def test_an_import_does_not_stumble_over_an_unknown_instruction_set():
+def test_an_import_does_not_stumble_over_an_unknown_instruction_set(run_python):
     code = "import rpe_ops; print(rpe_ops.backends()['cpu'])"
-    environment = os.environ | {"RPE_OPS_ISA": "sse9", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.startswith("not here: RPE_OPS_ISA=sse9"), done.stderr
+    done = run_python(code, path=[Path(rpe_ops.__file__).parents[1]], environment=os.environ | {"RPE_OPS_ISA": "sse9"})
+    assert done.stdout.startswith("not here: RPE_OPS_ISA=sse9"), done.stdout
 
 
 @needs_build

@@ -1,8 +1,6 @@
 """irpe/train/data.py and loader.py: what is found, what is refused, bad images, shares, and random numbers."""
 
 import re
-import subprocess
-import sys
 import tarfile
 
 import pytest
@@ -11,9 +9,8 @@ import torch
 pytest.importorskip("timm")
 pytest.importorskip("sklearn")
 
-from fresh import PATIENCE
 from PIL import Image
-from train_tiny import SMALL, environment, log, pictures, process
+from train_tiny import LIBRARIES, ROOT, SMALL, environment, log, pictures, process
 from typer.testing import CliRunner
 
 from irpe.__main__ import app
@@ -461,7 +458,7 @@ def strange(path):
     return own(path)
 picture.open_picture = strange
 from irpe.__main__ import main
-sys.argv = ["irpe", *sys.argv[1:]]
+sys.argv = ["irpe", *{words}]
 main()
 """
 ACTIONS = {
@@ -485,14 +482,8 @@ def test_a_loader_process_that_does_not_answer_ends_the_run_with_a_name(folder, 
         "--out",
         tmp_path,
     ]
-    code = STRANGE.format(action=ACTIONS[what])
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, given)],
-        capture_output=True,
-        text=True,
-        env=environment(),
-        timeout=PATIENCE,
-    )
+    code = STRANGE.format(action=ACTIONS[what], words=[str(word) for word in given])
+    done = LIBRARIES.run(code, cwd=tmp_path, path=[ROOT], environment=environment())
     assert done.returncode == 1, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     if what == "killed":

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,7 +10,6 @@ from torch import nn
 pytest.importorskip("timm")
 pytest.importorskip("sklearn")
 
-from fresh import PATIENCE
 from safetensors.torch import load_file, save_file
 from train_tiny import RPE, SMALL, irpe, pictures, words
 
@@ -58,7 +55,7 @@ def model_of(run, which="best", **changes):
 
 
 @pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=pytest.mark.slow)])
-def test_files_compute_what_the_model_computes(run, tmp_path, suffix, monkeypatch):
+def test_files_compute_what_the_model_computes(run, tmp_path, suffix, run_python, monkeypatch):
     if suffix == ".onnx":
         pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
@@ -68,16 +65,7 @@ def test_files_compute_what_the_model_computes(run, tmp_path, suffix, monkeypatc
     assert "images Bx1x8x12, 4 classes, at most" in words(result)
     images = torch.randn(5, 1, 8, 12, generator=torch.Generator().manual_seed(1))
     torch.save(images, tmp_path / "images.pt")
-    # -I: this checkout is not on the path
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", LOAD[suffix] + CALL],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "[]"
+    assert run_python(LOAD[suffix] + CALL).stdout.strip() == "[]"  # this checkout is not on the path
     with torch.no_grad():
         expected = model_of(run)(images)
     for found, count in zip(torch.load(tmp_path / "logits.pt"), (1, 2, 5), strict=True):

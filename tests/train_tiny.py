@@ -107,6 +107,7 @@ def log(folder, kind):
 
 
 __all__ = [
+    "LIBRARIES",
     "MODEL",
     "ONE_STEP",
     "ROOT",
