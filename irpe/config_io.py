@@ -42,9 +42,8 @@ def _clipped(config: RPEConfig) -> RPEConfig:
     clipped = {}
     for name, single in vars(config).items():
         if single is not None:
-            last = (
-                tuple(float(int(n)) for n in single.beta) if isinstance(single.beta, tuple) else float(int(single.beta))
-            )
+            beta = single.beta
+            last = tuple(float(int(n)) for n in beta) if isinstance(beta, tuple) else float(int(beta))
             clipped[name] = dataclasses.replace(single, alpha=last, beta=last)
     return RPEConfig(**clipped)
 
@@ -62,10 +61,8 @@ def rpe_config_to_string(config: RPEConfig) -> str:
     first = next(iter(singles.values()), None)
     if first is None or any(other != first for other in singles.values()):
         raise ValueError(f"{config} has no string form: q, k and v have different configurations, or none")
-    mode, gammas = (
-        first.mode.replace("contextual", "ctx"),
-        first.gamma if isinstance(first.gamma, tuple) else (first.gamma,),
-    )
+    mode = first.mode.replace("contextual", "ctx")
+    gammas = first.gamma if isinstance(first.gamma, tuple) else (first.gamma,)
     ratio = "x".join(str(gamma / 8) for gamma in gammas)
     text = f"rpe-{ratio}-{_METHOD_NAMES[first.method]}-{mode}-{int(first.shared_head)}-{''.join(singles)}"
     text += "" if first.ndim == 2 else f"-{first.ndim}d"
