@@ -14,6 +14,7 @@ try:
     from ._version import __version__
     from .cli import bench, compare, detect, export, inspect, predict, show, sweep, train
     from .cli.common import console, new_folder
+    from .cli.torchrun import Commands
 except ImportError as error:
     raise SystemExit(f"irpe: {error}; {REMEDY}") from None
 except KeyboardInterrupt:
@@ -23,6 +24,7 @@ __all__ = ["app", "main", "new_folder"]
 
 app = typer.Typer(
     name="irpe",
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -3,7 +3,6 @@
 import dataclasses
 import inspect
 import os
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.console import Console
 
 from ..runs.settings import PANELS
 from .common import Terminal, console, sentence, words_of
+from .torchrun import failing
 
 FOLDER = "Folder and resuming"
 _LESS = "a smaller --batch-size (or --accumulate, which keeps it) and fewer --loader-workers need less"  # of training
@@ -146,10 +146,9 @@ def sentences(less: str = _LESS) -> Iterator[Console]:
     except (ValueError, TypeError, OSError, MemoryError, RuntimeError) as error:
         if (words := _words_of(error, less)) is None:
             raise
-        if not first:
-            time.sleep(3)  # an error of all processes is the first one's to tell: torchrun ends the others meanwhile
         if isinstance(error, (ValueError, TypeError)) and not isinstance(error, RunError):
             raise typer.BadParameter(sentence(words)) from None
+        failing(f"irpe: {sentence(words)}")
         typer.echo(f"irpe: {sentence(words)}", err=True)
         raise typer.Exit(1) from None
 
