@@ -51,6 +51,7 @@ ALLOWED = {
     "irpe.viz": {"matplotlib", "numpy", "irpe.encodings", "irpe.viz_maps"},
     "irpe.demo": {"timm", "irpe._version", "irpe.digits", "irpe.encodings", "irpe.equip"},
     "irpe.runs": RUNS,  # of train and detect nothing, and none of them knows the other
+    "irpe.runs.trackers": {"irpe.runs", "wandb", "mlflow"},
     "irpe.train": ABOVE | {"irpe.train", "irpe.encodings"},
     "irpe.detect": ABOVE | {"irpe.detect", "irpe.detr", "irpe.integrations", "torchmetrics"},
 }

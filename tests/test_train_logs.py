@@ -15,6 +15,7 @@ from train_tiny import SMALL, irpe, pictures
 from irpe import viz
 from irpe.runs import logs
 from irpe.runs.logs import Log, duration, read_log
+from irpe.runs.trackers import trackers_of
 from irpe.train import data, loader, model, report
 from irpe.train.settings import settings_from
 
@@ -108,7 +109,9 @@ def test_tensorboard(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log = Log(tmp_path, Console(file=io.StringIO()), tensorboard=True)
+    log = Log(
+        tmp_path, Console(file=io.StringIO()), trackers=trackers_of(tmp_path, settings_from("small", {"data": ""}), 0)
+    )
     log.step(step=1, epoch=1, loss=2.5, lr=0.1)
     log.epoch(epoch(1, 1), "", is_best=True)
     log.close()

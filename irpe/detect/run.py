@@ -11,9 +11,10 @@ from typing import Any
 from rich.console import Console
 
 from ..runs.files import write_json
-from ..runs.folder import SAVED, SETTINGS, Kind, check_names, check_results, locked
+from ..runs.folder import SAVED, SETTINGS, TRACKERS, Kind, check_names, check_results, locked
 from ..runs.process import MakeFolder, Say, fitted, say_to, signals, start_of, versions, writing
 from ..runs.report import CARD, CURVES, RESULT
+from ..runs.trackers import check_packages
 from ..runs.world import World, started
 from . import model as models
 from .batches import transform_of
@@ -30,7 +31,7 @@ _PACKAGES = ("transformers", "torchmetrics", "pycocotools", "scipy")  # whose ve
 _KEYS = {"settings", "score", "parameters", "versions"}
 KIND = Kind(
     "irpe detect",
-    files=(SETTINGS, "log.jsonl", RESULT, PICTURES, CURVES, CARD),
+    files=(SETTINGS, "log.jsonl", TRACKERS, RESULT, PICTURES, CURVES, CARD),
     results=(RESULT, PICTURES, models.FOLDER, models.BEST),
     is_ours=is_record,
     settings_from=settings_from_dict,
@@ -62,6 +63,7 @@ def train(settings: Settings, make_folder: MakeFolder, resume: str | None, conso
         Stopped: a signal came, and a checkpoint was written.
         ValueError, TypeError, OSError: the input is wrong, or a file cannot be written, with the reason.
     """
+    check_packages(settings)
     with signals() as stop, started(settings.device) as world:
         say = say_to(console, world)
         data, val = _data(settings, say)

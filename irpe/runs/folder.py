@@ -15,7 +15,7 @@ from typing import Any
 from . import checkpoint
 from .files import WriteError, read_json, reason_of
 
-SETTINGS, LOCK, BOARD = "settings.json", ".lock", "tensorboard"
+SETTINGS, LOCK, BOARD, TRACKERS = "settings.json", ".lock", "tensorboard", "trackers.json"
 _UNFINISHED = re.compile(r"\.(.+)\.\d+\.(?:tmp|old)")
 _EVENTS = re.compile(r"events\.out\.tfevents\..*")
 _STEP = re.compile(r"step-\d{9}\.pt")

@@ -1,15 +1,17 @@
-"""What one sees of a run: a progress bar, a line for each epoch, log.jsonl, and TensorBoard's files."""
+"""What one sees of a run: a progress bar, a line for each epoch, log.jsonl, and what trackers are told."""
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .files import WriteError, as_json, parse_json, plain, read_text, write_whole
+from .files import WriteError, as_json, parse_json, plain, read_text, reason_of, write_whole
+from .trackers import Tracker
 
 FILE = "log.jsonl"
 PAUSE = 30.0  # seconds between lines, where there is no terminal for a bar
@@ -93,11 +95,11 @@ class Log:
 
     def __init__(
         self, folder: Path | None, console: Console, *, step: int = 0, measured: int = 0, total_images: int = 0,
-        tensorboard: bool = False,
+        trackers: Mapping[str, Tracker] = MappingProxyType({}),
     ) -> None:  # fmt: skip
         """step, measured: where the run goes on; lines of later ones, which it will write again, are removed."""
         self.folder, self.console = folder, console
-        self.board: Any = None
+        self.trackers = dict(trackers)
         self.bar: Progress | None = None
         self.measured: Any = None  # the bar's task while images are measured
         self.reported = 0
@@ -105,13 +107,6 @@ class Log:
             return
         if (folder / FILE).exists():
             self._keep(folder, step, measured)
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-            except ImportError:
-                self.board = None
         self.total, self.done, self.at_last_line = total_images, 0, 0
         self.began = self.since = time.perf_counter()
         self.pace = Pace()
@@ -170,10 +165,8 @@ class Log:
         self.since, self.at_last_line = time.perf_counter(), self.done
         values = plain(values)  # a norm may overflow in float16, where the step is left out
         self._write({"kind": "step", **values, "images_per_second": round(rate, 1)})
-        if self.board is not None:
-            for name in ("loss", "lr", "grad_norm"):
-                if values.get(name) is not None:
-                    self.board.add_scalar(f"train/{name}", values[name], values["step"])
+        names = [name for name in ("loss", "lr", "grad_norm") if values.get(name) is not None]
+        self._tell({f"train/{name}": values[name] for name in names}, values["step"])
 
     def epoch(self, values: dict[str, Any], words: str, *, is_best: bool) -> None:
         """The line of a measured epoch; `words` say on the console what was measured."""
@@ -190,11 +183,13 @@ class Log:
             self.measured = None
         self.console.print(words + (", the best so far" if is_best else ""), soft_wrap=True)
         self.since, self.at_last_line = time.perf_counter(), self.done
-        if self.board is not None:
-            for part in ("val", "ema"):
-                for name, figure in values.get(part, {}).items():
-                    if isinstance(figure, float):
-                        self.board.add_scalar(f"{part}/{name.replace(' ', '_')}", figure, values["step"])
+        figures = {
+            f"{part}/{name.replace(' ', '_')}": figure
+            for part in ("val", "ema")
+            for name, figure in values.get(part, {}).items()
+            if isinstance(figure, float)
+        }
+        self._tell(figures, values["step"])
 
     def bad_images(self, names: list[str]) -> None:
         """Names the first unreadable images, once."""
@@ -204,12 +199,30 @@ class Log:
                 f"{len(names)} unreadable images to evaluate on, left out: {'; '.join(names[:3])}", soft_wrap=True
             )
 
-    def close(self) -> None:
-        """Ends the bar and the files."""
+    def close(self, *, ended: bool = True) -> None:
+        """Ends the bar and the trackers, of a run that has come to its end or not."""
         if self.bar is not None:
             self.bar.stop()
-        if self.board is not None:
-            self.board.close()
+        for name, tracker in list(self.trackers.items()):
+            self._try(name, lambda tracker=tracker: tracker.close(ended=ended))  # type: ignore[misc]
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *about: object) -> None:
+        self.close(ended=kind is None)
+
+    def _tell(self, values: dict[str, float], step: int) -> None:
+        for name, tracker in list(self.trackers.items()):
+            self._try(name, lambda tracker=tracker: tracker.log(values, step))  # type: ignore[misc]
+
+    def _try(self, name: str, act: Callable[[], None]) -> None:
+        """A tracker that fails, on a network that is gone, is left alone: no training ends for that."""
+        try:
+            act()
+        except Exception as error:
+            del self.trackers[name]
+            self.console.print(f"{name} takes no more, {FILE} has it all: {reason_of(error)}", soft_wrap=True)
 
     def _write(self, line: dict[str, Any]) -> None:
         assert self.folder is not None

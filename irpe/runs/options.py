@@ -42,9 +42,12 @@ def check(settings: Any) -> None:
         if "help" not in rules or value is None:
             continue
         said = f"{flag(field.name)} {value}; expected"
-        if rules["choices"] and value not in rules["choices"]:
-            raise ValueError(f"{said} one of {', '.join(map(str, rules['choices']))}")
-        for number in value if isinstance(value, tuple) else (value,):
+        several = value if isinstance(value, tuple) else (value,)
+        if rules["choices"] and (strange := [one for one in several if one not in rules["choices"]]):
+            said = f"{flag(field.name)} {strange[0]}; expected one of"
+            again = ", and the option once for each" if isinstance(value, tuple) else ""
+            raise ValueError(f"{said} {', '.join(map(str, rules['choices']))}{again}")
+        for number in several:
             if isinstance(number, float) and not math.isfinite(number):
                 raise ValueError(f"{said} a finite number")
             if rules["low"] is not None and number < rules["low"]:

@@ -42,6 +42,14 @@ class RunSettings:
     )
     log_every: int = option(50, KEEP, "Steps between lines of log.jsonl.", low=1, free=True)
     tensorboard: bool = option(True, KEEP, "Log for TensorBoard too, where its package is installed.", free=True)
+    # not --log, which is the beginning of several options of torchrun, so that it would refuse the command
+    track: tuple[str, ...] = option(
+        (),
+        KEEP,
+        "Log to wandb or mlflow too (repeatable), as their own settings say where; a run that goes on does so there.",
+        choices=("wandb", "mlflow"),
+        free=True,
+    )
     plots: bool = option(True, KEEP, "Draw curves at the end, and learned encodings of a classifier.", free=True)
 
 

@@ -4,7 +4,7 @@ import math
 import shlex
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from .progress import Progress, Sums
 from .seeds import Share
 from .settings import RunSettings
 from .tensors import not_finite
+from .trackers import trackers_of
 from .workers import RunError
 from .world import World
 
@@ -158,9 +159,10 @@ class Trainer:
         settings, progress = self.settings, self.progress
         log = Log(
             folder if self.world.first else None, console, step=progress.step, measured=progress.measured,
-            total_images=(self.total_steps - progress.step) * settings.batch_size, tensorboard=settings.tensorboard,
+            total_images=(self.total_steps - progress.step) * settings.batch_size,
+            trackers=trackers_of(folder, settings, progress.step) if self.world.first else {},
         )  # fmt: skip
-        with closing(log):
+        with log:
             while True:
                 if self.is_due():
                     try:

@@ -9,9 +9,10 @@ from typing import Any
 from rich.console import Console
 
 from ..runs.files import read_json
-from ..runs.folder import SETTINGS, Kind
+from ..runs.folder import SETTINGS, TRACKERS, Kind
 from ..runs.process import MakeFolder, Say, fitted, say_to, signals, start_of, versions, writing
 from ..runs.report import CARD, CURVES, RESULT
+from ..runs.trackers import check_packages
 from ..runs.world import World, started
 from . import model as models
 from .data import Data, Source, difference, located, open_data
@@ -47,7 +48,7 @@ def _located(values: dict[str, Any]) -> Settings:
 _RESULTS = (RESULT, CARD, BEST, WEIGHTS, AVERAGE, "model.pt2", "model.pt2.json")
 KIND = Kind(
     "irpe train",
-    files=(SETTINGS, "log.jsonl", CURVES, ENCODINGS, *_RESULTS),
+    files=(SETTINGS, "log.jsonl", TRACKERS, CURVES, ENCODINGS, *_RESULTS),
     results=_RESULTS,
     is_ours=_is_record,
     settings_from=settings_from_dict,
@@ -74,6 +75,7 @@ def train(settings: Settings, make_folder: MakeFolder, resume: str | None, conso
         Stopped: a signal came, and a checkpoint was written.
         ValueError, TypeError, OSError: the input is wrong, or a file cannot be written, with the reason.
     """
+    check_packages(settings)
     with signals() as stop, started(settings.device) as world:
         say = say_to(console, world)
         data = _open(settings, world, say)
