@@ -43,8 +43,8 @@ def test_a_run_on_a_folder_writes_everything(whole, folder):
     run, output = whole
     names = {one.name for one in run.iterdir()} - {"tensorboard"}  # where its package is installed
     assert names == {
-        "README.md", "best.safetensors", "checkpoints", "curves.png", "ema.safetensors", "encodings.png", "log.jsonl",
-        "model.safetensors", "result.json", "settings.json",
+        "README.md", "best.safetensors", "checkpoints", "confusion.json", "confusion.png", "curves.png",
+        "ema.safetensors", "encodings.png", "log.jsonl", "model.safetensors", "result.json", "settings.json",
     }  # fmt: skip
     assert [one.name for one in checkpoint.checkpoints(run)] == ["step-000000002.pt", "step-000000004.pt"]
     assert len(log(run, "epoch")) == 2 and len(log(run, "step")) == 4

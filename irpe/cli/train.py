@@ -2,10 +2,13 @@
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
+from rich.table import Table
 
 from ..runs.options import flag
 from ..train.settings import RECIPES, Settings, settings_from, settings_from_dict
@@ -25,6 +28,9 @@ from .options import (
     sentences,
     with_settings,
 )  # fmt: skip
+
+if TYPE_CHECKING:
+    from ..train.confusion import Confusion
 
 DEMO = "Demo on handwritten digits (without DATA)"
 Data = Annotated[
@@ -202,6 +208,7 @@ def _evaluate(
     """
     from ..runs.settings import refuse_two_digits
     from ..train import run as job
+    from ..train.confusion import confusions, plain
     from ..train.data import elsewhere, same_data
 
     options = given(settings | {"data": data, "val_split": split, "rpe": rpe})
@@ -233,18 +240,34 @@ def _evaluate(
             chosen = settings_from_dict({**dataclasses.asdict(old), **options})
             path = job.weights_of(run, weights)
         check_place(json_file)
-        score, bad = job.measure(chosen, path, classes, printer)
+        score, bad, names = job.measure(chosen, path, classes, printer)
         for name in bad[:5]:
             printer.print(f"unreadable: {name}", soft_wrap=True)
         printer.print(score.words(), soft_wrap=True)
+        found = confusions(score.pairs, names)
+        if found:
+            printer.print(_confused(found))
         if json_file is not None and os.environ.get("RANK", "0") == "0":
             values = score.plain() | {
                 "unreadable": bad,
                 "classes": classes,
                 "data": chosen.data,
                 "split": chosen.val_split,
+                "confusion": plain(score.pairs, names),
             }
             write_json(json_file, values)
+
+
+def _confused(found: Sequence["Confusion"]) -> Table:
+    """The most frequent confusions."""
+    table = Table(title="Taken for another class most often", title_justify="left", box=box.SIMPLE_HEAD)
+    for name in ("class", "taken for"):
+        table.add_column(name, overflow="fold")
+    for name in ("images", "of", "%"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for one in found:
+        table.add_row(one.name, one.guess, f"{one.images:,}", f"{one.of:,}", f"{one.percent:.1f}")
+    return table
 
 
 # what evaluation has no use for

@@ -53,7 +53,7 @@ def predict(
             found, bad = found_on(model, batch, sizes, processor, threshold=0.0)
         strange += bad
         mine += zip(batch.numbers, found, strict=True)
-    both: Any = world.gathered(mine)  # type: ignore[arg-type]
+    both: Any = world.gathered(mine)
     everything: dict[int, Prediction] = dict(both)
     if count := int(world.total(torch.tensor([float(strange)]))):
         raise not_numbers(count, len(data), "pictures")

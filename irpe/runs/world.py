@@ -41,7 +41,7 @@ class World:
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         return int(flags)
 
-    def gathered(self, values: list[str]) -> list[str]:
+    def gathered(self, values: list[T]) -> list[T]:
         """The lists of all processes in a row."""
         if self.size == 1:
             return values

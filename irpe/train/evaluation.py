@@ -1,7 +1,8 @@
 """Measuring a classifier on every image exactly once, with any number of processes."""
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -26,14 +27,17 @@ class Score:
     images: int
     bad: int
     per_class: tuple[float, ...]  # percent right; nan where a class has no image
+    pairs: Mapping[tuple[int, int], int] = field(default_factory=dict)  # (class, guess): images
 
     def words(self) -> str:
         bad = f", {self.bad} unreadable" if self.bad else ""
         return f"loss {self.loss:.4f}, top-1 {self.top1:.2f}, top-5 {self.top5:.2f} on {self.images:,} images{bad}"
 
     def plain(self) -> dict[str, Any]:
-        """For JSON: nan, which JSON lacks, is None."""
-        return asdict(self) | {"per_class": [None if percent != percent else percent for percent in self.per_class]}
+        """For JSON: nan, which JSON lacks, is None. Without the pairs, of which there may be a million."""
+        values = asdict(self) | {"per_class": [None if percent != percent else percent for percent in self.per_class]}
+        del values["pairs"]
+        return values
 
 
 def check_labels(targets: Tensor, num_classes: int) -> None:
@@ -79,8 +83,7 @@ def evaluate(
     """
     model.eval()
     batch_size = settings.eval_batch_size or max(1, settings.batch_size // (world.size * settings.accumulate))
-    right = torch.zeros(num_classes, dtype=torch.float64)
-    count = torch.zeros(num_classes, dtype=torch.float64)
+    pairs = Counter[tuple[int, int]]()
     sums = torch.zeros(3, dtype=torch.float64)  # loss, among the first five, images whose outputs are not numbers
     bad: list[str] = []
     stream = isinstance(source, IterableDataset)
@@ -102,20 +105,25 @@ def evaluate(
         first = output.topk(min(5, num_classes), dim=1).indices
         sums[0] += F.cross_entropy(output.double(), targets, reduction="sum") if len(targets) else 0.0
         sums[1] += (first == targets[:, None]).any(1).sum()
-        right += torch.bincount(targets[first[:, 0] == targets], minlength=num_classes)
-        count += torch.bincount(targets, minlength=num_classes)
-        on_batch(int(count.sum()) + len(bad), None if stream else -(-len(source) // world.size))
-    right, count, sums = world.total(right), world.total(count), world.total(sums)
-    bad = world.gathered(bad)
-    seen = int(count.sum())
+        pairs.update(zip(targets.tolist(), first[:, 0].tolist(), strict=True))
+        on_batch(pairs.total() + len(bad), None if stream else -(-len(source) // world.size))
+    sums, bad = world.total(sums), world.gathered(bad)
+    parts, pairs = world.gathered(list(pairs.items())), Counter()
+    for pair, images in parts:
+        pairs[pair] += images
+    seen = pairs.total()
     if not stream and seen + len(bad) != len(source):
         raise RuntimeError(f"{seen} images and {len(bad)} unreadable ones were counted, of {len(source)}")
     if not seen:
         raise ValueError("no image could be read")
     if sums[2]:
         raise not_numbers(int(sums[2]), seen, "images")
+    right, count = torch.zeros(2, num_classes, dtype=torch.float64)
+    for (one, guess), images in pairs.items():
+        count[one] += images
+        right[one] += images * (one == guess)
     score = Score(
         loss=float(sums[0]) / seen, top1=100 * float(right.sum()) / seen, top5=100 * float(sums[1]) / seen, images=seen,
-        bad=len(bad), per_class=tuple((100 * right / count).tolist()),
+        bad=len(bad), per_class=tuple((100 * right / count).tolist()), pairs=pairs,
     )  # fmt: skip
     return score, bad

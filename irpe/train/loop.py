@@ -20,6 +20,7 @@ from ..runs.tensors import notes_of, write_weights
 from ..runs.trainer import Measured, Stop, autocast
 from ..runs.workers import RunError
 from ..runs.world import World, shard, wrapped
+from . import confusion
 from . import model as models
 from .data import Data, fetched
 from .evaluation import Score, check_labels, evaluate, to_device
@@ -173,6 +174,8 @@ class Trainer(trainer.Trainer):
     def measure(self, log: Log, stop: Stop) -> Measured:
         """The score on the part to evaluate on, of the model and of its moving average."""
         score = self._score(self.model, log, stop)
+        if log.folder is not None:
+            confusion.write(log.folder, score.pairs, self.data.classes, self.progress.step)
         values, words = {"val": score.plain()}, f"val {score.loss:.4f}, top-1 {score.top1:.2f}"
         if self.ema is not None:
             average = self._score(self.ema.module, log, stop)

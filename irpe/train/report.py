@@ -16,6 +16,7 @@ from ..runs import report
 from ..runs.files import read_json, write_json, write_whole
 from ..runs.folder import SETTINGS
 from ..runs.logs import duration, read_log
+from . import confusion
 from .loader import Shape, Transform
 from .settings import Settings, settings_from_dict
 
@@ -25,7 +26,7 @@ FIGURES = {"top-1": "val/top1", "top-5": "val/top5", "top-1 of the average": "em
 
 
 def write_report(folder: Path, model: nn.Module | None, val: Any, say: Callable[[str], None]) -> None:
-    """Writes curves.png, encodings.png where keys have encodings, result.json and README.md into a run's folder."""
+    """Writes curves.png, confusion.png, encodings.png of encodings on keys, result.json and README.md of a run."""
     record = read_json(folder / SETTINGS)
     lines = read_log(folder)
     epochs = [line for line in lines if line["kind"] == "epoch"]
@@ -42,6 +43,9 @@ def write_report(folder: Path, model: nn.Module | None, val: Any, say: Callable[
             found = encodings(model, settings_from_dict(record["settings"]), Shape(**record["shape"]), val)
             if found is not None:
                 paths.append(viz.draw_encodings(folder / ENCODINGS, found))
+        pairs = confusion.read(folder, result["step"])
+        if pairs is not None:
+            paths.insert(1, confusion.draw(folder / confusion.PICTURE, pairs, record["classes"]))
     text = card(record, result, [path.name for path in paths])
     paths.append(write_whole(folder / report.CARD, lambda file: file.write(text.encode())))
     for path in paths:
@@ -102,12 +106,13 @@ def card(record: dict[str, Any], result: dict[str, Any], pictures: list[str]) ->
         scores.append(line("last, moving average", last, "ema"))
     titles = {
         report.CURVES: "Loss and accuracy over epochs",
+        confusion.PICTURE: "What each class is taken for, by the last weights",
         ENCODINGS: "What the learned encodings add to attention scores",
     }
     files = (
         "`best.safetensors`, `model.safetensors` (the last) and `ema.safetensors` (the average, if there is one)",
         "are state dicts; `settings.json` has all that builds the model; `log.jsonl` has a line for each epoch",
-        "and for some steps.",
+        "and for some steps; `confusion.json` counts the images of each class and guess, by the last weights.",
     )
     use = (
         "    irpe predict THIS_FOLDER picture.jpg", "", "or in Python", "",

@@ -14,6 +14,7 @@ from ..runs.process import MakeFolder, Say, fitted, say_to, signals, start_of, v
 from ..runs.report import CARD, CURVES, RESULT
 from ..runs.trackers import check_packages
 from ..runs.world import World, started
+from . import confusion
 from . import model as models
 from .data import Data, Source, difference, located, open_data
 from .evaluation import Score, evaluate
@@ -48,7 +49,7 @@ def _located(values: dict[str, Any]) -> Settings:
 _RESULTS = (RESULT, CARD, BEST, WEIGHTS, AVERAGE, "model.pt2", "model.pt2.json")
 KIND = Kind(
     "irpe train",
-    files=(SETTINGS, "log.jsonl", TRACKERS, CURVES, ENCODINGS, *_RESULTS),
+    files=(SETTINGS, "log.jsonl", TRACKERS, CURVES, ENCODINGS, confusion.FILE, confusion.PICTURE, *_RESULTS),
     results=_RESULTS,
     is_ours=_is_record,
     settings_from=settings_from_dict,
@@ -172,8 +173,8 @@ def _verify(sources: list[Source], settings: Settings, world: World, say: Say) -
 
 def measure(
     settings: Settings, weights: Path | None, classes: list[str] | None, console: Console
-) -> tuple[Score, list[str]]:
-    """(score, unreadable images) of a model on the part to evaluate on.
+) -> tuple[Score, list[str], list[str]]:
+    """(score, unreadable images, classes) of a model on the part to evaluate on.
 
     Args:
         weights: what to load in place of `--pretrained`.
@@ -189,7 +190,8 @@ def measure(
         model = models.build(settings, len(data.classes), say, strict=True)
         model.to(world.device)
         transform = Transform(models.shape_of(settings, model), settings.interpolation)
-        return evaluate(model, data.val, transform, settings, world, num_classes=len(data.classes))
+        score, bad = evaluate(model, data.val, transform, settings, world, num_classes=len(data.classes))
+    return score, bad, data.classes
 
 
 def settings_of(folder: Path) -> tuple[Settings, list[str]]:
