@@ -118,6 +118,15 @@ class Classifier:
         if self.processor is None and self.preprocessing is None:
             raise ValueError(f"{_UNKNOWN}, or load the folder of its run")
 
+    @property
+    def normalised_by(self) -> tuple[Sequence[float], Sequence[float]]:
+        """(mean, deviation) of each channel: an image is (pixels in [0, 1] - mean) / deviation."""
+        if self.preprocessing is not None:
+            return self.preprocessing.mean, self.preprocessing.std
+        if not getattr(self.processor, "do_normalize", False):
+            return (0.0,) * 3, (1.0,) * 3
+        return self.processor.image_mean, self.processor.image_std
+
     def prepare(self, image: Any) -> Tensor:
         """The image (channels, height, width) of a picture in RGB or L."""
         self.check()

@@ -84,7 +84,7 @@ def _on_map(panel: _Panel, row: Row, maps: AttentionMaps) -> np.ndarray:
     values = panel.values(row)
     assert values is not None
     shown = maps.map(values)
-    return shown - shown.mean() if panel.bar == _SCORES else shown
+    return shown - np.nanmean(shown) if panel.bar == _SCORES else shown
 
 
 def _draw_group(
@@ -93,16 +93,16 @@ def _draw_group(
     """Panels of one color bar, and the bar below them where there is anything to see."""
     bar = group[0][1].bar
     least = 50 * _ROUNDING if bar == _CHANGE else _ROUNDING
-    largest = max(float(np.abs(values).max()) for _, _, values in group)
+    largest = max(float(np.nanmax(np.abs(values))) for _, _, values in group)
     limit, signed = largest if largest > least else 1.0, bar in (_SCORES, _CHANGE)
     shades = ScalarMappable(Normalize(-limit if signed else 0.0, limit), "RdBu_r" if signed else "viridis")
     for ax, panel, values in group:
         _overlay(ax, pixels, shades, values / limit, signed)
         ax.set_title(panel.title, fontsize=10)
         ax.set_xlabel(_below(panel, row, maps), fontsize=8.5)
-        if np.abs(values).max() <= least:
+        if np.nanmax(np.abs(values)) <= least:
             raw = panel.values(row)
-            same = bar == _SCORES and raw is not None and np.abs(maps.map(raw)).max() > _ROUNDING
+            same = bar == _SCORES and raw is not None and np.nanmax(np.abs(maps.map(raw))) > _ROUNDING
             ax.text(
                 0.5, 0.1, "the same for all keys" if same else "nothing", transform=ax.transAxes, ha="center",
                 va="center", fontsize=8.5, color="0.2", bbox=dict(boxstyle="round", fc="white", ec="none", alpha=0.85),
@@ -131,10 +131,10 @@ def _extent(pixels: np.ndarray) -> tuple[float, float, float, float]:
 
 
 def _overlay(ax: Axes, pixels: np.ndarray, shades: ScalarMappable, values: np.ndarray, signed: bool) -> None:
-    """The map, -1 to 1 or 0 to 1, on the picture in pale colors, which are seen where the value is small."""
+    """The map, -1 to 1 or 0 to 1, on the picture in pale colors, which is seen where values are small or nan."""
     ax.imshow(0.35 + 0.65 * (0.5 * pixels + 0.5 * pixels.mean(-1, keepdims=True)), extent=_extent(pixels))
     colors = colormaps["RdBu_r" if signed else "viridis"]((values + 1) / 2 if signed else values)
-    colors[..., 3] = 0.2 + 0.6 * np.sqrt(np.abs(values))
+    colors[..., 3] = np.where(np.isnan(values), 0.0, 0.2 + 0.6 * np.sqrt(np.abs(values)))
     ax.imshow(colors, extent=_extent(pixels), interpolation="nearest")
     _bare(ax)
 

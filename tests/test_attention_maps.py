@@ -14,6 +14,7 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import nn
 
 from irpe import equip, get_bucket_ids_2d
+from irpe.attention_calls import Windows
 from irpe.attention_maps import attention_maps
 
 PIXELS = (8, 12)  # 4 x 6 tokens
@@ -240,11 +241,144 @@ def test_numbers_out_of_range(wanted, words):
 
 
 def test_other_models_are_refused():
-    swin = dict(img_size=(8, 16), patch_size=2, window_size=2, depths=(1,), embed_dim=24, num_heads=(3,))
-    with pytest.raises(ValueError, match="timm's ViT.*attention of SwinTransformer is in windows"):
-        attention_maps(equip(SwinTransformer(**swin), SIDES[0]), image())
     with pytest.raises(ValueError, match="this VisionTransformer has none: irpe.equip"):
         attention_maps(VisionTransformer(**SIZE, depth=1), image())
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(24, 4, batch_first=True), 1)
     with pytest.raises(ValueError, match="timm's ViT.*this is a TransformerEncoder"):
         attention_maps(equip(encoder, SIDES[0], grid=(4, 6)), image())
+
+
+def test_places_of_windows():
+    """A map of 3 x 5, shifted by (1, 2), filled up to 4 x 6 and cut into windows of 2 x 3."""
+    places = Windows((3, 5), (2, 3), (1, 2)).places()
+    assert places.tolist() == [
+        [7, 8, 9, 12, 13, 14], [5, 6, -1, 10, 11, -1], [2, 3, 4, -1, -1, -1], [0, 1, -1, -1, -1, -1],
+    ]  # fmt: skip
+
+
+# 10 x 14 pixels are maps of 5 x 7 and 3 x 4 tokens, filled up to windows of 2 x 3
+SWIN = dict(
+    img_size=(10, 14), patch_size=2, window_size=(2, 3), depths=(2, 2), embed_dim=12, num_heads=(2, 3), in_chans=1,
+    num_classes=2, always_partition=True, strict_img_size=False,
+)  # fmt: skip
+
+
+def swin(side=SIDES[1], **more):
+    return filled(equip(SwinTransformer(**SWIN | more), side))
+
+
+def picture_of_swin():
+    return torch.randn(1, 10, 14, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 4])
+@pytest.mark.parametrize("side", [SIDES[1], SIDES[3]])
+def test_rows_of_swin_are_those_of_its_windows(block, side):
+    """The weights that its own formula hands to attn_drop, found again by what each token is: its place on the map."""
+    model, picture = swin(side), picture_of_swin()
+    one = [block for stage in model.layers for block in stage.blocks][block - 1]
+    one.attn.fused_attn = False
+    seen = {}
+    one.attn.attn_drop.register_forward_hook(lambda module, args, out: seen.update(weights=args[0]))
+    one.register_forward_pre_hook(lambda module, args: seen.update(size=args[0].shape[1:3]))
+    model(picture[None])
+    (h, w), (sh, sw) = seen["size"], one.shift_size
+    assert any(one.shift_size) == (block % 2 == 0)
+    across = -(-w // 3)
+    for row, column in ((0, 0), (1, 3), (h - 1, w - 1), (h - 2, 0)):
+        maps = attention_maps(model, picture, query=(row, column), block=block, head=2)
+        assert (maps.size, maps.at, maps.block, maps.blocks, maps.skip) == ((h, w), (row, column), block, 4, 0)
+        assert maps.class_token is None
+        r, c = (row - sh) % h, (column - sw) % w
+        window, token = r // 2 * across + c // 3, r % 2 * 3 + c % 3
+        weights = seen["weights"][window, 1, token].detach().numpy()
+        np.testing.assert_allclose(maps.query.weights, weights, atol=1e-5)
+        scores = np.exp(maps.query.scores + maps.query.added)
+        np.testing.assert_allclose(maps.query.weights, scores / scores.sum(), atol=1e-5)
+        expected = np.full((h, w), np.nan, np.float32)
+        for k, weight in enumerate(weights):
+            at = r // 2 * 2 + k // 3, c // 3 * 3 + k % 3
+            if at[0] < h and at[1] < w:
+                expected[(at[0] + sh) % h, (at[1] + sw) % w] = weight
+        np.testing.assert_allclose(maps.map(maps.query.weights), expected, atol=1e-5)
+        assert np.isfinite(maps.map(maps.query.on_keys)).sum() == np.isfinite(expected).sum()
+
+
+def test_what_is_not_given_of_swin_is_what_is_changed_most_in_any_window():
+    model, picture = swin(), picture_of_swin()
+    changed = np.zeros((2, 5, 7))
+    for place in np.ndindex(2, 5, 7):
+        row = attention_maps(model, picture, block=2, head=place[0] + 1, query=place[1:]).query
+        changed[place] = row.moved + row.share
+    maps = attention_maps(model, picture, block=2)
+    assert maps.head == 1 + changed.mean((1, 2)).argmax()
+    assert maps.at == np.unravel_index(changed[maps.head - 1].argmax(), (5, 7))
+    assert attention_maps(model, picture).block == 4
+    assert not any(one._forward_pre_hooks or "attend" in vars(one) for one in model.modules())
+
+
+def test_blocks_of_swin_without_encodings_and_untrained_tables():
+    model = equip(SwinTransformer(**SWIN), SIDES[1], blocks=[1])
+    with pytest.raises(ValueError, match="block 1 has no encodings; expected one of 2"):
+        attention_maps(model, picture_of_swin(), block=1)
+    maps = attention_maps(model, picture_of_swin())
+    assert maps.note.startswith("All tables are zero") and maps.at == (maps.size[0] // 2, maps.size[1] // 2)
+
+
+HF = {
+    "vit": ("ViT", 1, {}), "deit": ("DeiT", 2, {}), "beit": ("Beit", 1, dict(use_relative_position_bias=True)),
+    "dinov2": ("Dinov2", 1, {}), "registers": ("Dinov2WithRegisters", 5, dict(num_register_tokens=4)),
+    "dinov3": ("DINOv3ViT", 3, dict(num_register_tokens=2)), "clip": ("CLIPVision", 1, {}),
+    "siglip": ("SiglipVision", 0, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", HF)
+@pytest.mark.parametrize("side", SIDES[1:3])
+def test_rows_of_transformers_are_the_weights_that_the_model_gives(family, side):
+    transformers = pytest.importorskip("transformers")
+    name, skip, more = HF[family]
+    height, width = (12, 12) if family in ("clip", "siglip") else (8, 12)  # those want squares
+    size = (height, width) if family in ("vit", "deit", "beit") else 12
+    config = getattr(transformers, f"{name}Config")(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=24, num_channels=1,
+        image_size=size, patch_size=2, **more,
+    )  # fmt: skip
+    model = filled(equip(getattr(transformers, f"{name}Model")(config), side))
+    picture = torch.randn(1, height, width, generator=torch.Generator().manual_seed(1))
+    given = model(pixel_values=picture[None], output_attentions=True).attentions[1]
+    maps = attention_maps(model, picture, query=(2, 5), block=2, head=2)
+    assert (maps.size, maps.skip, maps.blocks, maps.heads) == ((height // 2, width // 2), skip, 2, 3)
+    rows = [(maps.query, skip + width + 5), *([(maps.class_token, 0)] if skip else [])]
+    assert (maps.class_token is None) == (not skip)
+    for row, i in rows:
+        np.testing.assert_allclose(row.weights, given[0, 1, i].detach(), atol=1e-5)
+        scores = row.scores + row.added
+        np.testing.assert_allclose(row.weights, np.exp(scores) / np.exp(scores).sum(), atol=1e-5)
+    assert maps.query.moved > 1e-3 or "q" not in side.split("-")[-1]
+    assert torch.allclose(model(pixel_values=picture[None], output_attentions=True).attentions[1], given)
+
+
+def test_what_is_not_drawn_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.SwinConfig(image_size=8, patch_size=2, embed_dim=12, depths=[1], num_heads=[2], window_size=2)
+    with pytest.raises(ValueError, match="are drawn of timm's ViT, .* of transformers' ViT.* this SwinModel has none"):
+        attention_maps(transformers.SwinModel(config), torch.randn(3, 8, 8))
+    size = dict(hidden_size=24, num_hidden_layers=1, num_attention_heads=3, intermediate_size=24, image_size=8)
+    config = transformers.VideoMAEConfig(patch_size=2, num_frames=4, tubelet_size=2, **size)
+    with pytest.raises(ValueError, match="are drawn of .*; this is a VideoMAEModel"):
+        attention_maps(equip(transformers.VideoMAEModel(config), f"{SIDES[0]}-3d"), torch.randn(3, 8, 8))
+
+
+def test_the_class_token_of_a_vit_that_classifies_is_all_that_is_read():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=24, num_channels=1,
+        image_size=PIXELS, patch_size=2,
+    )  # fmt: skip
+    model = filled(equip(transformers.ViTForImageClassification(config), SIDES[1]))
+    for one in model.vit.layers[1].modules():
+        if hasattr(one, "lookup_table_weight"):
+            nn.init.zeros_(one.lookup_table_weight)
+    assert attention_maps(model, image()).block == 1
+    assert "only the class token is read" in attention_maps(model, image(), block=2).note

@@ -1,6 +1,5 @@
 """irpe/viz_image.py, `irpe show RUN --image` from end to end, and docs/show.md."""
 
-import json
 import re
 import shlex
 import shutil
@@ -189,15 +188,55 @@ def test_wrong_input_is_a_sentence(place, arguments, sentence):
     assert sorted(place.rglob("*")) == before
 
 
-def test_models_of_transformers_are_refused(tmp_path):
+def test_models_of_transformers_are_drawn(drawn, tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.ViTConfig(
-        hidden_size=24, num_hidden_layers=1, num_attention_heads=3, intermediate_size=24, image_size=8, patch_size=2
-    )
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=24, image_size=(8, 12),
+        patch_size=2, num_labels=2,
+    )  # fmt: skip
     model = package.equip(transformers.ViTForImageClassification(config), "rpe-1.9-product-ctx-1-k")
+    for name, parameter in model.named_parameters():
+        if "lookup_table" in name:
+            nn.init.normal_(parameter)
+    colors = np.zeros((8, 12, 3), np.uint8)
+    colors[:, :6] = (200, 30, 90)
+    Image.fromarray(colors).save(tmp_path / "a.png")
     package.save(model, tmp_path / "model")
+    result = irpe("show", tmp_path / "model", "--image", tmp_path / "a.png")
+    assert result.exit_code == 2 and "how pictures are prepared" in words(result)
+    ways = [dict(image_mean=[0.5, 0.4, 0.3], image_std=[0.5, 0.3, 0.2]), dict(do_normalize=False)]
+    for number, more in enumerate(ways):
+        processor = transformers.ViTImageProcessor(size={"height": 8, "width": 12}, **more)
+        package.save(model, tmp_path / f"model{number}", processor=processor)
+        result = irpe("show", tmp_path / f"model{number}", "--image", tmp_path / "a.png", "--query", 1, 4, "--block", 2)
+        assert result.exit_code == 0, result.output
+        assert "block 2 of 2, head" in words(result) and "of 4x6 tokens" in words(result)
+        pixels = drawn[number].axes[0].get_images()[0].get_array()
+        np.testing.assert_allclose(255 * pixels, colors, atol=2)
+
+
+def test_a_model_that_classifies_nothing_is_a_sentence(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    size = dict(hidden_size=24, num_hidden_layers=1, num_attention_heads=3, intermediate_size=24)
+    model = transformers.ViTModel(transformers.ViTConfig(**size, image_size=(8, 12), patch_size=2))
+    package.save(package.equip(model, "rpe-1.9-product-ctx-1-k"), tmp_path / "model")
     Image.new("RGB", (8, 12)).save(tmp_path / "a.png")
     result = irpe("show", tmp_path / "model", "--image", tmp_path / "a.png")
-    assert result.exit_code == 2
-    assert "are drawn of timm's ViT, DeiT, BEiT and EVA that have encodings; this is a" in words(result)
-    assert json.loads((tmp_path / "model" / "irpe.json").read_text())["library"] == "transformers"
+    assert result.exit_code == 2 and "is no classifier, and does not say how pictures are prepared" in words(result)
+
+
+def test_beside_the_window_of_swin_the_picture_is_bare(drawn, tmp_path):
+    size = dict(
+        img_size=(16, 24), patch_size=4, window_size=2, depths=(2,), embed_dim=24, num_heads=(3,), num_classes=2
+    )
+    model = package.equip(timm.models.SwinTransformer(**size), "rpe-1.9-product-ctx-0-qkv").eval()
+    for name, parameter in model.named_parameters():
+        if "lookup_table" in name:
+            nn.init.normal_(parameter)
+    maps = attention_maps(model, torch.rand(3, 16, 24), query=(2, 3), block=2)
+    viz_image.draw_attention(tmp_path / "a.png", maps, np.ones((16, 24, 3)), "cat")
+    panels = {ax.get_title(): ax for ax in drawn[0].axes}
+    for title in (*ALWAYS, *ON.values()):
+        seen = panels[title].get_images()[1].get_array()[..., 3] > 0
+        assert np.argwhere(seen).tolist() == [[1, 3], [1, 4], [2, 3], [2, 4]], title
+    drawn[0].savefig(tmp_path / "a.png")

@@ -120,7 +120,8 @@ def _buckets(
 def _attention(source: str, weights: str, image: Path, out: Path, **wanted: Any) -> None:
     import numpy as np
 
-    from ..attention_maps import attention_maps, encoded_part
+    from ..attention_calls import watched
+    from ..attention_maps import attention_maps
     from ..prediction import read
     from ..runs.files import printable
     from ..runs.picture import mode_of
@@ -130,11 +131,13 @@ def _attention(source: str, weights: str, image: Path, out: Path, **wanted: Any)
     if source.endswith(".onnx"):
         raise ValueError(f"{source}: an exported file does not show its attention; expected the folder of its run")
     model = load(source, weights=weights)
-    encoded_part(model)  # refuses others before anything is asked of `predict`
-    said = model.predict
+    watched(model)  # refuses others before anything is asked of `predict`
+    said = getattr(model, "predict", None)
+    if said is None:
+        raise ValueError(f"{source} is no classifier, and does not say how pictures are prepared for it")
     prepared = said.prepare(read(image, mode_of(said.channels)))
     maps = attention_maps(model, prepared, **wanted)
-    mean, std = np.array(said.preprocessing.mean), np.array(said.preprocessing.std)
+    mean, std = map(np.array, said.normalised_by)
     pixels = np.clip(prepared.permute(1, 2, 0).numpy() * std + mean, 0, 1)  # as the model saw it, in colour
     draw_attention(out, maps, np.repeat(pixels, 3 // said.channels, -1), printable(image.name))
     console.print(
