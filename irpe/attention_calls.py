@@ -75,7 +75,8 @@ def watched(model: nn.Module) -> Watched:
         if isinstance(blocks, nn.Sequential | nn.ModuleList) and any(
             isinstance(getattr(one, "attn", None), AttentionOnMap) for one in blocks
         ):
-            found = {n: one.attn for n, one in enumerate(blocks, 1) if isinstance(one.attn, AttentionOnMap)}
+            every: list[Any] = [one.attn for one in blocks]
+            found = {n: one for n, one in enumerate(every, 1) if isinstance(one, AttentionOnMap)}
             has_class = getattr(part, "cls_token", None) is not None
             reads_class = getattr(part, "global_pool", None) == "token"
             return Watched(model, found, len(blocks), has_class, reads_class, _of_timm)

@@ -169,7 +169,7 @@ def test_boxes_over_the_edge_are_clipped_and_empty_ones_left_out():
     assert picture.areas.tolist() == [300, 24] and picture.labels.tolist() == [0, 1]
     assert data.notes == [
         "the file: 2 boxes reach over the edge of their image and were clipped",
-        "the file: 1 boxes without area were left out",
+        "the file: 1 box without area was left out",
     ]  # fmt: skip
 
 

@@ -107,7 +107,7 @@ def test_what_is_kept_is_said():
 
     data = coco(document_with(change))
     assert data.classes[:2] == ["digits", "0"] and len(data.classes) == 11
-    assert data.notes[0] == "the file: 1 files are several images each, such as 000000.png"
+    assert data.notes[0] == "the file: 1 file is several images: 000000.png"
     assert data.notes[1].startswith(
         "the file: the ids of its 11 categories, 0 to 30, have holes; classes are numbered from 0 in"
     )
@@ -243,7 +243,7 @@ def test_turned_pictures_are_counted_at_the_start(folder):
     with_exif(folder, 3)
     result = irpe("detect", folder, *QUICK, "--out", folder.parent, "--name", "run")
     assert result.exit_code == 0 and words(result).count("1 of 4 pictures have an orientation in EXIF") == 1
-    assert "1 categories, 4 pictures to train on, 3 to evaluate on" in words(result)
+    assert "1 category, 4 pictures to train on, 3 to evaluate on" in words(result)
 
 
 @pytest.mark.parametrize("size", [(3000, 1), (1, 3000), (20_000, 2), (2, 3)])

@@ -400,7 +400,7 @@ def test_built_in_scenes(tmp_path, monkeypatch):
     pytest.importorskip("torchmetrics")
     monkeypatch.chdir(tmp_path)
     said, facts = inspected("digits", "--detect", "--train-scenes", 6, "--val-scenes", 3, "--samples", 2)
-    assert "digits: 1 categories, 6 pictures to train on, 3 pictures to evaluate on" in said
+    assert "digits: 1 category, 6 pictures to train on, 3 pictures to evaluate on" in said
     assert facts["in_both"] == [] and facts["images"]["recipe"] == "digits"
 
 
@@ -432,3 +432,37 @@ def test_tiny_pictures_in_every_mode(tmp_path, monkeypatch):
     pictures(tmp_path / "tiny", per_class=2)
     _, facts = inspected("tiny", "--in-chans", 1, "--img-size", "8x12", "--samples", 1)
     assert facts["parts"]["train"]["modes"] == {"L": 8}
+
+
+def test_settings_in_a_file(tmp_path, monkeypatch):
+    """The augmentations of a run; what the command line says comes first."""
+    monkeypatch.chdir(tmp_path)
+    pictures(tmp_path / "data", per_class=4)
+    (tmp_path / "mine.yaml").write_text(
+        "data: data\nrecipe: small\nimg-size: 10x14\nin-chans: 1\nmodel-arg: [depth=1, patch_size=2]\nbatch-size: 8\n"
+        "pretrained: hub\n"
+    )
+    _, facts = inspected("--config", "mine.yaml", "--samples", 1)
+    assert facts["images"] == {"height": 10, "width": 14, "recipe": "small"} and facts["data"] == "data"
+    _, facts = inspected("data/train", "--config", "mine.yaml", "--img-size", "8x12", "--samples", 1)
+    assert facts["images"]["height"] == 8 and facts["data"] == "data/train"
+    (tmp_path / "short.yaml").write_text("hflip: 0.0")
+    assert "name the DATA to look at: neither the command line nor a file does" in refused("--config", "short.yaml")
+    inspected("data", "--config", "short.yaml", "--in-chans", 1, "--img-size", "8x12", "--samples", 1)
+    assert "--recipe deit: the file has recipe small" in refused("--config", "mine.yaml", "--recipe", "deit")
+    (tmp_path / "odd.yaml").write_text("data: data\nimgsize: 3\n")
+    assert "odd.yaml: unknown settings imgsize" in refused("--config", "odd.yaml")
+    (tmp_path / "far.yaml").write_text("data: hfds/user/name\n")
+    assert "what a file names is not fetched" in refused("--config", "far.yaml")
+
+
+def test_settings_of_a_run_with_boxes_in_a_file(scenes, tmp_path):
+    from dataclasses import asdict
+
+    from irpe.detect.settings import settings_from
+
+    own = asdict(settings_from({"data": "coco", "size": 64, "hflip": 0.0, "queries": 3, "pretrained": "facebook/x"}))
+    (tmp_path / "settings.json").write_text(json.dumps(own))
+    _, facts = inspected("--config", tmp_path / "settings.json", "--samples", 1)
+    assert facts["kind"] == "detection" and facts["images"]["shorter_side"] == [64]
+    assert "unknown settings" in refused("--config", tmp_path / "settings.json", "--no-detect")

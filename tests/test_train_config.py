@@ -178,7 +178,7 @@ def test_a_batch_is_at_most_the_data(folder, tmp_path):
     given = ["train", folder, *SMALL, "--mixup", 0.8, "--out", tmp_path, "--name", "run", "--max-steps", 1]
     result = irpe(*given, "--batch-size", 1000, "--accumulate", 7)
     assert "--batch-size 1000: there are 60 images to train on, so it is 56" in words(result)
-    assert result.exit_code == 0 and "1 steps of 56 images" in words(result)
+    assert result.exit_code == 0 and "1 step of 56 images" in words(result)
     again = irpe(*given[:-1], 2, "--batch-size", 1000, "--accumulate", 7, "--resume", "auto")
     assert again.exit_code == 0 and "goes on after step 1 of 2" in words(again), again.output
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..runs.files import counted
 from ..runs.options import flag
 from ..train.settings import RECIPES, Settings, settings_from, settings_from_dict
 from .options import given, sentences, with_settings
@@ -56,7 +57,7 @@ def _export(
         check_path(file)
         facts = export(chosen, path, classes, file, batch=batch, say=printer.print)
         shape = "x".join(str(side) for side in facts["input"]["shape"]).replace("batch", "B")
-        words = f"{file}: {facts['format']}, images {shape}, {len(classes)} classes"
+        words = f"{file}: {facts['format']}, images {shape}, {counted(len(classes), 'class', 'classes')}"
         printer.print(f"{words}, at most {facts['largest_difference']:.1e} from the model", soft_wrap=True)
         printer.print(str(file.with_name(file.name + ".json")), soft_wrap=True)
 

@@ -16,7 +16,7 @@ from ..train import settings as pictures
 from . import inspect_tables
 from .common import OUT, check_place, write_json
 from .detect import ask_for_packages
-from .options import FOLDER, given, recipe_option, sentences, with_settings
+from .options import FOLDER, Config, check_recipe, given, recipe_option, sentences, with_settings
 
 _SHARED = ("seed", "hflip", "loader_workers", "loader_timeout")
 _OF_PICTURES = (
@@ -50,11 +50,12 @@ _RECIPES = {**pictures.RECIPES, **boxes.RECIPES, "finetune": pictures.RECIPES["f
 
 def _inspect(
     data: Annotated[
-        str,
+        str | None,
         typer.Argument(
-            help="What irpe train takes, or a folder in COCO's layout, as irpe detect does.", show_default=False
+            help="What irpe train takes, or a folder in COCO's layout, as irpe detect does; or as --config has it.",
+            show_default=False,
         ),
-    ],
+    ] = None,
     detect: Annotated[
         bool | None,
         typer.Option(
@@ -65,6 +66,7 @@ def _inspect(
         ),
     ] = None,
     recipe: Annotated[str | None, recipe_option(dict.fromkeys((*pictures.RECIPES, *boxes.RECIPES)))] = None,
+    config: Config = None,
     samples: Annotated[int, typer.Option(min=1, max=64, help="Pictures that are drawn.")] = 8,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Read every picture. Without it there are counts alone.")
@@ -86,13 +88,21 @@ def _inspect(
     from ..runs.settings import refuse_two_digits
 
     with sentences() as printer:
-        refuse_two_digits(data)
+        options = given(settings)
+        own, kind = ({}, None) if config is None else _of_file(config, detect)
+        check_recipe(recipe, own)
+        recipe = recipe or own.get("recipe")
+        if data is not None:
+            refuse_two_digits(data)
+            options["data"] = data
+        elif (data := own.get("data")) is None:
+            raise ValueError("name the DATA to look at: neither the command line nor a file does")
         file = out or OUT / f"inspect-{Path(data).resolve().name}.png"
         if file.suffix.lower() != ".png":
             raise ValueError(f"--out {file}; expected a file name that ends in .png")
         check_place(file, json_file)
-        options = given(settings)
-        of_boxes = _has_boxes(data, options) if detect is None else detect
+        kind = detect if detect is not None else kind
+        of_boxes = _has_boxes(data, options) if kind is None else kind
         others = _OF_PICTURES if of_boxes else _OF_BOXES
         if strange := [flag(name) for name in options if name in others]:
             what = ("of boxes", "--no-detect") if of_boxes else ("of classes", "--detect")
@@ -100,7 +110,7 @@ def _inspect(
                 f"{', '.join(strange)}: this data is taken as one {what[0]}; leave it out, or say {what[1]}"
             )
         look = _boxes if of_boxes else _pictures
-        facts, columns, rows, title = look({"data": data, **options}, recipe, samples, verify, printer)
+        facts, columns, rows, title = look(own, options, recipe, samples, verify, printer)
         for table in inspect_tables.tables(facts):
             printer.print(table, soft_wrap=isinstance(table, str))
         if json_file is not None:
@@ -110,6 +120,27 @@ def _inspect(
         printer.print(str(draw_grid(file, columns, rows, title, side=2.2 if of_boxes else 1.5)), soft_wrap=True)
 
 
+def _of_file(config: Path, detect: bool | None) -> tuple[dict[str, Any], bool | None]:
+    """(settings of irpe train or irpe detect in a file, whether they are of boxes; None where they may be of both).
+
+    Weights are not looked at here, and what a file names is not fetched.
+    """
+    from ..runs.config import read_config
+
+    found: dict[bool, dict[str, Any]] = {}
+    errors = []
+    for of_boxes in (False, True) if detect is None else (detect,):
+        try:
+            found[of_boxes] = read_config(config, (boxes if of_boxes else pictures).Settings)
+        except ValueError as error:
+            errors.append(error)
+    if not found:
+        raise errors[0]
+    own = next(iter(found.values()))
+    left = {name: value for name, value in own.items() if name not in ("pretrained", "backbone", "download")}
+    return left, next(iter(found)) if len(found) == 1 else None
+
+
 def _has_boxes(data: str, options: Mapping[str, Any]) -> bool:
     """Whether data is taken as one of boxes: it has annotations in COCO's layout, or they are named."""
     from ..detect.data import is_annotated
@@ -117,12 +148,18 @@ def _has_boxes(data: str, options: Mapping[str, Any]) -> bool:
     return "train_json" in options or is_annotated(data)
 
 
-def _pictures(options: dict[str, Any], recipe: str | None, count: int, verify: bool, printer: Console) -> Any:
+def _pictures(
+    own: dict[str, Any], said: dict[str, Any], recipe: str | None, count: int, verify: bool, printer: Console
+) -> Any:
     """(facts, columns and rows of the picture, its title) of data with classes."""
+    from ..runs.config import check_fetched
     from ..train import survey
+    from ..train.data import fetched
     from ..train.model import expected_shape
 
-    chosen = pictures.settings_from(recipe or "deit", options)
+    chosen = pictures.settings_from(recipe or "deit", own | said)
+    if own:
+        check_fetched(chosen, said, fetched(chosen))
     shape = expected_shape(chosen)
     data, parts = survey.open_parts(chosen)
     first = next(iter(parts.values()))
@@ -135,15 +172,18 @@ def _pictures(options: dict[str, Any], recipe: str | None, count: int, verify: b
     return facts, columns, rows, title
 
 
-def _boxes(options: dict[str, Any], recipe: str | None, count: int, verify: bool, printer: Console) -> Any:
+def _boxes(
+    own: dict[str, Any], said: dict[str, Any], recipe: str | None, count: int, verify: bool, printer: Console
+) -> Any:
     """The same of data with boxes."""
     ask_for_packages()
     from ..detect import survey
 
+    options = own | said
     if options.get("loader_workers", -1) < 0:
         options["loader_workers"] = min(8, os.cpu_count() or 1)
     chosen = boxes.settings_from(options, recipe)
-    if words := boxes.unused(options, chosen, released=False):
+    if words := boxes.unused(said, chosen, released=False):
         raise ValueError("; ".join(words))
     parts = survey.open_parts(chosen)
     columns, rows = survey.rows_of(chosen, parts["train"], count)

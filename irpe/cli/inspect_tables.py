@@ -6,8 +6,11 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from ..runs.files import counted
+
 _SHOWN, _ENDS = 40, 12  # classes that are listed all; and at each end of a longer list
 _NAMES = 5  # of files in a sentence
+_ONE = {"classes": "class", "categories": "category"}
 _BAR = 24
 
 
@@ -16,13 +19,13 @@ def tables(facts: dict[str, Any]) -> Iterator[Table | str]:
     parts = facts["parts"]
     unit = "boxes" if facts["kind"] == "detection" else "pictures"
     kind = "categories" if unit == "boxes" else "classes"
-    counts = ", ".join(f"{part['pictures']:,} pictures{_of(name)}" for name, part in parts.items())
-    yield f"{facts['data']}: {len(facts['classes']):,} {kind}, {counts}"
+    counts = ", ".join(counted(part["pictures"], "picture", "pictures") + _of(name) for name, part in parts.items())
+    yield f"{facts['data']}: {counted(len(facts['classes']), _ONE[kind], kind)}, {counts}"
     yield from facts["notes"]
     yield _classes(facts, unit)
     if few := facts["few"]:
-        words = f"{kind} have" if len(few) > 1 else ("category has" if unit == "boxes" else "class has")
-        yield f"{len(few):,} {words} fewer than {facts['few_under']:g} {unit}{_of(next(iter(parts)))}: {_some(few)}"
+        words = counted(len(few), f"{_ONE[kind]} has", f"{kind} have")
+        yield f"{words} fewer than {facts['few_under']:g} {unit}{_of(next(iter(parts)))}: {_some(few)}"
     if any(map(_lines, parts.values())):
         yield _figures(parts)
     if not facts["verified"]:
@@ -109,14 +112,12 @@ def _spread(values: dict[str, float]) -> str:
 def _broken(parts: dict[str, Any]) -> Iterator[str]:
     for name, part in parts.items():
         if turned := part.get("turned_by_exif"):
-            what = "picture" if turned == 1 else "pictures"
             verb, those = ("has", "it") if turned == 1 else ("have", "them")
-            words = f"{turned:,} {what}{_of(name)} {verb} an orientation in EXIF"
+            words = f"{counted(turned, 'picture', 'pictures')}{_of(name)} {verb} an orientation in EXIF"
             yield f"{words}, which is not followed: turn {those} before"
         if bad := part["unreadable"]:
             names = [f"{picture['name']}: {picture['reason']}" for picture in bad]
-            what = "picture" if len(bad) == 1 else "pictures"
-            yield f"{len(bad):,} {what}{_of(name)} cannot be read: {_some(names, '; ')}"
+            yield f"{counted(len(bad), 'picture', 'pictures')}{_of(name)} cannot be read: {_some(names, '; ')}"
     if not any(part["unreadable"] for part in parts.values()):
         yield "every picture can be read"
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..runs.files import read_json, reason_of
+from ..runs.files import counted, read_json, reason_of
 from ..runs.picture import converted, displayed, open_picture, orientation_of
 from ..runs.settings import DIGITS
 from ..runs.workers import RunError
@@ -134,17 +134,23 @@ class Coco:
         files = Counter(picture.name for picture in self.pictures)
         twice = [name for name, number in files.items() if number > 1]
         return [
-            words
-            for number, words in (
+            f"{self.name}: {counted(number, one, many)}"
+            for number, one, many in (
                 (
                     count["clipped"],
-                    f"{self.name}: {count['clipped']} boxes reach over the edge of their image and were clipped",
+                    "box reaches over the edge of its image and was clipped",
+                    "boxes reach over the edge of their image and were clipped",
                 ),
-                (count["empty"], f"{self.name}: {count['empty']} boxes without area were left out"),
-                (count["area"], f"{self.name}: {count['area']} areas that are none were computed from the boxes"),
+                (count["empty"], "box without area was left out", "boxes without area were left out"),
+                (
+                    count["area"],
+                    "area that is none was computed from the box",
+                    "areas that are none were computed from the boxes",
+                ),
                 (
                     len(twice),
-                    f"{self.name}: {len(twice)} files are several images each, such as {', '.join(twice[:2])}",
+                    f"file is several images: {', '.join(twice)}",
+                    f"files are several images each, such as {', '.join(twice[:2])}",
                 ),
             )
             if number

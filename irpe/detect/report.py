@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runs import report
-from ..runs.files import write_json, write_whole
+from ..runs.files import counted, write_json, write_whole
 from ..runs.logs import duration, measured_at, read_log
 from .data import Coco
 from .draw import draw
@@ -52,10 +52,12 @@ def card(result: dict[str, Any], pictures: list[str]) -> str:
     settings = result["settings"]
     model = settings["pretrained"] or settings["model"]
     facts = {
-        "data": f"{settings['data']}, {result['score']['boxes']:,} boxes on {result['score']['images']:,} pictures",
+        "data": f"{settings['data']}, {counted(result['score']['boxes'], 'box', 'boxes')} on "
+        + counted(result["score"]["images"], "picture", "pictures"),
         "model": f"DETR, {model}, {result['parameters']:,} parameters",
         "encoding": settings["rpe"] or "as the pretrained model has it",
-        "recipe": f"{settings['recipe']}, {settings['epochs']} epochs, {result['steps']:,} steps",
+        "recipe": f"{settings['recipe']}, {counted(settings['epochs'], 'epoch', 'epochs')}, "
+        + counted(result["steps"], "step", "steps"),
         "batch": f"{settings['batch_size']} images, {result['processes']} process(es) on {result['device']}",
         "training": duration(result["seconds"]),
     }

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..runs.files import write_json
+from ..runs.files import counted, write_json
 from ..runs.folder import SAVED, SETTINGS, TRACKERS, Kind, check_names, check_results, locked
 from ..runs.process import MakeFolder, Say, fitted, say_to, signals, start_of, versions, writing
 from ..runs.report import CARD, CURVES, RESULT
@@ -83,7 +83,7 @@ def train(settings: Settings, make_folder: MakeFolder, resume: str | None, conso
                 result |= scores(folder, progress.best_step, progress.step)
                 save(model, processor, folder / models.FOLDER)
                 write_report(folder, result, val, trainer.predictions, settings, say)
-                say(f"{words(progress.score)} on {len(val)} pictures; {folder}")
+                say(f"{words(progress.score)} on {counted(len(val), 'picture', 'pictures')}; {folder}")
     return result
 
 
@@ -94,7 +94,8 @@ def measure(settings: Settings, make_folder: MakeFolder, console: Console) -> di
         if settings.pretrained is None:
             raise ValueError("--evaluate-only measures a trained model; name it with --pretrained")
         val = open_part(settings, "val", models.known_classes(settings))
-        say(f"{len(val.ids)} categories, {len(val):,} pictures to evaluate on, {len(val.classes)} classes of the model")
+        of_data, of_model = _counts(val)
+        say(f"{of_data} to evaluate on, {of_model}")
         model, processor = models.build(settings, val.classes, say), models.processor_of(settings)
         if world.first:
             _say_notes((val,), model, settings, say)
@@ -108,7 +109,7 @@ def measure(settings: Settings, make_folder: MakeFolder, console: Console) -> di
             result = _result(settings, score, model, world)
             if world.first:
                 write_result(folder, result, val, predictions, settings)
-                say(f"{words(score)} on {len(val)} pictures; {folder}")
+                say(f"{words(score)} on {counted(len(val), 'picture', 'pictures')}; {folder}")
     return result
 
 
@@ -181,11 +182,17 @@ def _data(settings: Settings, say: Say) -> tuple[Coco, Coco]:
     if known is not None and set(data.classes) <= set(named(known)):
         data = open_part(settings, "train", known)
     val = open_part(settings, "val", data.classes)
-    say(
-        f"{len(data.ids)} categories, {len(data):,} pictures to train on, {len(val):,} to evaluate on"
-        + f"; {len(data.classes)} classes of the model" * (len(data.classes) != len(data.ids))
-    )
+    of_data, of_model = _counts(data)
+    more = f"; {of_model}" if len(data.classes) != len(data.ids) else ""
+    say(f"{of_data} to train on, {len(val):,} to evaluate on{more}")
     return data, val
+
+
+def _counts(data: Coco) -> tuple[str, str]:
+    """What is in data, and how many classes its model has."""
+    categories = counted(len(data.ids), "category", "categories")
+    classes = counted(len(data.classes), "class", "classes")
+    return f"{categories}, {counted(len(data), 'picture', 'pictures')}", f"{classes} of the model"
 
 
 def _say_notes(parts: Sequence[Coco], model: Any, settings: Settings, say: Say) -> None:

@@ -20,6 +20,15 @@ class WriteError(OSError):
     """A file could not be written; what was there before still is."""
 
 
+def counted(number: int, one: str, many: str) -> str:
+    """A number with what is counted, in words for one and for any other number.
+
+    >>> counted(1, "category", "categories"), counted(1200, "category", "categories")
+    ('1 category', '1,200 categories')
+    """
+    return f"{number:,} {one if number == 1 else many}"
+
+
 def printable(text: object) -> str:
     """The text without what a terminal would obey: control characters and marks of direction as \\x1b or \\u202e.
 

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .files import WriteError, as_json, parse_json, plain, read_text, reason_of, write_whole
+from .files import WriteError, as_json, counted, parse_json, plain, read_text, reason_of, write_whole
 from .trackers import Tracker
 
 FILE = "log.jsonl"
@@ -175,7 +175,7 @@ class Log:
         self._write({"kind": "epoch", **values})
         words = f"epoch {values['epoch']}: train {values['train_loss']:.4f}, {words}"
         if values["bad_images"]:
-            words += f", {values['bad_images']} unreadable images"
+            words += f", {counted(values['bad_images'], 'unreadable image', 'unreadable images')}"
         if self.done:
             words += f", {self.speed()}"
         if self.bar is not None and self.measured is not None:
@@ -195,9 +195,8 @@ class Log:
         """Names the first unreadable images, once."""
         if names and not self.reported and self.folder is not None:
             self.reported = len(names)
-            self.console.print(
-                f"{len(names)} unreadable images to evaluate on, left out: {'; '.join(names[:3])}", soft_wrap=True
-            )
+            left_out = counted(len(names), "unreadable image", "unreadable images")
+            self.console.print(f"{left_out} to evaluate on, left out: {'; '.join(names[:3])}", soft_wrap=True)
 
     def close(self, *, ended: bool = True) -> None:
         """Ends the bar and the trackers, of a run that has come to its end or not."""

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from .._version import __version__
 from . import checkpoint
-from .files import write_json
+from .files import counted, write_json
 from .folder import SETTINGS, Kind, begin, check_names, clean, empty, lies_in, locked, resumed
 from .options import changed
 from .settings import RunSettings
@@ -130,7 +130,8 @@ def writing(
                 empty(folder, kind)
             write_json(folder / SETTINGS, record)
         images, weights = trainer.settings.batch_size, sum(weight.numel() for weight in trainer.model.parameters())
-        say(f"{folder}: {trainer.total_steps:,} steps of {images:,} images, {weights:,} weights, on {world.device}")
+        steps = counted(trainer.total_steps, "step", "steps")
+        say(f"{folder}: {steps} of {counted(images, 'image', 'images')}, {weights:,} weights, on {world.device}")
         yield folder
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
+from ..runs.files import counted
 from ..runs.trainer import Interrupted, autocast, not_numbers
 from ..runs.workers import RunError
 from ..runs.world import World
@@ -31,7 +32,9 @@ class Score:
 
     def words(self) -> str:
         bad = f", {self.bad} unreadable" if self.bad else ""
-        return f"loss {self.loss:.4f}, top-1 {self.top1:.2f}, top-5 {self.top5:.2f} on {self.images:,} images{bad}"
+        return f"loss {self.loss:.4f}, top-1 {self.top1:.2f}, top-5 {self.top5:.2f} on " + (
+            counted(self.images, "image", "images") + bad
+        )
 
     def plain(self) -> dict[str, Any]:
         """For JSON: nan, which JSON lacks, is None. Without the pairs, of which there may be a million."""

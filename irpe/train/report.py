@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset
 from .. import viz
 from ..encodings import Encodings, learned
 from ..runs import report
-from ..runs.files import read_json, write_json, write_whole
+from ..runs.files import counted, read_json, write_json, write_whole
 from ..runs.folder import SETTINGS
 from ..runs.logs import duration, read_log
 from . import confusion
@@ -84,11 +84,12 @@ def card(record: dict[str, Any], result: dict[str, Any], pictures: list[str]) ->
     settings, shape, last, best = record["settings"], record["shape"], result["last"], result["best"]
     height, width = shape["size"]
     facts = {
-        "data": f"{settings['data']}, {len(record['classes'])} classes",
+        "data": f"{settings['data']}, {counted(len(record['classes']), 'class', 'classes')}",
         "model": f"{settings['model']}, {record['parameters']:,} parameters, images of {height}x{width}",
         "encoding": settings["rpe"],
         "started from": settings["pretrained"] or "random weights",
-        "recipe": f"{settings['recipe']}, {result['epochs']} of {settings['epochs']} epochs, {result['step']:,} steps",
+        "recipe": f"{settings['recipe']}, {result['epochs']} of "
+        + f"{counted(settings['epochs'], 'epoch', 'epochs')}, {counted(result['step'], 'step', 'steps')}",
         "batch": f"{settings['batch_size']} images, {record['processes']} process(es) on {record['device']}",
         **{f"optimizer: {name}": words for name, words in record["parameter_groups"].items()},
         "training": duration(result["seconds"]),

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..runs.files import read_json
+from ..runs.files import counted, read_json
 from ..runs.folder import SETTINGS, TRACKERS, Kind
 from ..runs.process import MakeFolder, Say, fitted, say_to, signals, start_of, versions, writing
 from ..runs.report import CARD, CURVES, RESULT
@@ -105,10 +105,10 @@ def _open(settings: Settings, world: World, say: Say, *, train: bool = True) -> 
     own: list[Data] = []
     world.from_first(lambda: own.append(open_data(settings, train=train)))
     data = own[0] if own else open_data(settings, train=train)
-    counts = [f"{len(data.classes):,} classes"]
+    counts = [counted(len(data.classes), "class", "classes")]
     for part, words in ((data.train, "to train on"), (data.val, "to evaluate on")):
         if part is not None and hasattr(part, "labels"):
-            counts.append(f"{len(part):,} images {words}")
+            counts.append(f"{counted(len(part), 'image', 'images')} {words}")
     say(f"{settings.data}: {', '.join(counts)}")
     for note in data.notes:
         say(note)
@@ -165,7 +165,8 @@ def _verify(sources: list[Source], settings: Settings, world: World, say: Say) -
     bad = world.from_first(look)
     if not bad:
         return
-    words = f"{len(bad)} images cannot be read: {'; '.join(bad[:5])}{'; ...' if len(bad) > 5 else ''}"
+    shown = "; ".join(bad[:5]) + "; ..." * (len(bad) > 5)
+    words = f"{counted(len(bad), 'image', 'images')} cannot be read: {shown}"
     if settings.bad_images == "stop":
         raise ValueError(f"{words}; --bad-images skip goes on without them")
     say(words)
