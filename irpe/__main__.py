@@ -26,7 +26,6 @@ app = typer.Typer(
     name="irpe",
     cls=Commands,
     no_args_is_help=True,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,  # an unexpected error shows Python's own traceback
 )

@@ -247,6 +247,18 @@ def test_a_measurement_does_not_replace_the_result_of_a_run(run, tmp_path):
     assert (tmp_path / "mine" / "result.json").read_text() == "{}"
 
 
+def test_a_measurement_is_named_after_its_run(run, tmp_path):
+    given = ["detect", "digits", "--val-scenes", 2, "--evaluate-only", "--device", "cpu", "--size", 0, "--draw", 0]
+    place = shutil.copytree(run, tmp_path / "mine")
+    assert irpe(*given, "--pretrained", place / "best", "--out", tmp_path / "out").exit_code == 0
+    shutil.copytree(run / "model", tmp_path / "elsewhere" / "model")
+    assert irpe(*given, "--pretrained", tmp_path / "elsewhere" / "model", "--out", tmp_path / "out").exit_code == 0
+    found = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert found == ["detect-digits-model-seed0-evaluated", "mine-evaluated"]
+    named = settings_from({"data": "scenes", "pretrained": str(place / "model")})
+    assert job.default_name(named) == "detect-scenes-mine-seed0"
+
+
 def test_several_runs_do_not_replace_a_results_json_of_something_else(tmp_path):
     (tmp_path / "several").mkdir()
     (tmp_path / "several" / "results.json").write_text("{}")

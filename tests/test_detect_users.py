@@ -346,6 +346,20 @@ def test_names_of_categories_are_no_mathematics_and_reach_no_terminal(folder, tm
     assert draw(tmp_path / "a.png", data, found, count=2).exists()
 
 
+def test_a_picture_on_which_nothing_was_found_says_so(folder, tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    from irpe.detect.draw import draw
+
+    said = []
+    monkeypatch.setattr(Axes, "text", lambda self, x, y, words, **more: said.append(words))
+    data = open_part(tiny(data=str(folder)), "val")
+    found = [{"boxes": one.boxes, "scores": torch.ones(len(one.boxes)), "labels": one.labels} for one in data.pictures]
+    found[0]["scores"] = torch.full_like(found[0]["scores"], 0.2)
+    draw(tmp_path / "a.png", data, found, count=2)
+    assert said[0] == "nothing found over 0.5" and said.count(said[0]) == 1 and len(said) == 1 + len(found[1]["boxes"])
+
+
 FETCHING = {
     "auto_map": {"AutoConfig": "evil.Config"},
     "attn_implementation": "someone/kernel",

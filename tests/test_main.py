@@ -1,5 +1,6 @@
 """irpe/__main__.py: the commands info and show, wrong input, missing packages, folders that exist."""
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -227,3 +228,15 @@ def test_errors_of_a_command_line_are_sentences():
     assert settings_of(["digits", "--model", "vit_tiny_patch16_224"]).model == "vit_tiny_patch16_224"
     with pytest.raises(ValueError, match="--no-such"):
         settings_of(["digits", "--no-such", "3"])
+
+
+@pytest.mark.parametrize(("typed", "expected"), [("irpe det", "detect"), ("irpe detect --eval-b", "--eval-batch-size")])
+def test_shells_complete_commands_and_options(typed, expected):
+    """What a shell asks once `irpe --install-completion` has told it how."""
+    code = "import sys; sys.argv = ['irpe']; from irpe.__main__ import main; main()"
+    asked = {"_IRPE_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | asked, cwd=ROOT, timeout=PATIENCE
+    )
+    assert done.stdout.split() == [expected], done.stderr
+    assert "--install-completion" in run("--help").output

@@ -187,3 +187,11 @@ def test_names_that_are_no_paths_stay(place, tmp_path):
         there = data.located(settings(given, data_dir=data_dir), tmp_path)
         assert (there.data, there.data_dir) == (found, found_dir)
     assert settings_of(place / "runs" / "both")[0].data == str(place / "pictures")
+
+
+def test_one_is_counted_in_the_singular():
+    from irpe.runs.files import counted
+
+    assert [counted(n, "category", "categories") for n in (0, 1, 2, 1200)] == [
+        "0 categories", "1 category", "2 categories", "1,200 categories",
+    ]  # fmt: skip

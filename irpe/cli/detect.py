@@ -125,7 +125,9 @@ def _detect(
             printer.print(_table(rows))
             printer.print(str(folder / "results.json"), soft_wrap=True)
         else:
-            called = job.default_name(chosen) + "-evaluated" * evaluate_only
+            called = job.default_name(chosen)
+            if evaluate_only:  # after the run, where it is one's
+                called = f"{job.run_of(chosen) or called}-evaluated"
 
             def make() -> Path:
                 return folder_of_run(out, name, called, overwrite=overwrite, resume=resume, kind=job.KIND)
@@ -161,7 +163,7 @@ def ask_for_packages() -> None:
 def _table(rows: list[dict[str, Any]]) -> Table:
     count = rows[0]["seeds"]
     table = Table(
-        title=f"Average precision in percent, mean ± deviation of {count} seed{'s' * (count > 1)}",
+        title="Average precision in percent, " + (f"mean ± deviation of {count} seeds" if count > 1 else "1 seed"),
         title_justify="left", box=box.SIMPLE_HEAD,
     )  # fmt: skip
     table.add_column("encoder")

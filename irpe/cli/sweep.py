@@ -61,9 +61,10 @@ def sweep(
         if code := start(["train", *words(row, seed), *own], nproc_per_node):
             raise typer.Exit(code)
     name_of_data = Path(data).name
+    means = ", mean ± deviation over seeds" if seeds > 1 else ""
     shown = Table(
         title=f"Table {table} of the paper, and {name_of_data}: right answers in percent",
-        caption=f"paper: DeiT-S on ImageNet-1K. {name_of_data}: at the end of each run, mean ± deviation over seeds.",
+        caption=f"paper: DeiT-S on ImageNet-1K. {name_of_data}: at the end of each run{means}.",
         title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD,
     )  # fmt: skip
     for name in ("row", "encoding", "paper", name_of_data):

@@ -45,6 +45,10 @@ def draw(path: Path, data: Coco, predictions: Sequence[Prediction], *, count: in
             )
             words = f"{printable(data.classes[label])} {score:.2f}"
             axes.text(x, max(0, y - 1), words, color="white", fontsize=7, backgroundcolor=color, va="bottom")
+        if not (found["scores"] >= threshold).any():
+            axes.text(
+                2, 2, f"nothing found over {threshold:g}", color="white", fontsize=8, backgroundcolor="0.3", va="top"
+            )
         axes.set_xlim(-0.5, picture.width - 0.5)
         axes.set_ylim(picture.height - 0.5, -0.5)
     figure.savefig(path, dpi=120)

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from ..runs.files import counted, write_json
-from ..runs.folder import SAVED, SETTINGS, TRACKERS, Kind, check_names, check_results, locked
+from ..runs.folder import SAVED, SETTINGS, TRACKERS, Kind, check_names, check_results, is_run, locked
 from ..runs.process import MakeFolder, Say, fitted, say_to, signals, start_of, versions, writing
 from ..runs.report import CARD, CURVES, RESULT
 from ..runs.trackers import check_packages
@@ -43,10 +43,17 @@ KIND = Kind(
 
 def default_name(settings: Settings) -> str:
     """The name of a run's folder: data, model, encoding, seed."""
-    model = settings.model if settings.pretrained is None else Path(settings.pretrained).stem
+    model = settings.model if settings.pretrained is None else run_of(settings) or Path(settings.pretrained).stem
     parts = ["detect", Path(settings.data).name, model, settings.rpe]
     parts += ["no-positions" if settings.positions == "none" else None, f"seed{settings.seed}"]
     return "-".join(part for part in parts if part and part != "none")
+
+
+def run_of(settings: Settings) -> str | None:
+    """The name of the run whose weights --pretrained names, such as NAME of runs/NAME/best; None for other weights."""
+    place = Path(settings.pretrained or "")
+    own = place.name in KIND.folders and is_run(place.resolve().parent, KIND)
+    return place.resolve().parent.name if own else None
 
 
 def train(settings: Settings, make_folder: MakeFolder, resume: str | None, console: Console) -> dict[str, Any]:
