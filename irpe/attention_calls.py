@@ -76,7 +76,7 @@ def watched(model: nn.Module) -> Watched:
             isinstance(getattr(one, "attn", None), AttentionOnMap) for one in blocks
         ):
             every: list[Any] = [one.attn for one in blocks]
-            found = {n: one for n, one in enumerate(every, 1) if isinstance(one, AttentionOnMap)}
+            found: dict[int, Any] = {n: one for n, one in enumerate(every, 1) if isinstance(one, AttentionOnMap)}
             has_class = getattr(part, "cls_token", None) is not None
             reads_class = getattr(part, "global_pool", None) == "token"
             return Watched(model, found, len(blocks), has_class, reads_class, _of_timm)
