@@ -93,7 +93,7 @@ def test_areas_that_are_none_are_computed(area, given):
     x, y, right, bottom = data.pictures[0].boxes[0].tolist()
     expected = area if given and area is not None else (right - x) * (bottom - y)
     assert data.pictures[0].areas[0] == pytest.approx(expected)
-    assert data.notes == ([] if given else ["the file: 1 areas that are none were computed from the boxes"])
+    assert data.notes == ([] if given else ["the file: 1 area that is none was computed from the box"])
 
 
 def test_what_is_kept_is_said():

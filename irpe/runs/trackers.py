@@ -5,6 +5,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -113,8 +114,9 @@ def trackers_of(folder: Path, settings: RunSettings, step: int) -> dict[str, Tra
         RunError: one cannot begin, with its reason.
     """
     found: dict[str, Tracker] = {}
-    if settings.tensorboard and importlib.util.find_spec("tensorboard") is not None:
-        found[BOARD] = _TensorBoard(folder, step)
+    if settings.tensorboard:
+        with suppress(ImportError):  # its package is not there, or does not fit
+            found[BOARD] = _TensorBoard(folder, step)
     ids = _ids(folder / TRACKERS)
     for name in dict.fromkeys(settings.track):
         try:
