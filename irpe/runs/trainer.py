@@ -160,9 +160,10 @@ class Trainer:
         log = Log(
             folder if self.world.first else None, console, step=progress.step, measured=progress.measured,
             total_images=(self.total_steps - progress.step) * settings.batch_size,
-            trackers=trackers_of(folder, settings, progress.step) if self.world.first else {},
         )  # fmt: skip
         with log:
+            if self.world.first:  # now that the log of before has been read, and is that of a run
+                log.trackers = trackers_of(folder, settings, progress.step)
             while True:
                 if self.is_due():
                     try:
