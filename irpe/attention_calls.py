@@ -96,13 +96,13 @@ def _transformer(model: nn.Module) -> Watched | None:
     """A model of transformers whose tokens are a map; None for other models, for detectors and those of videos."""
     if "transformers" not in sys.modules:
         return None
-    from .integrations.hf_vit.adapter import attentions, find, has_rpe
+    from .integrations.hf_vit.adapter import ADAPTER
     from .integrations.hf_vit.families import family_of, lookup, own_class
 
-    parts = [one for one in find(model) if not isinstance((lookup(one) or ("", ""))[1], str)]
+    parts = [one for one in ADAPTER.find(model) if not isinstance((lookup(one) or ("", ""))[1], str)]
     for part in parts:
-        family, every = family_of(part), attentions(part)
-        found = {number: one for number, one in enumerate(every, 1) if has_rpe(one)}
+        family, every = family_of(part), ADAPTER.attentions(part)
+        found = {number: one for number, one in enumerate(every, 1) if ADAPTER.has_encodings(one)}
         if found and family.ndim == 2 and not family.swapped:
             classifies = "Classification" in own_class(model).__name__
             reads_class = classifies and family.module.split(".")[0] in ("vit", "deit")
