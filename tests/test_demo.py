@@ -1,4 +1,4 @@
-"""irpe/demo.py and irpe/digits.py: splits, canvases, worker processes, and a quick run from end to end."""
+"""irpe/demo.py, irpe/digits.py, irpe/paired.py: splits, canvases, worker processes, and a quick run from end to end."""
 
 import json
 import math
@@ -21,7 +21,7 @@ pytest.importorskip("sklearn")
 from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
-from irpe import demo, digits
+from irpe import demo, digits, paired
 from irpe.__main__ import app
 
 ROOT = Path(__file__).parent.parent
@@ -46,24 +46,17 @@ def test_splits_are_disjoint_complete_and_stratified():
 
 
 @pytest.mark.parametrize("width", digits.WIDTHS)
-def test_canvases_hold_the_digit_at_an_even_column_and_nothing_else(width):
+def test_canvases_hold_each_digit_at_every_even_column_and_nothing_else(width):
     test = digits.splits()["test"]
     canvases = digits.on_canvas(test, width)
-    assert canvases.images.shape == (597, 1, 8, width)
-    assert torch.equal(canvases.labels, test.labels)
-    columns = []
-    for digit, canvas in zip(test.images[:, 0], canvases.images[:, 0], strict=True):
-        fits = []
-        for column in range(width - 7):
-            expected = torch.zeros(8, width)
-            expected[:, column : column + 8] = digit
-            if torch.equal(canvas, expected):
-                fits.append(column)
-        assert len(fits) == 1
-        columns += fits
-    assert set(columns) == set(range(0, width - 7, 2))
-    again = digits.on_canvas(digits.Digits(*(part[100:110] for part in test)), width)
-    assert torch.equal(again.images, canvases.images[100:110])  # a digit's place depends on nothing but the digit
+    columns = range(0, width - 7, 2)
+    assert canvases.images.shape == (597 * len(columns), 1, 8, width)
+    for number, (digit, label, row) in enumerate(zip(*test, strict=True)):
+        for place, column in enumerate(columns):
+            expected = torch.zeros(1, 8, width)
+            expected[:, :, column : column + 8] = digit
+            image, same_label, same_row = (part[number * len(columns) + place] for part in canvases)
+            assert torch.equal(image, expected) and same_label == label and same_row == row
 
 
 @pytest.mark.parametrize("width", [6, 9, 0])
@@ -114,8 +107,8 @@ def strip(result):
 def test_results_do_not_depend_on_the_number_of_workers():
     runs = [demo.Run(side, seed, 4e-3, **TINY) for side, seed in ((demo.RPE[1], 0), (demo.ABSOLUTE, 1), (demo.NONE, 0))]
     told = []
-    one = demo.fit_all(runs, 1, lambda index, epoch: told.append((index, epoch)))
-    two = demo.fit_all(runs, 2)
+    one = paired.fit_all(demo.fit, runs, 1, lambda index, epoch: told.append((index, epoch)))
+    two = paired.fit_all(demo.fit, runs, 2)
     assert sorted(told) == [(index, epoch) for index in range(3) for epoch in (1, 2)]
     for a, b, run in zip(one, two, runs, strict=True):
         assert (a["side"], a["seed"], a["lr"]) == (run.side, run.seed, run.lr)
@@ -130,7 +123,7 @@ def test_an_exception_in_a_worker_arrives_with_its_reason(monkeypatch):
     context = multiprocessing.get_context("fork" if FORK else "spawn")
     monkeypatch.setattr(demo.multiprocessing, "get_context", lambda kind: context)
     with pytest.raises(ValueError, match="it has another form"):
-        demo.fit_all([demo.Run("nonsense", 0, 4e-3, **TINY), demo.Run(demo.NONE, 0, 4e-3, **TINY)], 1)
+        paired.fit_all(demo.fit, [demo.Run("nonsense", 0, 4e-3, **TINY), demo.Run(demo.NONE, 0, 4e-3, **TINY)], 1)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks processes up in /proc")
@@ -139,11 +132,11 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import multiprocessing\n"
-        "from irpe import demo\n"
+        "from irpe import demo, paired\n"
         "def tell(index, epoch):\n"
         "    print(*[one.pid for one in multiprocessing.active_children()], flush=True)\n"
         "if __name__ == '__main__':\n"
-        "    demo.fit_all([demo.Run('none', 0, 4e-3, epochs=10**7, limit=64)], 1, tell)\n"
+        "    paired.fit_all(demo.fit, [demo.Run('none', 0, 4e-3, epochs=10**7, limit=64)], 1, tell)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
@@ -164,7 +157,7 @@ def test_summary_and_choice_of_the_rate():
         accuracy = {8: [0.0, final[0]], 16: [0.0, final[1]]}
         return dict(side=side, seed=seed, lr=lr, accuracy=accuracy, parameters=7, seconds=2.0, cpu_seconds=1.0)
 
-    rows = demo.summarise(
+    rows = paired.summarise(
         [result("none", 0, 1e-3, 70, 9), result("none", 1, 1e-3, 80, 9), result("none", 0, 2e-3, 75, 99),
          result("none", 1, 2e-3, 75, 99), result("absolute", 0, 2e-3, 60, 1)]
     )  # fmt: skip
@@ -173,11 +166,26 @@ def test_summary_and_choice_of_the_rate():
     ]  # fmt: skip
     assert rows[0]["accuracy"][8] == {"mean": 75, "std": math.sqrt(50), "min": 70, "max": 80}
     assert rows[2]["accuracy"][8]["std"] == 0
-    assert demo.best_rates(rows) == {"none": 1e-3, "absolute": 2e-3}  # the wide canvas has no say
+    assert paired.best_rates(rows) == {"none": 1e-3, "absolute": 2e-3}  # the wide canvas has no say
     rows[1]["accuracy"][8]["mean"] = 76.0
-    assert demo.best_rates(rows)["none"] == 1e-3
+    assert paired.best_rates(rows)["none"] == 1e-3
     rows[1]["accuracy"][8]["mean"] = 76.1
-    assert demo.best_rates(rows)["none"] == 2e-3
+    assert paired.best_rates(rows)["none"] == 2e-3
+
+
+def test_differences_are_those_of_pairs_with_the_same_seed():
+    def result(side, seed, *final):
+        return dict(side=side, seed=seed, accuracy={8: [1.0, final[0]], 16: [99.0, final[1]]})
+
+    results = [result("k", 3, 90, 50), result("none", 4, 60, 40), result("none", 3, 80, 40), result("k", 4, 80, 40)]
+    results += [result("k", 5, 0, 0), result("qkv", 4, 70, 41)]  # without a partner in "none", and with one alone
+    first, second = paired.differences(results, [("k", "none"), ("qkv", "none")])
+    assert (first["side"], first["other"], first["seeds"]) == ("k", "none", [3, 4])
+    assert first["difference"][8] == {"mean": 15, "error": pytest.approx(math.sqrt(50) / math.sqrt(2))}
+    assert first["difference"][16] == {"mean": 5, "error": pytest.approx(5)}
+    assert second["seeds"] == [4] and second["difference"][8] == {"mean": 10, "error": None}
+    with pytest.raises(ValueError, match="'qkv' and 'k' have no seed in common"):
+        paired.differences([*results[:-1], result("qkv", 9, 1, 1)], [("qkv", "k")])
 
 
 def test_queries_that_are_drawn_begin_on_ink():
@@ -201,6 +209,8 @@ def test_a_quick_run_writes_everything(tmp_path):
         "1",
         "--seeds",
         "2",
+        "--first-seed",
+        "3",
         "--workers",
         "1",
         "--out",
@@ -210,22 +220,24 @@ def test_a_quick_run_writes_everything(tmp_path):
     ]
     result = CliRunner().invoke(app, [*command, "--rpe", "rpe-2.0-product-ctx-1-k"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    for words in ("none", "learned absolute", "rpe-2.0-product-ctx-1-k", "8×12", "smoke run"):
+    for words in ("none", "learned absolute", "rpe-2.0-product-ctx-1-k", "8×12", "smoke run", "Points ahead"):
         assert words in result.output
     names = {path.name for path in (tmp_path / "one").iterdir()}
     assert names == {
         "accuracy.png", "samples.png", "buckets.png", "irpe.png", "encodings-rpe-2.0-product-ctx-1-k.png",
-        "none-seed0.pt", "absolute-seed0.pt", "rpe-2.0-product-ctx-1-k-seed0.pt", "results.json",
+        "none-seed3.pt", "absolute-seed3.pt", "rpe-2.0-product-ctx-1-k-seed3.pt", "results.json",
     }  # fmt: skip
     assert all(name in result.output.replace("\n", "") for name in names)
     record = json.loads((tmp_path / "one" / "results.json").read_text())
     assert record["quick"] is True
-    assert record["versions"]["torch"] == torch.__version__ or record["versions"]["torch"] in torch.__version__
+    assert record["machine"]["torch"] in torch.__version__ and record["machine"]["date"].count("-") == 2
+    (gain,) = record["differences"]
+    assert (gain["side"], gain["other"], gain["seeds"]) == ("rpe-2.0-product-ctx-1-k", "absolute", [3, 4])
     assert [(run["side"], run["seed"]) for run in record["runs"]] == [
-        (side, seed) for seed in (0, 1) for side in ("rpe-2.0-product-ctx-1-k", "absolute", "none")
+        (side, seed) for seed in (3, 4) for side in ("rpe-2.0-product-ctx-1-k", "absolute", "none")
     ]
     assert [row["side"] for row in record["summary"]] == ["none", "absolute", "rpe-2.0-product-ctx-1-k"]
     model = demo.build_model("rpe-2.0-product-ctx-1-k")
-    model.load_state_dict(torch.load(tmp_path / "one" / "rpe-2.0-product-ctx-1-k-seed0.pt", weights_only=True))
+    model.load_state_dict(torch.load(tmp_path / "one" / "rpe-2.0-product-ctx-1-k-seed3.pt", weights_only=True))
     best = record["runs"][0]["accuracy"]["8"][-1]
     assert demo.accuracy(model, digits.splits()["test"]) == pytest.approx(best)

@@ -55,7 +55,8 @@ ALLOWED = {
     "irpe.viz_maps": {"numpy", "irpe.irpe"},
     "irpe.viz_image": {"matplotlib", "numpy", "irpe.attention_maps", "irpe.viz"},
     "irpe.viz": {"matplotlib", "numpy", "irpe.encodings", "irpe.viz_maps"},
-    "irpe.demo": {"timm", "irpe._version", "irpe.digits", "irpe.encodings", "irpe.equip"},
+    "irpe.paired": {"irpe._version", "rpe_ops"},
+    "irpe.demo": {"timm", "irpe.digits", "irpe.encodings", "irpe.equip"},
     "irpe.runs": RUNS,  # of train and detect nothing, and none of them knows the other
     "irpe.runs.trackers": {"irpe.runs", "wandb", "mlflow"},
     "irpe.train": ABOVE | {"irpe.train", "irpe.encodings"},

@@ -109,7 +109,7 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(arguments, sentence, tmp_pa
     if arguments[0] == "train":
         pytest.importorskip("timm")
         pytest.importorskip("sklearn")
-        monkeypatch.setattr("irpe.demo.fit_all", lambda *rest: pytest.fail("it trained"))
+        monkeypatch.setattr("irpe.paired.fit_all", lambda *rest: pytest.fail("it trained"))
     result = run(*arguments)
     assert result.exit_code == 2, result.output
     assert sentence in words(result.output)

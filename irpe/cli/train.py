@@ -53,7 +53,7 @@ def _train(
         int | None,
         typer.Option(
             min=1,
-            help="Epochs of each run. Default: 60 (demo), 300 (deit), 30 (finetune), 100 (small).",
+            help="Epochs of each run. Default: 40 (demo), 300 (deit), 30 (finetune), 100 (small).",
             rich_help_panel="Recipe",
         ),
     ] = None,
@@ -80,7 +80,12 @@ def _train(
     print_config: PrintConfig = False,
     seeds: Annotated[
         int | None,
-        typer.Option(min=1, help="Runs of each side, with seeds 0, 1, ... Default: 3.", rich_help_panel=DEMO),
+        typer.Option(
+            min=1, help="Runs of each side, with seeds that follow each other. Default: 5.", rich_help_panel=DEMO
+        ),
+    ] = None,
+    first_seed: Annotated[
+        int | None, typer.Option(min=0, help="The first of these seeds. Default: 0.", rich_help_panel=DEMO)
     ] = None,
     workers: Annotated[
         int | None,
@@ -104,7 +109,13 @@ def _train(
     With DATA: irpe train pictures --model deit_small_patch16_224 --rpe rpe-1.9-product-ctx-1-k. On several GPUs:
     torchrun --nproc-per-node 8 -m irpe train ... docs/train.md has more examples.
     """
-    only_demo = {"seeds": seeds, "workers": workers, "quick": quick or None, "tune": tune or None}
+    only_demo = {
+        "seeds": seeds,
+        "first_seed": first_seed,
+        "workers": workers,
+        "quick": quick or None,
+        "tune": tune or None,
+    }
     if data is None and config is None and resume in (None, "auto"):
         others = {"recipe": recipe, "resume": resume, "print_config": print_config or None}
         if strange := [flag(name) for name in given(settings | others)]:
@@ -112,7 +123,8 @@ def _train(
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise typer.BadParameter("the demo is one process with workers of its own; name the DATA to train on")
         place = out or OUT
-        demo.run(demo.Options(seeds or 3, epochs or 60, rpe or [], lr, workers, place, name, overwrite, quick, tune))
+        counts = (seeds or 5, first_seed or 0, epochs or 40)
+        demo.run(demo.Options(*counts, rpe or [], lr, workers, place, name, overwrite, quick, tune))
         return
     if strange := [flag(name) for name in given(only_demo)]:
         raise typer.BadParameter(f"{', '.join(strange)}: only the demo, without DATA, has this option")
