@@ -1,197 +1,338 @@
-"""Real digits that move: which of eight directions, told by a small transformer on (frames, rows, columns) of tokens.
+"""Real digits that move: a small transformer on (frames, rows, columns) of tokens tells in which of eight directions.
 
     python benchmarks/moving.py --out benchmarks/results           # `make moving`
-    python benchmarks/moving.py --tune --out benchmarks/results    # the choice of the learning rates, on validation images
+    python benchmarks/moving.py --tune --out benchmarks/results    # the learning rates, on validation images
 
-scikit-learn's handwritten digits, training and test digits apart, move by two pixels a frame over an empty canvas. Sides
-differ in how they know positions. Where the digit is in the middle of a clip does not depend on its direction, so the
-place alone says nothing, and a clip played backwards is one of the opposite direction: who does not see the order of
-frames is right at most half of the time.
+scikit-learn's handwritten digits, training and test digits apart, move over an empty canvas by two pixels a frame.
+Sides differ in how they know positions. Where the digit is in the middle of a clip does not depend on its direction,
+and a clip played backwards is one of the opposite direction, so who does not see the order of frames is right half of
+the time at most.
 """
 
 import argparse
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from irpe import RPEMultiheadAttention, digits, paired
+from irpe.cli.common import console, write_json
+from irpe.cli.demo import fit_with_progress, gained, scores
+from irpe.irpe import get_bucket_map
 
 DIRECTIONS = ((-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1))  # (rows, columns), by class
 STEP, PATCH = 2, 4  # pixels: a digit's way from frame to frame, and the side of a token
 NONE, ABSOLUTE = "none", "absolute"
-# ratio 0.4 has one bucket for all offsets in time: rows and columns alone count
-PLANE, SPACE, SPACE_QKV = (
-    "rpe-0.4x1.9x1.9-product-ctx-1-k-3d",
-    "rpe-1.9-product-ctx-1-k-3d",
-    "rpe-1.9-product-ctx-1-qkv-3d",
+PLANE = "rpe-0.4x1.9x1.9-product-ctx-1-k-3d"  # this ratio has one bucket for all offsets in time
+SPACE, SPACE_QKV = "rpe-1.9-product-ctx-1-k-3d", "rpe-1.9-product-ctx-1-qkv-3d"
+TITLES = {NONE: "none", ABSOLUTE: "learned absolute", PLANE: "2D iRPE on k", SPACE: "3D iRPE on k"}
+TITLES |= {SPACE_QKV: "3D iRPE on q, k, v"}
+PAIRS = ((SPACE, ABSOLUTE), (SPACE_QKV, ABSOLUTE), (SPACE, PLANE), (SPACE_QKV, SPACE))
+GRID = (4e-3, 8e-3, 1.6e-2)  # learning rates that every side was offered
+RATES = {NONE: 4e-3, ABSOLUTE: 8e-3, PLANE: 4e-3, SPACE: 8e-3, SPACE_QKV: 8e-3}  # and what `best_rates` chose
+TUNE_SEEDS = (100, 101)
+MODEL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2}
+CAPTION = (
+    "weights: their number; lr: peak learning rate; s: seconds of one run. Tests are frames x height x width in pixels."
 )
-TITLES = {
-    NONE: "none",
-    ABSOLUTE: "learned absolute",
-    PLANE: "2D iRPE on k",
-    SPACE: "3D iRPE on k",
-    SPACE_QKV: "3D iRPE on q, k, v",
-}
-DIM, DEPTH, HEADS = 32, 2, 2
 
 
 class Size(NamedTuple):
-    """Of a clip: frames, and height and width of a canvas in pixels."""
+    """Of a clip: frames, and the canvas in pixels."""
 
     frames: int
     height: int
     width: int
 
+    def __str__(self) -> str:
+        return "x".join(map(str, self))
+
     @property
-    def tokens(self):
-        return (self.frames, self.height // PATCH, self.width // PATCH)
-
-    def __str__(self):
-        return f"{self.frames}x{self.height}x{self.width}"
+    def tokens(self) -> tuple[int, int, int]:
+        return self.frames, self.height // PATCH, self.width // PATCH
 
 
-TRAIN = Size(4, 16, 20)
-TESTS = (TRAIN, Size(4, 16, 32), Size(6, 20, 28))
+TRAIN = Size(3, 16, 20)
+TESTS = (TRAIN, Size(3, 16, 32), Size(5, 20, 28))
 
 
 def clips(data: digits.Digits, size: Size, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    n, (frames, height, width) = len(data.images), size
-    labels = torch.randint(len(DIRECTIONS), (n,), generator=generator)
-    way = STEP * (frames - 1)
-    half = way // 2
-    row = torch.randint(half, height - digits.HEIGHT - half + 1, (n,), generator=generator)
-    column = torch.randint(half, width - digits.HEIGHT - half + 1, (n,), generator=generator)
-    ahead = torch.tensor(DIRECTIONS)[labels]
-    moved = STEP * torch.arange(frames) - half
-    rows = row[:, None, None] + moved[:, None] * ahead[:, :1, None] + torch.arange(digits.HEIGHT)
-    columns = column[:, None, None] + moved[:, None] * ahead[:, 1:, None] + torch.arange(digits.HEIGHT)
-    videos = torch.zeros(n, frames, height, width)
-    videos[
-        torch.arange(n)[:, None, None, None], torch.arange(frames)[:, None, None], rows[..., None], columns[:, :, None]
-    ] = data.images.expand(-1, frames, -1, -1)
+    """Videos (N, frames, height, width) in [0, 1], one of each digit, and the direction (N,) of each.
+
+    The place in the middle of the clip is any from which all directions stay on the canvas.
+    """
+    half = STEP * (size.frames - 1) // 2
+    if min(size[1:]) < digits.HEIGHT + 2 * half:
+        raise ValueError(f"a canvas of {size} pixels; in {size.frames} frames a digit needs {digits.HEIGHT + 2 * half}")
+    count = len(data.images)
+    labels = torch.randint(len(DIRECTIONS), (count,), generator=generator)
+    middle = torch.stack(
+        [
+            torch.randint(half, side - digits.HEIGHT - half + 1, (count,), generator=generator)
+            for side in (size.height, size.width)
+        ]
+    )  # (2, N)
+    way = STEP * torch.arange(size.frames) - half  # (frames,)
+    at = middle[..., None] + torch.tensor(DIRECTIONS)[labels].T[..., None] * way  # (2, N, frames)
+    rows, columns = at[..., None] + torch.arange(digits.HEIGHT)  # (N, frames, 8) each
+    videos = data.images.new_zeros(count, *size)
+    clip, frame = torch.arange(count)[:, None, None, None], torch.arange(size.frames)[:, None, None]
+    videos[clip, frame, rows[..., None], columns[..., None, :]] = data.images.expand(-1, size.frames, -1, -1)
     return videos, labels
 
 
 class Block(nn.Module):
-    def __init__(self, rpe):
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(DIM), nn.LayerNorm(DIM)
-        self.attn = RPEMultiheadAttention(DIM, HEADS, batch_first=True, rpe_config=rpe)
-        self.mlp = nn.Sequential(nn.Linear(DIM, 2 * DIM), nn.GELU(), nn.Linear(2 * DIM, DIM))
+    """x + attention, + MLP, normalised before."""
 
-    def forward(self, x, size):
+    def __init__(self, rpe: str | None) -> None:
+        super().__init__()
+        dim = MODEL["embed_dim"]
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attn = RPEMultiheadAttention(dim, MODEL["num_heads"], batch_first=True, rpe_config=rpe)
+        hidden = MODEL["mlp_ratio"] * dim
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+        self.encoded = rpe is not None
+
+    def forward(self, x: Tensor, size: tuple[int, int, int]) -> Tensor:
         y = self.norm1(x)
-        kw = {"size": size} if self.attn.rpe_k is not None else {}
-        x = x + self.attn(y, y, y, need_weights=False, **kw)[0]
+        x = x + self.attn(y, y, y, need_weights=False, **({"size": size} if self.encoded else {}))[0]
         return x + self.mlp(self.norm2(x))
 
 
 class Mover(nn.Module):
-    def __init__(self, side):
-        super().__init__()
-        self.embed = nn.Linear(PATCH * PATCH, DIM)
-        t, h, w = TRAIN.tokens
-        if side == ABSOLUTE:
-            self.pos_time = nn.Parameter(torch.empty(1, DIM, t))
-            self.pos_space = nn.Parameter(torch.empty(1, DIM, h, w))
-            nn.init.trunc_normal_(self.pos_time, std=0.02)
-            nn.init.trunc_normal_(self.pos_space, std=0.02)
-        else:
-            self.pos_time = self.pos_space = None
-        self.blocks = nn.ModuleList(Block(None if side in (NONE, ABSOLUTE) else side) for _ in range(DEPTH))
-        self.norm = nn.LayerNorm(DIM)
-        self.head = nn.Linear(DIM, len(DIRECTIONS))
+    """Videos (B, frames, height, width) to scores of directions: patches, blocks, the largest value over tokens.
 
-    def forward(self, v):
-        B, T, H, W = v.shape
-        size = (T, H // PATCH, W // PATCH)
-        x = v.view(B, T, size[1], PATCH, size[2], PATCH).permute(0, 1, 2, 4, 3, 5).flatten(4)
-        x = self.embed((x - 0.3) / 0.38)
+    Learned absolute positions are the sum of a table of frames and one of the canvas, resampled to other sizes.
+    """
+
+    def __init__(self, side: str) -> None:
+        super().__init__()
+        dim, (frames, height, width) = MODEL["embed_dim"], TRAIN.tokens
+        self.embed = nn.Linear(PATCH * PATCH, dim)
+        self.pos_time = self.pos_space = None
+        if side == ABSOLUTE:
+            self.pos_time = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, dim, frames), std=0.02))
+            self.pos_space = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, dim, height, width), std=0.02))
+        rpe = None if side in (NONE, ABSOLUTE) else side
+        self.blocks = nn.ModuleList(Block(rpe) for _ in range(MODEL["depth"]))
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, len(DIRECTIONS))
+
+    def forward(self, videos: Tensor) -> Tensor:
+        size = Size(*videos.shape[1:]).tokens
+        tiles = videos.unflatten(2, (size[1], PATCH)).unflatten(4, (size[2], PATCH))  # (B, T, h, 4, w, 4)
+        x = self.embed((tiles.transpose(3, 4).flatten(4) - 0.3) / 0.38)  # (B, T, h, w, D)
         if self.pos_time is not None:
-            tm, sp = self.pos_time, self.pos_space
-            if T != tm.shape[-1]:
-                tm = F.interpolate(tm, T, mode="linear", align_corners=True)
-            if size[1:] != sp.shape[2:]:
-                sp = F.interpolate(sp, size[1:], mode="bicubic", antialias=True)
-            x = x + tm.transpose(1, 2)[:, :, None, None] + sp.permute(0, 2, 3, 1)[:, None]
+            time_, space = self.pos_time, self.pos_space
+            if size != TRAIN.tokens:
+                time_ = F.interpolate(time_, size[0], mode="linear", align_corners=True)
+                space = F.interpolate(space, size[1:], mode="bicubic", antialias=True)
+            x = x + time_.transpose(1, 2)[:, :, None, None] + space.movedim(1, -1)[:, None]
         x = x.flatten(1, 3)
-        for b in self.blocks:
-            x = b(x, size)
-        return self.head(self.norm(x.mean(1)))
+        for block in self.blocks:
+            x = block(x, size)
+        return self.head(self.norm(x).amax(1))  # a mean would be thinned by empty tokens
 
 
 @dataclass(frozen=True)
 class Run:
+    """One training of a side; lr is the peak, fit_on and test_on are parts of the digits."""
+
     side: str
     seed: int
     lr: float
-    epochs: int = 20
+    epochs: int = 15
     batch_size: int = 64
     fit_on: str = "train"
     test_on: str = "test"
+    limit: int | None = None  # of digits to fit on
 
 
-def fit(run, on_epoch=lambda e: None):
+def fit(run: Run, on_epoch: Callable[[int], None] = lambda epoch: None) -> dict[str, Any]:
+    """Trains one model on new clips in each epoch, which are the same for all sides, and tests it at the end.
+
+    Returns:
+        The fields of `run`; "parameters"; "accuracy" {size: [percent]}, on clips that are the same for all runs; "loss"
+        (mean of every epoch), "seconds" (wall), "cpu_seconds"; "state" {name: numpy array}.
+    """
     wall, cpu = time.perf_counter(), time.process_time()
     torch.manual_seed(run.seed)
-    gen = torch.Generator().manual_seed(run.seed)
-    data = digits.splits()[run.fit_on]
-    tests = {str(s): clips(digits.splits()[run.test_on], s, torch.Generator().manual_seed(1)) for s in TESTS}
+    drawn = torch.Generator().manual_seed(run.seed)
+    parts = digits.splits()
+    data = digits.Digits(*(part[: run.limit] for part in parts[run.fit_on]))
     model = Mover(run.side)
-    dec = [p for n, p in model.named_parameters() if p.ndim > 1 and "lookup" not in n and "pos_" not in n]
-    ids = {id(p) for p in dec}
-    nod = [p for p in model.parameters() if id(p) not in ids]
-    opt = torch.optim.AdamW([dict(params=dec, weight_decay=0.05), dict(params=nod, weight_decay=0.0)], lr=run.lr)
-    n = len(data.labels)
-    sch = torch.optim.lr_scheduler.OneCycleLR(opt, run.lr, total_steps=run.epochs * math.ceil(n / run.batch_size))
-    acc = {k: [] for k in tests}
+    decayed, spared = [], []
+    for name, weight in model.named_parameters():
+        (decayed if weight.ndim > 1 and "lookup_table" not in name and "pos_" not in name else spared).append(weight)
+    groups = [dict(params=decayed, weight_decay=0.05), dict(params=spared, weight_decay=0.0)]
+    optimizer = torch.optim.AdamW(groups, lr=run.lr)
+    steps = run.epochs * math.ceil(len(data.labels) / run.batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, run.lr, total_steps=steps)
+    losses = []
     for epoch in range(1, run.epochs + 1):
-        model.train()
-        v, l = clips(data, TRAIN, gen)
-        for b in torch.randperm(n, generator=gen).split(run.batch_size):
-            loss = F.cross_entropy(model(v[b]), l[b])
-            opt.zero_grad()
+        videos, labels = clips(data, TRAIN, drawn)
+        total = 0.0
+        for batch in torch.randperm(len(labels), generator=drawn).split(run.batch_size):
+            loss = F.cross_entropy(model(videos[batch]), labels[batch])
+            optimizer.zero_grad()
             loss.backward()
-            opt.step()
-            sch.step()
-        if epoch == run.epochs or epoch % 10 == 0:
-            model.eval()
-            with torch.inference_mode():
-                for k, (v, l) in tests.items():
-                    r = sum(int((model(a).argmax(-1) == b).sum()) for a, b in zip(v.split(200), l.split(200)))
-                    acc[k].append(100 * r / len(l))
-        on_epoch(epoch)
-    return asdict(run) | dict(
-        parameters=sum(p.numel() for p in model.parameters()),
-        accuracy=acc,
-        seconds=time.perf_counter() - wall,
-        cpu_seconds=time.process_time() - cpu,
+            optimizer.step()
+            schedule.step()
+            total += loss.item() * len(batch)
+        losses.append(total / len(labels))
+        if epoch < run.epochs:
+            on_epoch(epoch)
+    tested = {str(size): [accuracy(model, *test_clips(run.test_on, size))] for size in TESTS}
+    on_epoch(run.epochs)
+    return asdict(run) | {
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "accuracy": tested,
+        "loss": losses,
+        "seconds": time.perf_counter() - wall,
+        "cpu_seconds": time.process_time() - cpu,
+        "state": {name: weight.numpy() for name, weight in model.state_dict().items()},
+    }
+
+
+def test_clips(part: str, size: Size) -> tuple[Tensor, Tensor]:
+    """Two clips of each digit of a part, always the same ones."""
+    data = digits.Digits(*(values.repeat(2, *[1] * (values.ndim - 1)) for values in digits.splits()[part]))
+    return clips(data, size, torch.Generator().manual_seed(1000))
+
+
+def accuracy(model: nn.Module, videos: Tensor, labels: Tensor) -> float:
+    """Share of right answers, in percent."""
+    with torch.inference_mode():
+        answers = torch.cat([model(some).argmax(-1) for some in videos.split(200)])
+    return 100.0 * float((answers == labels).float().mean())
+
+
+def encodings(result: dict[str, Any]) -> Tensor:
+    """(blocks, H, 2t-1, 2h-1, 2w-1): what is added to the score of a key, by its offset from the mean query on ink."""
+    model = Mover(result["side"])
+    model.load_state_dict({name: torch.from_numpy(weight) for name, weight in result["state"].items()})
+    videos, _ = test_clips("test", TRAIN)
+    inked = F.avg_pool2d(videos, PATCH).flatten(1) > 0.3  # (B, L)
+    found: list[Tensor] = []
+
+    def hear(module: Any, args: tuple[Tensor, ...], options: dict[str, Any]) -> None:
+        """Attention is the formula where it is listened to, and calls its encodings with the scaled queries."""
+        config = module.rpe_config
+        ids = get_bucket_map(config.method, TRAIN.tokens, 0, config.alpha, config.beta, config.gamma).grid().long()
+        mean = args[0].transpose(1, 2)[inked].mean(0)  # (H, D)
+        added = (mean[:, None] @ module.lookup_table_weight)[:, 0, ids.flip(0, 1, 2)]  # keys as the query sees them
+        found.append(added - added.mean((-3, -2, -1), keepdim=True))
+
+    for block in model.blocks:
+        block.attn.rpe_k.register_forward_pre_hook(hear, with_kwargs=True)
+    with torch.no_grad():
+        model(videos)
+    return torch.stack(found)
+
+
+def draw(path: Path, result: dict[str, Any]) -> Path:
+    """Above clips of three directions; below the encodings of the first block, a slice for each offset in time."""
+    values = encodings(result)[0]  # (H, 2t-1, 2h-1, 2w-1)
+    frames = TRAIN.frames
+    figure = Figure(figsize=(10, 6.2), dpi=110, layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.5])
+    top.suptitle("Clips: the digit moves down and to the left, to the right, up", fontsize=11)
+    videos, labels = test_clips("test", TRAIN)
+    shown = [int((labels == DIRECTIONS.index(way)).nonzero()[0]) for way in ((1, -1), (0, 1), (-1, 0))]
+    for number, ax in enumerate(top.subplots(1, 3 * frames)):
+        ax.imshow(videos[shown[number // frames], number % frames], cmap="gray_r", vmin=0, vmax=1)
+        ax.set_xticks([])
+        ax.set_yticks([])
+        ax.set_title(f"frame {number % frames + 1}", fontsize=8)
+    bottom.suptitle(
+        f"What {TITLES[result['side']]} learned: added to the score of a key, by its place around the query (○)",
+        fontsize=11,
     )
+    axes = bottom.subplots(len(values), values.shape[1], squeeze=False)
+    limit = float(values.abs().max()) or 1.0
+    for head, line in enumerate(axes):
+        for number, ax in enumerate(line):
+            picture = ax.imshow(values[head, number], cmap="RdBu_r", vmin=-limit, vmax=limit)
+            ax.plot((values.shape[3] - 1) / 2, (values.shape[2] - 1) / 2, "o", ms=4, mfc="white", mec="black")
+            ax.set_xticks([])
+            ax.set_yticks([])
+            if head == 0:
+                ax.set_title(f"{number - frames + 1:+d} frames" if number != frames - 1 else "same frame", fontsize=9)
+        line[0].set_ylabel(f"block 1, head {head + 1}", fontsize=9)
+    bottom.colorbar(picture, ax=axes.ravel().tolist(), fraction=0.02)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
+
+
+def record(results: Sequence[dict[str, Any]], tune: bool, wall: float) -> dict[str, Any]:
+    """What goes into the file, and from there into docs/axes.md."""
+    order = [*TITLES]
+    rows = sorted(paired.summarise(results), key=lambda row: (order.index(row["side"]), row["lr"]))
+    recipe = {"optimizer": "AdamW, one-cycle", "weight_decay": 0.05}
+    recipe |= {name: results[0][name] for name in ("epochs", "batch_size", "fit_on", "test_on", "limit")}
+    found = {
+        "machine": paired.machine(),
+        "tests": {str(size): f"{size}{', as trained' * (size == TRAIN)}" for size in TESTS},
+        "model": MODEL,
+        "recipe": recipe,
+        "wall_seconds": wall,
+        "cpu_seconds": sum(result["cpu_seconds"] for result in results),
+        "summary": [row | {"title": TITLES[row["side"]]} for row in rows],
+        "differences": [] if tune else paired.differences(results, PAIRS),
+        "runs": [{key: value for key, value in result.items() if key != "state"} for result in results],
+    }
+    return found | ({"chosen": paired.best_rates(rows)} if tune else {})
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each side, with seeds that follow each other")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, default=Run.epochs)
+    parser.add_argument("--limit", type=int, help="of digits to fit on, for a smoke run")
+    parser.add_argument("--workers", type=int, help="worker processes; by default one for each CPU core")
+    parser.add_argument("--tune", action="store_true", help="try the learning rates of the grid, on validation images")
+    parser.add_argument("--out", type=Path, help="folder for the JSON")
+    parser.add_argument("--picture", type=Path, help="file for the picture of docs/axes.md")
+    args = parser.parse_args(arguments)
+    seeds = TUNE_SEEDS if args.tune else range(args.first_seed, args.first_seed + args.seeds)
+    on = {"fit_on": "fit", "test_on": "valid"} if args.tune else {}
+    # the dearest sides come first, so that the workers end at about the same time
+    runs = [
+        Run(side, seed, lr, epochs=args.epochs, limit=args.limit, **on)
+        for seed in seeds
+        for side in reversed(TITLES)
+        for lr in (GRID if args.tune else [RATES[side]])
+    ]
+    started = time.perf_counter()
+    results = fit_with_progress(fit, runs, TITLES.__getitem__, args.workers)
+    found = record(results, args.tune, time.perf_counter() - started)
+    images = "clips of validation images" if args.tune else "clips of test images"
+    console.print(scores(found["summary"], found["tests"], TITLES.__getitem__, images, CAPTION))
+    if len(seeds) > 1 and not args.tune:
+        console.print(gained(found["differences"], found["tests"], TITLES.__getitem__))
+    for side, lr in found.get("chosen", {}).items():
+        console.print(f"chosen for {TITLES[side]}: lr {lr:g}")
+    console.print(f"{len(runs)} runs, {found['wall_seconds']:.0f} s, {found['cpu_seconds']:.0f} s of CPU time")
+    if args.picture is not None:
+        first = next(result for result in results if result["side"] == SPACE)
+        console.print(str(draw(args.picture, first)))
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        file = args.out / f"moving{'_tune' * args.tune}_cpu.json"
+        write_json(file, found)
+        console.print(str(file))
 
 
 if __name__ == "__main__":
-    import os
-
-    torch.set_num_threads(1)
-    ep = int(os.environ.get("EP", 20))
-    for side in os.environ.get("SIDES", ",".join(TITLES)).split(","):
-        for lr in map(float, os.environ.get("LRS", "0.004").split(",")):
-            r = fit(Run(side, 0, lr, ep))
-            print(
-                side,
-                lr,
-                {k: [round(x) for x in v] for k, v in r["accuracy"].items()},
-                r["parameters"],
-                round(r["cpu_seconds"], 1),
-                round(r["seconds"], 1),
-                flush=True,
-            )
+    main()

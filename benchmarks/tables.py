@@ -1,4 +1,4 @@
-"""Writes the tables of README.md, rpe_ops/README.md and docs/axes.md from benchmarks/results/*.json.
+"""Writes the tables of README.md, rpe_ops/README.md, docs/axes.md and docs/digits.md from benchmarks/results/*.json.
 
     python benchmarks/tables.py            # between the lines <!-- table: NAME --> and <!-- end -->; `make tables`
     python benchmarks/tables.py --check    # says which file is not what the results give
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = ("README.md", "rpe_ops/README.md", "docs/axes.md")
+FILES = ("README.md", "rpe_ops/README.md", "docs/axes.md", "docs/digits.md")
 RESULTS = ROOT / "benchmarks" / "results"
 ISAS = ("", "_avx2")  # the machine's own, and what `--isa avx2` holds both sides down to
 WORDS = {"k": "k", "q": "q", "v": "v", "qk": "q and k", "qkv": "q, k and v"}
@@ -211,6 +211,66 @@ def gpu_models(results: Path) -> str:
     return f"{table(head, rows)}\n\n{under}"
 
 
+def trained_on(found: dict[str, Any]) -> str:
+    """The line under a table of trainings: seeds, processor and times."""
+    facts, seeds = found["machine"], found["summary"][0]["seeds"]
+    operators = f"operators in {facts['isa'].lower()}" if facts["isa"] else "plain torch"
+    return (
+        f"Seeds {', '.join(map(str, seeds))}; {operators}, {facts['device']}, torch {facts['torch'].split('+')[0]}, "
+        f"{facts['date']}; {len(found['runs'])} runs took {found['cpu_seconds']:,.0f} s of CPU time"
+    )
+
+
+def best(rows: list[dict[str, Any]], test: str) -> str | None:
+    """The side that is ahead by more than the deviations of both, of every other side."""
+    of = {row["side"]: row["accuracy"][test] for row in rows}
+    first = max(of, key=lambda side: of[side]["mean"])
+    low = of[first]["mean"] - of[first]["std"]
+    return first if all(low > one["mean"] + one["std"] for side, one in of.items() if side != first) else None
+
+
+def trained(name: str, results: Path, *, in_short: bool = False) -> str:
+    """Right answers of each side, mean ± deviation over the seeds, and the differences of pairs of the same seed."""
+    if (found := read(name, "", results)) is None:
+        return ""
+    tests = found["tests"]
+    ahead = {test: best(found["summary"], test) for test in tests}
+    rows = []
+    for row in found["summary"]:
+        cells = []
+        for test in tests:
+            figure = f"{row['accuracy'][test]['mean']:.1f} ± {row['accuracy'][test]['std']:.1f}"
+            cells.append(f"**{figure}**" if ahead[test] == row["side"] else figure)
+        rows.append([row["title"], *cells, *([] if in_short else [f"{row['parameters']:,}", f"{row['lr']:g}"])])
+    titles = {row["side"]: row["title"] for row in found["summary"]}
+    gains = [
+        [
+            f"{titles[gain['side']]}, to {titles[gain['other']]}",
+            *(f"{one['mean']:+.1f} ± {one['error']:.1f}" for one in (gain["difference"][test] for test in tests)),
+        ]
+        for gain in found["differences"]
+    ]
+    head = ["positions", *tests.values(), *([] if in_short else ["weights", "peak lr"])]
+    parts = [table(head, rows), table(["points ahead", *tests.values()], gains), trained_on(found)]
+    return "\n\n".join(parts)
+
+
+def rates(name: str, results: Path) -> str:
+    """Right answers on validation images at each rate: those of the first test, of the others in brackets."""
+    if (found := read(name, "", results)) is None:
+        return ""
+    lines = {(row["side"], row["lr"]): row for row in found["summary"]}
+    titles = {row["side"]: row["title"] for row in found["summary"]}
+    rows = []
+    for lr in sorted({lr for _, lr in lines}):
+        cells = []
+        for side in titles:
+            first, *others = (f"{lines[side, lr]['accuracy'][test]['mean']:.1f}" for test in found["tests"])
+            cells.append((f"**{first}**" if found["chosen"][side] == lr else first) + f" ({', '.join(others)})")
+        rows.append([f"{lr:g}", *cells])
+    return f"{table(['peak lr', *titles.values()], rows)}\n\n{trained_on(found)}"
+
+
 TABLES = {
     "attention in short": lambda results: attentions("float32", with_formula, results, only=("k", "qkv"), base=False),
     "attention": lambda results: attentions("float32", with_formula, results),
@@ -223,6 +283,12 @@ TABLES = {
     "gpu attention": gpu_attention,
     "gpu attention in short": lambda results: gpu_attention(results, in_short=True),
     "gpu models": gpu_models,
+    "digits": lambda results: trained("digits", results),
+    "digits in short": lambda results: trained("digits", results, in_short=True),
+    "digits of other seeds": lambda results: trained("digits_seeds", results, in_short=True),
+    "digits rates": lambda results: rates("digits_tune", results),
+    "moving": lambda results: trained("moving", results),
+    "moving rates": lambda results: rates("moving_tune", results),
 }
 
 

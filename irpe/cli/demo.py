@@ -80,7 +80,7 @@ def _run(folder: Path, runs: list[Any], options: Options, sides: Sequence[str], 
     order = {side: k for k, side in enumerate(sides)}
     rows = sorted(paired.summarise(results), key=lambda row: (order[row["side"]], row["lr"]))
     gains = [] if tune else paired.differences(results, _pairs(sides))
-    tests = {width: f"8×{width}" for width in rows[0]["accuracy"]}
+    tests = {width: f"{job.digits.HEIGHT}x{width}" for width in rows[0]["accuracy"]}
     console.print(scores(rows, tests, job.title_of, "validation images" if tune else "test images", CAPTION))
     if gains and len(gains[0]["seeds"]) > 1:
         console.print(gained(gains, tests, job.title_of))
@@ -89,6 +89,7 @@ def _run(folder: Path, runs: list[Any], options: Options, sides: Sequence[str], 
         "quick": quick,
         "command": sys.argv[1:],
         "machine": paired.machine(),
+        "tests": tests,
         "model": job.MODEL,
         "recipe": {
             "weight_decay": job.WEIGHT_DECAY,
