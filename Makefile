@@ -9,7 +9,7 @@ RESULTS ?= gpu-check
 ONLY ?=
 KERNELS := rpe_ops/setup.py $(wildcard rpe_ops/csrc/*.* rpe_ops/csrc/*/*.*)
 
-.PHONY: demo test test-slow test-full fuzz lock support ops asan bench tables gpu-check lint format wheel wheels clean
+.PHONY: demo test test-slow test-full fuzz lock support ops asan bench moving tables gpu-check lint format wheel wheels clean
 
 demo: .venv/ops  ## train a small vision transformer with and without iRPE on real digits
 	$(BIN)/irpe train
@@ -56,7 +56,12 @@ bench: .venv/ops  ## operators beside torch's own on this CPU, as ratios, and bo
 	$(BIN)/python benchmarks/bench_axes.py --rounds 4 --out benchmarks/results
 	$(MAKE) tables
 
-tables: .venv/installed  ## the tables of README.md, rpe_ops/README.md and docs/axes.md, from benchmarks/results/
+moving: .venv/ops  ## digits that move over frames, without and with encodings in 2D and 3D: docs/axes.md
+	$(BIN)/python benchmarks/moving.py --tune --out benchmarks/results
+	$(BIN)/python benchmarks/moving.py --out benchmarks/results --picture docs/images/moving.png
+	$(MAKE) tables
+
+tables: .venv/installed  ## the tables of README.md, rpe_ops/README.md, docs/axes.md and docs/digits.md, from benchmarks/results/
 	$(BIN)/python benchmarks/tables.py
 
 gpu-check:  ## on a GPU: builds, tests, measures, in under 5 minutes; ONLY=tests,ops,attention,model; JSON in $(RESULTS)

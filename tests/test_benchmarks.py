@@ -114,6 +114,49 @@ def test_ratios_of_a_gpu_are_those_of_one_run_each(tmp_path):
     assert not any("forward |" in row for row in short)
 
 
+def trainings(**more):
+    facts = dict(device="A processor", isa="avx2", torch="2.14.1+cpu", date="2026-11-27")
+    found = dict(machine=facts, tests={"8": "8x8", "12": "8x12"}, cpu_seconds=1234.4, runs=[{}] * 6, differences=[])
+    return found | more
+
+
+def side(name, lr, *figures):
+    accuracy = {test: dict(mean=mean, std=std) for test, (mean, std) in zip(("8", "12"), figures, strict=True)}
+    return dict(side=name, title=name.upper(), lr=lr, parameters=57706, seeds=[0, 1], accuracy=accuracy)
+
+
+def test_trainings_have_pairs_and_bold_only_where_deviations_do_not_overlap(tmp_path):
+    rows = [
+        side("none", 0.002, (70, 1.04), (50, 2)),
+        side("k", 0.004, (94, 2), (71, 9)),
+        side("qkv", 0.008, (97.96, 1), (75, 9)),
+    ]
+    gains = [dict(side="qkv", other="k", difference={"8": dict(mean=3.96, error=0.5), "12": dict(mean=-4, error=5.04)})]
+    (tmp_path / "digits_cpu.json").write_text(json.dumps(trainings(summary=rows, differences=gains)))
+    long, short = (
+        tables.rendered(f"<!-- table: {name} -->\n<!-- end -->", tmp_path).splitlines()
+        for name in ("digits", "digits in short")
+    )
+    under = "Seeds 0, 1; operators in avx2, A processor, torch 2.14.1, 2026-11-27; 6 runs took 1,234 s of CPU time"
+    assert "| NONE | 70.0 ± 1.0 | 50.0 ± 2.0 | 57,706 | 0.002 |" in long and under in long
+    assert "| QKV | **98.0 ± 1.0** | 75.0 ± 9.0 |" in short and under in short
+    assert "| K | 94.0 ± 2.0 | 71.0 ± 9.0 |" in short
+    assert "| QKV, to K | +4.0 ± 0.5 | -4.0 ± 5.0 |" in short
+    rows[1]["accuracy"]["8"]["std"] = 3.0  # 97 and 96.96: they touch
+    (tmp_path / "digits_cpu.json").write_text(json.dumps(trainings(summary=rows)))
+    assert "**" not in tables.rendered("<!-- table: digits -->\n<!-- end -->", tmp_path)
+
+
+def test_rates_show_the_one_that_was_chosen(tmp_path):
+    rows = [side("k", lr, (first, 0), (second, 0)) for lr, first, second in ((0.004, 91.84, 64.5), (0.002, 87, 58))]
+    found = trainings(summary=rows, chosen={"k": 0.004})
+    found["machine"]["isa"] = None
+    (tmp_path / "moving_tune_cpu.json").write_text(json.dumps(found))
+    lines = tables.rendered("<!-- table: moving rates -->\n<!-- end -->", tmp_path).splitlines()
+    assert lines[2:6] == ["| peak lr | K |", "|---|---|", "| 0.002 | 87.0 (58.0) |", "| 0.004 | **91.8** (64.5) |"]
+    assert any(line.startswith("Seeds 0, 1; plain torch, A processor") for line in lines)
+
+
 def test_a_table_that_nobody_makes_is_named():
     with pytest.raises(ValueError, match="no table 'speed'; expected one of attention in short"):
         tables.rendered("<!-- table: speed -->\n<!-- end -->")

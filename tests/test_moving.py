@@ -107,10 +107,10 @@ def test_pictures_show_what_is_added_to_the_score():
             block.attn.rpe_k.lookup_table_weight[..., bucket] = 1.0
     state = {name: weight.numpy() for name, weight in model.state_dict().items()}
     found = moving.encodings({"side": moving.SPACE, "state": state})
-    assert found.shape == (2, 2, 5, 7, 9)
+    assert found.shape == (2, 2, 5, 5, 7)
     for added in found.flatten(0, 1):
         there = (added - added.median()).abs() > 1e-6
-        assert there.nonzero().tolist() == [[3, 2, 4]]
+        assert there.nonzero().tolist() == [[3, 1, 3]]
 
 
 def test_the_sides_start_from_the_same_weights_and_see_the_same_clips():
@@ -125,7 +125,15 @@ def test_the_sides_start_from_the_same_weights_and_see_the_same_clips():
             assert torch.equal(weight, states[moving.PLANE][name]), name
             assert torch.equal(weight, states[moving.NONE][name]), name
     first, again = (moving.test_clips("valid", SIZE) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)) and len(first[1]) == 600
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)) and len(first[1]) == 300
+
+
+def test_the_rates_are_those_that_were_chosen_on_validation_images():
+    found = json.loads((ROOT / "benchmarks" / "results" / "moving_tune_cpu.json").read_text())
+    assert found["chosen"] == moving.RATES
+    assert found["recipe"]["test_on"] == "valid" and found["recipe"]["epochs"] == moving.Run.epochs
+    assert {run["seed"] for run in found["runs"]} == {*moving.TUNE_SEEDS}
+    assert {run["lr"] for run in found["runs"]} == {*moving.GRID}
 
 
 def test_a_small_run_writes_results_and_a_picture(tmp_path, monkeypatch):
@@ -137,7 +145,7 @@ def test_a_small_run_writes_results_and_a_picture(tmp_path, monkeypatch):
     assert [row["side"] for row in found["summary"]] == [*moving.TITLES]
     assert [row["title"] for row in found["summary"]] == [*moving.TITLES.values()]
     assert all(row["seeds"] == [7, 8] and row["lr"] == moving.RATES[row["side"]] for row in found["summary"])
-    assert [*found["tests"]] == [*found["summary"][0]["accuracy"]] == ["3x16x20", "3x16x32"]
+    assert [*found["tests"]] == [*found["summary"][0]["accuracy"]] == ["3x12x16", "3x12x24"]
     assert [(gain["side"], gain["other"]) for gain in found["differences"]] == [*moving.PAIRS]
     assert found["recipe"]["epochs"] == 1 and found["machine"]["torch"] in torch.__version__
     assert len(found["runs"]) == 10 and "state" not in found["runs"][0]
