@@ -86,6 +86,17 @@ def test_sides_differ_in_positions_alone():
     assert counts[demo.RPE[1]] - bare == 3 * 3 * 16 * 49
 
 
+def test_a_seed_gives_all_sides_the_same_weights_but_for_positions():
+    states = {}
+    for side in demo.RATES:
+        torch.manual_seed(5)
+        states[side] = demo.build_model(side).state_dict()
+    for name, weight in states[demo.NONE].items():
+        assert all(torch.equal(weight, state[name]) for state in states.values()), name
+    for side, extra in ((demo.ABSOLUTE, 1), (demo.RPE[0], 3), (demo.RPE[1], 9)):
+        assert len(states[side]) == len(states[demo.NONE]) + extra
+
+
 def test_without_positions_a_model_cannot_tell_where_the_patches_are():
     image = torch.rand(1, 1, 8, 12)
     swapped = torch.cat([image[..., 6:], image[..., :6]], -1)

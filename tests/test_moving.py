@@ -122,8 +122,7 @@ def test_the_sides_start_from_the_same_weights_and_see_the_same_clips():
         if "lookup_table" in name:
             assert not weight.any()
         else:
-            assert torch.equal(weight, states[moving.PLANE][name]), name
-            assert torch.equal(weight, states[moving.NONE][name]), name
+            assert all(torch.equal(weight, states[side][name]) for side in moving.TITLES), name
     first, again = (moving.test_clips("valid", SIZE) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)) and len(first[1]) == 300
 
@@ -145,7 +144,7 @@ def test_a_small_run_writes_results_and_a_picture(tmp_path, monkeypatch):
     assert [row["side"] for row in found["summary"]] == [*moving.TITLES]
     assert [row["title"] for row in found["summary"]] == [*moving.TITLES.values()]
     assert all(row["seeds"] == [7, 8] and row["lr"] == moving.RATES[row["side"]] for row in found["summary"])
-    assert [*found["tests"]] == [*found["summary"][0]["accuracy"]] == ["3x12x16", "3x12x24"]
+    assert [*found["tests"]] == [*found["summary"][0]["accuracy"]] == ["3x12x16", "3x12x32"]
     assert [(gain["side"], gain["other"]) for gain in found["differences"]] == [*moving.PAIRS]
     assert found["recipe"]["epochs"] == 1 and found["machine"]["torch"] in torch.__version__
     assert len(found["runs"]) == 10 and "state" not in found["runs"][0]

@@ -168,7 +168,10 @@ def scores(
     table = _table_of(f"Right answers on {images} in percent, " + "mean ± deviation of " * (count > 1) + seeds)
     table.caption = caption
     for title in ("positions", *tests.values(), "weights", "lr", "s"):
-        table.add_column(title, justify="left" if title == "positions" else "right", no_wrap=title != "positions")
+        first = title == "positions"
+        table.add_column(
+            title, justify="left" if first else "right", no_wrap=not first, min_width=12 if first else None
+        )
     for row in rows:
         figures = [row["accuracy"][test] for test in tests]
         cells = [f"{figure['mean']:.1f}" + f"±{figure['std']:.1f}" * (count > 1) for figure in figures]
