@@ -216,7 +216,7 @@ def trained_on(found: dict[str, Any]) -> str:
     facts, seeds = found["machine"], found["summary"][0]["seeds"]
     operators = f"operators in {facts['isa'].lower()}" if facts["isa"] else "plain torch"
     return (
-        f"Seeds {', '.join(map(str, seeds))}; {operators}, {facts['device']}, torch {facts['torch'].split('+')[0]}, "
+        f"Seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}; {operators}, {facts['device']}, torch {facts['torch'].split('+')[0]}, "
         f"{facts['date']}; {len(found['runs'])} runs took {found['cpu_seconds']:,.0f} s of CPU time"
     )
 
