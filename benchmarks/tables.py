@@ -215,10 +215,9 @@ def trained_on(found: dict[str, Any]) -> str:
     """The line under a table of trainings: seeds, processor and times."""
     facts, seeds = found["machine"], found["summary"][0]["seeds"]
     operators = f"operators in {facts['isa'].lower()}" if facts["isa"] else "plain torch"
-    return (
-        f"Seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}; {operators}, {facts['device']}, torch {facts['torch'].split('+')[0]}, "
-        f"{facts['date']}; {len(found['runs'])} runs took {found['cpu_seconds']:,.0f} s of CPU time"
-    )
+    told = f"Seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}; {operators}, {facts['device']}"
+    took = f"{len(found['runs'])} runs took {found['cpu_seconds']:,.0f} s of CPU time"
+    return f"{told}, torch {facts['torch'].split('+')[0]}, {facts['date']}; {took}"
 
 
 def best(rows: list[dict[str, Any]], test: str) -> str | None:
