@@ -9,7 +9,7 @@ RESULTS ?= gpu-check
 ONLY ?=
 KERNELS := rpe_ops/setup.py $(wildcard rpe_ops/csrc/*.* rpe_ops/csrc/*/*.*)
 
-.PHONY: demo test test-slow test-full fuzz lock support ops asan bench moving tables gpu-check lint format wheel wheels clean
+.PHONY: demo test test-slow test-full fuzz docs notebooks lock support ops asan bench moving tables gpu-check lint format wheel wheels clean
 
 demo: .venv/ops  ## train a small vision transformer with and without iRPE on real digits
 	$(BIN)/irpe train
@@ -61,7 +61,7 @@ moving: .venv/ops  ## digits that move over frames, without and with encodings i
 	$(BIN)/python benchmarks/moving.py --out benchmarks/results --picture docs/images/moving.png
 	$(MAKE) tables
 
-tables: .venv/installed  ## the tables of README.md, rpe_ops/README.md, docs/axes.md and docs/digits.md, from benchmarks/results/
+tables: .venv/installed  ## the tables of README.md, rpe_ops/README.md and docs/, from benchmarks/results/
 	$(BIN)/python benchmarks/tables.py
 
 gpu-check:  ## on a GPU: builds, tests, measures, in under 5 minutes; ONLY=tests,ops,attention,model; JSON in $(RESULTS)
@@ -76,9 +76,16 @@ format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-lock:  ## requirements-dev.lock from requirements-dev.txt: all that these need, with hashes; needs uv (pip install uv)
-	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" \
-	  --output-file requirements-dev.lock requirements-dev.txt
+docs: .venv-docs/installed  ## the site, in build/site; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+
+notebooks: .venv/ops  ## the notebooks of examples/ anew, with what they print and draw
+	$(BIN)/python tests/notebooks.py
+
+LOCK = uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock"
+lock:  ## requirements-*.lock from requirements-*.txt: all that these need, with hashes; needs uv (pip install uv)
+	$(LOCK) --output-file requirements-dev.lock requirements-dev.txt
+	$(LOCK) --output-file requirements-docs.lock requirements-docs.txt
 
 wheel: .venv/installed  ## the pure-Python wheel, in dist/
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
@@ -90,7 +97,7 @@ wheels: wheel  ## and one with the operators, for Linux machines without a compi
 	auditwheel repair --strip --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcuda*' --wheel-dir dist build/wheels/*.whl
 
 clean:
-	rm -rf .venv build dist rpe_ops/build rpe_ops/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-docs build dist rpe_ops/build rpe_ops/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # the operators for this machine: CUDA for the GPUs that are there, since all of them take minutes; `make ops` builds all.
 # Without a compiler, or when it fails, everything runs on plain torch
@@ -109,4 +116,9 @@ GPUS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/n
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --require-hashes --requirement requirements-dev.lock
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.venv-docs/installed: requirements-docs.lock
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet --require-hashes --requirement requirements-docs.lock
 	@touch $@

@@ -1,4 +1,4 @@
-"""Writes the tables of README.md, rpe_ops/README.md, docs/axes.md and docs/digits.md from benchmarks/results/*.json.
+"""Writes the tables of README.md, rpe_ops/README.md and docs/ from benchmarks/results/*.json.
 
     python benchmarks/tables.py            # between the lines <!-- table: NAME --> and <!-- end -->; `make tables`
     python benchmarks/tables.py --check    # says which file is not what the results give
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = ("README.md", "rpe_ops/README.md", "docs/axes.md", "docs/digits.md")
+FILES = ("README.md", "rpe_ops/README.md", "docs/axes.md", "docs/digits.md", "docs/speed.md")
 RESULTS = ROOT / "benchmarks" / "results"
 ISAS = ("", "_avx2")  # the machine's own, and what `--isa avx2` holds both sides down to
 WORDS = {"k": "k", "q": "q", "v": "v", "qk": "q and k", "qkv": "q, k and v"}
@@ -175,8 +175,21 @@ def read_gpu(name: str, results: Path) -> tuple[list[dict[str, Any]], str]:
     return found["rows"], f"{under}; {found['note']}" if "note" in found else under
 
 
-def gpu_attention(results: Path, in_short: bool = False) -> str:
+def gpu_ratios(line: dict[str, Any]) -> dict[str, float]:
     """Times over those of flash attention, in a replayed CUDA graph; those of another run over that run's."""
+    runs = (line["graph us, another run"], line["graph us"])
+    return {key: us / run["flash"] for run in runs for key, us in run.items()}
+
+
+def gpu_place(line: dict[str, Any]) -> str:
+    return f"{line['map'].removesuffix('+0')}, B={line['B']}, H={line['H']}"
+
+
+def digits(ratio: float) -> str:
+    return f"{ratio:.3g}" if ratio >= 10 else f"{ratio:.2f}"
+
+
+def gpu_attention(results: Path, in_short: bool = False) -> str:
     columns = {"cuDNN": "cuDNN", "k": "k", "qkv": "q, k, v", "triton k": "Triton, k", "triton qkv": "Triton, q, k, v"}
     columns |= {"eager k": "formula, k", "eager qkv": "formula, q, k, v"}
     if in_short:
@@ -188,14 +201,34 @@ def gpu_attention(results: Path, in_short: bool = False) -> str:
     for line in lines:
         if line["pass"] not in PASSES or (in_short and line["pass"] == "forward"):
             continue
-        ratios = {}
-        for run in ("graph us, another run", "graph us"):
-            ratios |= {key: us / line[run]["flash"] for key, us in line[run].items()}
-        microseconds = line["graph us"]["flash"]
-        where = f"{line['map'].removesuffix('+0')}, B={line['B']}, H={line['H']}"
-        cells = [f"{ratios[key]:.3g}" if ratios[key] >= 10 else f"{ratios[key]:.2f}" for key in columns]
-        rows.append([f"{where}, {PASSES[line['pass']]}", f"{microseconds:,.0f} us", *cells])
+        ratios = gpu_ratios(line)
+        cells = [digits(ratios[key]) for key in columns]
+        where = f"{gpu_place(line)}, {PASSES[line['pass']]}"
+        rows.append([where, f"{line['graph us']['flash']:,.0f} us", *cells])
     return f"{table(['', 'flash', *columns.values()], rows)}\n\n{under}"
+
+
+def everywhere(results: Path) -> str:
+    """A step of attention on every machine: a small and a larger map, forward and backward."""
+    rows = []
+    for isa in ISAS:
+        if (found := read("bench_attention", isa, results)) is not None:
+            of = {
+                (line["map"], line["on"]): line
+                for line in found["rows"]
+                if (line["dtype"], line["pass_"]) == ("float32", "forward+backward")
+            }
+            for side in (14, 32):
+                line, both = of[side, "k"], of[side, "qkv"]
+                cells = [one["ratio"][whose] for whose in ("ours", "eager") for one in (line, both)]
+                rows.append([machine(found, "float32, "), f"{side}x{side}+1, B={line['B']}", *map(digits, cells)])
+    lines, under = read_gpu("bench_attention", results)
+    for line in lines:
+        if line["pass"] == "forward+backward" and line["map"].split("+")[0] in ("14x14", "32x32"):
+            ratios = gpu_ratios(line)
+            cells = [ratios[key] for key in ("k", "qkv", "eager k", "eager qkv")]
+            rows.append([under.split("; ")[0], gpu_place(line), *map(digits, cells)])
+    return table(["", "map", "k", "q, k, v", "formula, k", "formula, q, k, v"], rows)
 
 
 def gpu_models(results: Path) -> str:
@@ -288,6 +321,7 @@ TABLES = {
     "digits rates": lambda results: rates("digits_tune", results),
     "moving": lambda results: trained("moving", results),
     "moving rates": lambda results: rates("moving_tune", results),
+    "attention everywhere": everywhere,
 }
 
 
