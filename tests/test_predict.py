@@ -32,6 +32,7 @@ def test_a_run_as_table_json_and_csv(tiny_run, files, tmp_path):
     places = ("--json", tmp_path / "new" / "all.json", "--csv", tmp_path / "all.csv")
     result = predict(tiny_run, tiny_run.parent / "data" / "val", "--top", 2, "--batch-size", 5, *places)
     assert result.exit_code == 0, result.output
+    assert result.stderr == ""  # where a bar would be, on a terminal
     values = json.loads((tmp_path / "new" / "all.json").read_text())
     assert [one["file"] for one in values] == [str(file) for file in files]
     expected = package.load(tiny_run).predict(files, top=2)

@@ -266,6 +266,15 @@ NAMES = (
 )
 
 
+def test_a_pipe_is_no_terminal_whatever_the_environment_says(monkeypatch):
+    """FORCE_COLOR is set in notebooks and by CI; bars would fill their output, as nothing there draws over a line."""
+    import io
+
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert not Terminal(file=io.StringIO()).is_terminal
+    assert Terminal(file=io.StringIO(), force_terminal=True).is_terminal
+
+
 def test_strings_are_printed_as_they_are():
     import io
 

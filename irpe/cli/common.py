@@ -25,7 +25,13 @@ class Terminal(Console):
     """
 
     def __init__(self, **options: Any) -> None:
+        self._forced = bool(options.get("force_terminal"))
         super().__init__(highlight=False, markup=False, emoji=False, **options)
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether lines can be drawn over. FORCE_COLOR, which notebooks and CI set, makes no terminal of a pipe."""
+        return super().is_terminal and (self._forced or self.file.isatty())
 
     def render_str(self, text: str, **options: Any) -> Text:
         """The string, in lines of text, cells of tables, titles and captions alike."""

@@ -127,7 +127,8 @@ def _refuse(why: str, **options: object) -> None:
 def _batches(files: Sequence[Path], size: int) -> Iterator[Sequence[Path]]:
     """The files in pieces, with a bar on a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Terminal(stderr=True), transient=True) as bar:
+    errors = Terminal(stderr=True)
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
         task = bar.add_task("pictures", total=len(files))
         for at in range(0, len(files), size):
             yield files[at : at + size]
