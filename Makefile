@@ -77,7 +77,7 @@ format: .venv/installed
 	$(BIN)/ruff format .
 
 docs: .venv-docs/installed  ## the site, in build/site; a link that leads nowhere is an error
-	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
 notebooks: .venv/ops  ## the notebooks of examples/ anew, with what they print and draw
 	$(BIN)/python tests/notebooks.py

@@ -157,6 +157,30 @@ def test_rates_show_the_one_that_was_chosen(tmp_path):
     assert any(line.startswith("Seeds 0, 1; plain torch, A processor") for line in lines)
 
 
+def test_one_table_has_every_machine(tmp_path):
+    facts = dict(device="A processor", threads=2, torch="2.14.1+cpu", date="2026-11-27", isa="avx512_bf16")
+    both = [
+        dict(dtype="float32", map=side, B=4, on=on, pass_=pass_, ratio=dict(ours=1.04 * side, eager=2.5))
+        for side in (14, 24, 32)
+        for on in ("k", "qkv")
+        for pass_ in tables.PASSES
+    ]
+    (tmp_path / "bench_attention_cpu.json").write_text(json.dumps(dict(machine=facts, rows=both)))
+    graph, other = {"flash": 200.0, "k": 250.0, "qkv": 500.0}, {"flash": 100.0, "eager k": 450.0, "eager qkv": 1520.0}
+    rows = [{"map": side, "B": 8, "H": 6, "pass": "forward+backward"} for side in ("14x14+1", "32x32+0", "64x64+0")]
+    rows = [row | {"graph us": graph, "graph us, another run": other} for row in rows]
+    gpu = dict(device="A GPU", torch="2.11.0+cu130", date="2026-11-27")
+    (tmp_path / "bench_attention_cuda.json").write_text(json.dumps(dict(machine=gpu, note="a note", rows=rows)))
+    cpu = "float32, avx512_bf16, 2 threads of A processor, torch 2.14.1, 2026-11-27"
+    made = tables.rendered("<!-- table: attention everywhere -->\n<!-- end -->", tmp_path).splitlines()
+    assert [line for line in made if "| 14" in line or "| 32" in line or "| 64" in line] == [
+        f"| {cpu} | 14x14+1, B=4 | 14.6 | 14.6 | 2.50 | 2.50 |",
+        f"| {cpu} | 32x32+1, B=4 | 33.3 | 33.3 | 2.50 | 2.50 |",
+        "| bfloat16, A GPU, torch 2.11.0, 2026-11-27 | 14x14+1, B=8, H=6 | 1.25 | 2.50 | 4.50 | 15.2 |",
+        "| bfloat16, A GPU, torch 2.11.0, 2026-11-27 | 32x32, B=8, H=6 | 1.25 | 2.50 | 4.50 | 15.2 |",
+    ]
+
+
 def test_a_table_that_nobody_makes_is_named():
     with pytest.raises(ValueError, match="no table 'speed'; expected one of attention in short"):
         tables.rendered("<!-- table: speed -->\n<!-- end -->")

@@ -88,3 +88,39 @@ def test_code_of_axes():
     image, video = (names[name].eval() for name in ("image", "video"))
     torch.testing.assert_close(video(x.repeat(1, 2, 1)), image(x).repeat(1, 2, 1))
     names["sentences"](torch.randn(1, 7, 32))
+
+
+def test_code_of_equip(monkeypatch):
+    """The blocks one after the other; half of the blocks get one encoding, half the other."""
+    timm = pytest.importorskip("timm")
+    from irpe import METHOD
+
+    names = {}
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "equip.md").read_text(), re.DOTALL)
+    for block in blocks:
+        exec(compile(block, "equip.md", "exec"), names)
+    assert len(blocks) == 3 and names["out"].shape == (2, 126, 384)
+    methods = [block.attn.rpe_k.method for block in names["model"].blocks]
+    assert methods[:6] == [METHOD.PRODUCT] * 6 and METHOD.PRODUCT not in methods[6:]
+    plain = timm.create_model("deit_tiny_patch16_224")
+    added = sum(p.numel() for p in names["model"].parameters()) - sum(p.numel() for p in plain.parameters())
+    assert sum(table.numel() for table in names["groups"][0]["params"]) == added > 0
+    names["unequip"](names["model"])
+
+
+def test_what_choose_says_of_names_and_buckets():
+    from irpe import METHOD, get_num_buckets, get_rpe_config, rpe_config_from_string
+
+    text = (ROOT / "docs" / "choose.md").read_text()
+    for name in re.findall(r"`(rpe-[^`A-Z]+)`", text):
+        rpe_config_from_string(name)
+    rows = re.findall(r'^\| \W*\w+\W* \| `"(\w+)"` \| (\w+) \| ([\d.]+), uses (\d+)( \+ \d+)? \|', text, re.MULTILINE)
+    assert [row[0] for row in rows] == ["euc", "quant", "cross", "product"]
+    for method, _, ratio, buckets, second in rows:
+        config = get_rpe_config(float(ratio), method, skip=1).rpe_k
+        from irpe import get_bucket_ids_2d
+
+        name = METHOD.CROSS_ROWS if second else method
+        ids, count = get_bucket_ids_2d(name, 14, 14, 1, config.alpha, config.beta, config.gamma)
+        assert ids.unique().numel() == int(buckets) <= count
+        assert get_num_buckets(name, config.alpha, config.beta, config.gamma) + 1 == count

@@ -4,7 +4,7 @@ import re
 
 import griffe
 
-EXAMPLE = re.compile(r"^( *)>>> .*(?:\n\1\S.*)*", re.MULTILINE)
+EXAMPLE = re.compile(r"^( *)(?:# .*\n\1)?>>> .*(?:\n\1\S.*)*", re.MULTILINE)
 
 
 class Doctests(griffe.Extension):

@@ -1,7 +1,7 @@
 """The site's pages are files of the repository, at their own places: mkdocs.yml has what is around them.
 
-A link of README.md to docs/use.md, or of docs/use.md to ../SECURITY.md, leads to the same file on both. Notebooks become
-pages, and below the names of docs/api.md come their docstrings.
+A link of README.md to docs/use.md, or of docs/use.md to ../SECURITY.md, leads to the same file on both. Notebooks
+become pages, and below the names of docs/api.md come their docstrings.
 """
 
 import json
@@ -12,8 +12,8 @@ from mkdocs.structure.files import File, Files
 
 # pages, and files that pages link to
 SHOWN = (
-    "*.md", "LICENSE", "CITATION.cff", "requirements-dev.txt", "docs/*.md", "docs/images/*.png", "examples/*.md", "examples/*.py",
-    "examples/*.ipynb", "irpe/irpe.py", "rpe_ops/README.md",
+    "*.md", "LICENSE", "CITATION.cff", "requirements-dev.txt", "docs/*.md", "docs/images/*.png", "examples/*.md",
+    "examples/*.py", "examples/*.ipynb", "irpe/irpe.py", "rpe_ops/README.md",
 )  # fmt: skip
 NAME = re.compile(r"^\| `(\w+)` \|", re.MULTILINE)
 
@@ -55,8 +55,11 @@ def with_docstrings(section):
     """A section of docs/api.md, a module's, with a docstring for each name of its table."""
     module = section.split("\n", 1)[0].removeprefix("## ").strip()
     names = [name for name in NAME.findall(section) if not name.startswith("__")]
-    linked = NAME.sub(lambda found: f"| [`{found[1]}`][{module}.{found[1]}] |" if found[1] in names else found[0], section)
-    return linked + "".join(f"\n::: {module}.{name}\n" for name in names) + "\n"
+    # irpe.equip is a function, and a file that has it
+    path = {name: f"{module}.{name}" for name in names}
+    path |= {name: f"{one}.{name}" for name, one in path.items() if Path(*one.split(".")).with_suffix(".py").exists()}
+    linked = NAME.sub(lambda found: f"| [`{found[1]}`][{path[found[1]]}] |" if found[1] in path else found[0], section)
+    return linked + "".join(f"\n::: {one}\n" for one in path.values()) + "\n"
 
 
 def markdown(cell):
