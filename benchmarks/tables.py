@@ -210,9 +210,10 @@ def gpu_attention(results: Path, in_short: bool = False) -> str:
 
 def everywhere(results: Path) -> str:
     """A step of attention on every machine: a small and a larger map, forward and backward."""
-    rows = []
+    rows, machines = [], []
     for isa in ISAS:
         if (found := read("bench_attention", isa, results)) is not None:
+            machines.append(machine(found, "float32, "))
             of = {
                 (line["map"], line["on"]): line
                 for line in found["rows"]
@@ -221,14 +222,16 @@ def everywhere(results: Path) -> str:
             for side in (14, 32):
                 line, both = of[side, "k"], of[side, "qkv"]
                 cells = [one["ratio"][whose] for whose in ("ours", "eager") for one in (line, both)]
-                rows.append([machine(found, "float32, "), f"{side}x{side}+1, B={line['B']}", *map(digits, cells)])
+                rows.append([f"CPU, {found['machine']['isa']}", f"{side}x{side}+1, B={line['B']}", *map(digits, cells)])
     lines, under = read_gpu("bench_attention", results)
+    machines.append(under.split("; ")[0])
     for line in lines:
         if line["pass"] == "forward+backward" and line["map"].split("+")[0] in ("14x14", "32x32"):
             ratios = gpu_ratios(line)
             cells = [ratios[key] for key in ("k", "qkv", "eager k", "eager qkv")]
-            rows.append([under.split("; ")[0], gpu_place(line), *map(digits, cells)])
-    return table(["", "map", "k", "q, k, v", "formula, k", "formula, q, k, v"], rows)
+            rows.append([under.split(", ")[1], gpu_place(line), *map(digits, cells)])
+    head = ["", "map", "k", "q, k, v", "formula, k", "formula, q, k, v"]
+    return f"{table(head, rows)}\n\n{'; '.join(machines)}"
 
 
 def gpu_models(results: Path) -> str:
