@@ -46,7 +46,7 @@ def test_a_run_as_table_json_and_csv(tiny_run, files, tmp_path):
     assert f"{best['label']} {100 * best['score']:.1f} %" in words(result)
 
 
-def test_one_picture_of_any_kind(tiny_run, files, tmp_path):
+def test_one_picture_of_any_kind(tiny_run, files, tmp_path, monkeypatch):
     """Formats, modes and sizes that the data did not have; the names of files are no markup."""
     image = Image.open(files[0])
     kinds = {"a.jpg": "L", "b.webp": "RGB", "c.bmp": "RGBA", "[red]d.gif": "P", "e.tiff": "I;16"}
@@ -54,7 +54,8 @@ def test_one_picture_of_any_kind(tiny_run, files, tmp_path):
         (image.resize((70, 31)) if mode != "I;16" else image.convert("I").convert("I;16")).convert(mode).save(
             tmp_path / name
         )
-    result = predict(tiny_run, *sorted(tmp_path.iterdir()), "--top", 1)
+    monkeypatch.chdir(tmp_path)  # a long path is broken in its column, in the middle of a name, too
+    result = predict(tiny_run, *sorted(kinds), "--top", 1)
     assert result.exit_code == 0, result.output
     assert all(name in words(result).replace(" ", "") for name in kinds)
 
