@@ -7,9 +7,12 @@ PYTEST := $(BIN)/python -m pytest -q --numprocesses=auto --dist=worksteal
 
 RESULTS ?= gpu-check
 ONLY ?=
+DATA ?= data
+BUDGET ?= 10m
+FIGURES ?=
 KERNELS := rpe_ops/setup.py $(wildcard rpe_ops/csrc/*.* rpe_ops/csrc/*/*.*)
 
-.PHONY: demo test test-slow test-full fuzz docs notebooks lock support ops asan bench moving tables gpu-check lint format wheel wheels clean
+.PHONY: demo test test-slow test-full fuzz docs notebooks lock support ops asan bench moving results tables gpu-check lint format wheel wheels clean
 
 demo: .venv/ops  ## train a small vision transformer with and without iRPE on real digits
 	$(BIN)/irpe train
@@ -63,6 +66,9 @@ moving: .venv/ops  ## digits that move over frames, without and with encodings i
 
 tables: .venv/installed  ## the tables of README.md, rpe_ops/README.md and docs/, from benchmarks/results/
 	$(BIN)/python benchmarks/tables.py
+
+results: .venv/ops  ## CIFAR-10 with and without iRPE, docs/results.md: DATA=folder, BUDGET=10m, FIGURES=file.json; goes on where it was stopped
+	$(BIN)/python -m benchmarks.cifar10 "$(DATA)" --budget "$(BUDGET)" $(if $(FIGURES),--figures "$(FIGURES)")
 
 gpu-check:  ## on a GPU: builds, tests, measures, in under 5 minutes; ONLY=tests,ops,attention,model; JSON in $(RESULTS)
 	$(PYTHON) benchmarks/gpu_check.py --results "$(RESULTS)" --only "$(ONLY)"

@@ -13,8 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.cifar10 import report
+
 ROOT = Path(__file__).resolve().parents[1]
-FILES = ("README.md", "rpe_ops/README.md", "docs/axes.md", "docs/digits.md", "docs/speed.md")
+FILES = ("README.md", "rpe_ops/README.md", *(f"docs/{name}.md" for name in ("axes", "digits", "results", "speed")))
 RESULTS = ROOT / "benchmarks" / "results"
 ISAS = ("", "_avx2")  # the machine's own, and what `--isa avx2` holds both sides down to
 WORDS = {"k": "k", "q": "q", "v": "v", "qk": "q and k", "qkv": "q, k and v"}
@@ -325,6 +328,7 @@ TABLES = {
     "moving": lambda results: trained("moving", results),
     "moving rates": lambda results: rates("moving_tune", results),
     "attention everywhere": everywhere,
+    **report.TABLES,
 }
 
 

@@ -1,0 +1,119 @@
+"""Processes: in each of them steps are measured, or one run after the other is trained."""
+
+import json
+import multiprocessing
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import common
+
+from . import data, plan
+from .arms import MAIN, Shape
+from .fit import Effort, Run, Training, fit
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where runs find and leave what they need: the data, its cache, the folder of results, the device."""
+
+    data: Path
+    out: Path
+    device: str
+    processes: int
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return data.tensors(self.data, self.out / "cifar10.pt")
+
+
+def write(file: Path, values: Any) -> None:
+    """JSON, whole or not there."""
+    unfinished = file.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(values, indent=1) + "\n")
+    unfinished.replace(file)
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)  # sums come out the same however many workers there are
+
+
+def _pool(processes: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_worker)
+
+
+def measured(shape: Shape, amp: bool, device: str, rounds: int, batch: int = 64) -> dict[str, Any]:
+    """Seconds for a picture of a training step of each main arm, and of a test, side by side."""
+    images = torch.zeros(batch, 3, 32, 32, device=device)
+    labels = torch.zeros(batch, dtype=torch.long, device=device)
+    effort = Effort(width=shape.width, heads=shape.heads, depth=shape.depth)
+    calls: dict[str, Any] = {}
+    for arm in MAIN:
+        training = Training(Run(arm, 0, 1e-6, effort, amp), device)
+        calls[arm.name] = lambda training=training: training.step(images, labels)
+    tested = images.to(torch.uint8)
+    calls["test"] = lambda: training.accuracy(tested, labels, (32, 32))
+    times = common.side_by_side(calls, rounds=rounds, device=device, repeats=3)
+    return {name: {key: seconds / batch for key, seconds in one.items()} for name, one in times.items()}
+
+
+def calibration(shapes: list[Shape], place: Place) -> dict[str, Any]:
+    """{"amp": whether bfloat16 pays, "steps": {shape: figures}}, with as many processes at work as there will be."""
+    rounds = 3 if place.device == "cpu" else 10
+    with _pool(place.processes) as workers:
+
+        def of(shape: Shape, amp: bool) -> dict[str, Any]:
+            jobs = [workers.submit(measured, shape, amp, place.device, rounds) for _ in range(place.processes)]
+            return [job.result() for job in jobs][-1]
+
+        both = {amp: of(shapes[0], amp) for amp in (True, False)}
+        whole = {amp: sum(one["median"] for one in figures.values()) for amp, figures in both.items()}
+        amp = whole[True] <= whole[False]
+        return {"amp": amp, "steps": {str(shapes[0]): both[amp]} | {str(one): of(one, amp) for one in shapes[1:]}}
+
+
+def rates_of(figures: dict[str, Any]) -> plan.Rates:
+    """What `measured` gives, as a plan takes it."""
+    train = {name: one["median"] for name, one in figures.items() if name != "test"}
+    return plan.Rates(train, figures["test"]["median"])
+
+
+def _work(run: Run, place: Place) -> dict[str, Any]:
+    result = fit(run, place.tensors(), place.device)
+    write(place.out / f"{run.name}.json", result)
+    return result
+
+
+def finished(runs: list[Run], out: Path) -> dict[str, dict[str, Any]]:
+    """The results of those that have ended, by name.
+
+    Raises:
+        ValueError: a file is of a run with other settings.
+    """
+    found = {}
+    for run in runs:
+        file = out / f"{run.name}.json"
+        if file.exists():
+            found[run.name] = json.loads(file.read_text())
+            if found[run.name]["settings"] != json.loads(json.dumps(run.settings())):
+                raise ValueError(f"{file} is of a run with other settings; use another --out")
+    return found
+
+
+def carry_out(runs: list[Run], place: Place, until: float) -> Iterator[tuple[Run, dict[str, Any]]]:
+    """(run, result) as they end. None is begun at `until` or later, in seconds of time.monotonic()."""
+    waiting = list(runs)
+    jobs: dict[Future[dict[str, Any]], Run] = {}
+    with _pool(place.processes) as workers:
+        while True:
+            while waiting and len(jobs) < place.processes and time.monotonic() < until:
+                run = waiting.pop(0)
+                jobs[workers.submit(_work, run, place)] = run
+            if not jobs:
+                return
+            for job in wait(jobs, return_when=FIRST_COMPLETED).done:
+                yield jobs.pop(job), job.result()
