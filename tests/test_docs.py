@@ -6,6 +6,16 @@ import pytest
 from conftest import ROOT
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+FIGURE = re.compile(r"[\s*+-]*\d[\d,]*(\.\d| ±|(?<=,\d{3}))")  # at the beginning of a cell
+# tables of figures that are neither written from benchmarks/results nor in a column that is called the paper's
+WITHOUT_FILE = {
+    ("README.md", "| | `method` | directed | ratio and buckets"): "the paper's Table 1, as the text below it says",
+    ("README.md", "| positions | 8x8 | 8x12 | 8x16 |"): "the demo, whose results were not kept",
+    ("digits.md", "| positions | 8x8 | 8x12 | 8x16 | weights"): "the demo, whose results were not kept",
+    ("digits.md", "| peak lr | none | learned absolute"): "irpe train --tune, whose results were not kept",
+    ("reproduce.md", "| on | paper, learned positions | digits"): "irpe sweep 4 digits, whose results were not kept",
+    ("detect.md", "| encoder | AP | AP50 | AP75"): "irpe detect, whose results were not kept",
+}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -124,3 +134,45 @@ def test_what_choose_says_of_names_and_buckets():
         ids, count = get_bucket_ids_2d(name, 14, 14, 1, config.alpha, config.beta, config.gamma)
         assert ids.unique().numel() == int(buckets) <= count
         assert get_num_buckets(name, config.alpha, config.beta, config.gamma) + 1 == count
+
+
+def figures_by_hand(text):
+    """The first lines of tables with figures that `make tables` has not written and that are not called the paper's."""
+    text = re.sub(r"<!-- table: .*?<!-- end -->", "", text, flags=re.DOTALL)
+    for lines in (found.group().splitlines() for found in re.finditer(r"(?:^\|.*\|\n)+", text, re.MULTILINE)):
+        head, _, *rows = [re.split(r"(?<!\\)\|", line.strip("|")) for line in lines]
+        for row in rows:
+            if any(FIGURE.match(cell) and "paper" not in name for cell, name in zip(row, head, strict=True)):
+                yield lines[0]
+                break
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", ROOT / "rpe_ops" / "README.md", *PAGES], ids=lambda page: page.stem
+)
+def test_figures_come_from_files(page):
+    """Whoever adds a table of figures lets benchmarks/tables.py write it, or says here why not."""
+    if page.name == "api.md":  # docstrings
+        return
+    for head in figures_by_hand(page.read_text()):
+        assert any(page.name == name and head.startswith(start) for name, start in WITHOUT_FILE), (
+            f"{page.name}: the figures under {head} are in no file of benchmarks/results"
+        )
+
+
+def test_figures_by_hand_are_seen():
+    made = "<!-- table: speed -->\n\n| a | b |\n|---|---|\n| k | 1.5 |\n\n<!-- end -->\n"
+    paper, hand = "| row | paper |\n|---|---|\n| k | 80.9 |\n", "| row | here |\n|---|---|\n| k | 80.9 ± 0.1 |\n"
+    words = "| option | what |\n|---|---|\n| `1.9` | since torch 2.11 |\n"
+    assert list(figures_by_hand(f"{made}\n{paper}\n{words}\n")) == []
+    assert list(figures_by_hand(f"{made}\n{hand}\n{words}\n")) == ["| row | here |"]
+    assert list(figures_by_hand(f"{made}\n{hand.replace('80.9 ± 0.1', '1,024')}")) == ["| row | here |"]
+
+
+def test_figures_of_the_paper_for_choosing_are_those_of_the_sweep():
+    pytest.importorskip("timm")
+    from irpe.train import sweep
+
+    (table,) = re.findall(r"^\| \| `method` .*\n\|[-|]+\n((?:\|.*\n)+)", (ROOT / "docs" / "choose.md").read_text(), re.MULTILINE)
+    found = [cell.strip("* ") for line in table.splitlines() for cell in line.strip("|").split("|")[-2:]]
+    assert sorted(found) == sorted(f"{row.paper:g}" for row in sweep.TABLES[1][1:])
