@@ -298,6 +298,12 @@ def test_budgets_are_read():
         plan.parsed("10")
 
 
+def test_steps_are_measured_side_by_side():
+    found = work.measured(TINY.shape, False, "cpu", rounds=1, batch=2)
+    assert set(found) == {arm.name for arm in arms.MAIN} | {"test"}
+    assert all(one["median"] > 0 and one["cost"] > 0 for one in found.values())
+
+
 class Here:
     """A pool whose work is done at once, in this process."""
 
@@ -361,7 +367,7 @@ def test_the_command_goes_on_where_it_was_stopped(folders, tmp_path, monkeypatch
 
 def test_no_run_is_begun_that_would_not_end_in_time(folders, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(work, "_pool", Here)
-    figures = {arm.name: {"median": 1e-6, "best": 1e-6} for arm in arms.MAIN} | {"test": {"median": 1e-6, "best": 1e-6}}
+    figures = {arm.name: {"median": 1e-6, "cost": 1e-6} for arm in arms.MAIN} | {"test": {"median": 1e-6, "cost": 1e-6}}
     monkeypatch.setattr(
         command, "calibration", lambda shapes, place: {"amp": False, "steps": {str(shapes[0]): figures}}
     )
@@ -440,7 +446,7 @@ def test_figures_of_two_machines_do_not_mix(tensors):
     run = fit.Run(arms.WITHOUT, 0, 1e-3, TINY, False)
     result = fit.fit(run, tensors, "cpu")
     other = result | {"machine": result["machine"] | {"device": "another"}}
-    steps = {str(TINY.shape): {"none": {"best": 1e-4}}}
+    steps = {str(TINY.shape): {"none": {"cost": 1e-4}}}
     found = collect.Found({"effort": vars(TINY), "amp": False, "steps": steps}, 1e-3, [result], ["q-seed0"])
     assert collect.collected(found)["left out"] == ["q-seed0"] and collect.collected(found)["step"] == {"none": 100.0}
     with pytest.raises(ValueError, match="and of another; expected those of one device"):

@@ -51,7 +51,7 @@ def collected(found: Found) -> dict[str, Any]:
             part: [{"arm": arm.name, "title": arm.title, "rpe": arm.rpe, "paper": arm.paper} for arm in arms]
             for part, arms in PARTS.items()
         },
-        "step": {name: round(one["best"] * 1e6, 2) for name, one in steps.items()},
+        "step": {name: round(one["cost"] * 1e6, 2) for name, one in steps.items()},
         "pilot": pilots,
         "runs": runs,
         "left out": found.left_out,

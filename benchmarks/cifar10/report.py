@@ -129,7 +129,7 @@ def cost(results: Path) -> str:
             weights = [run["parameters"] for run in _runs(found, arm["arm"]).values()]
             count = f"{weights[0]:,}" if weights else ""
             rows.append([arm["title"], count, f"{step[arm['arm']]:,.0f} us", f"{step[arm['arm']] / step['none']:.2f}"])
-        parts += [_table(["positions", "weights", "a picture's step", "over none"], rows), _under(found)]
+        parts += [_table(["positions", "weights", "a step, for each picture", "over none"], rows), _under(found)]
     return "\n\n".join(parts)
 
 
