@@ -249,7 +249,7 @@ RATES = plan.Rates({arm.name: 1e-4 for arm in arms.MAIN} | {arms.MAIN[3].name: 2
 
 
 def planned(budget, processes=1, efforts=plan.EFFORTS):
-    return plan.plan({effort.shape: RATES for effort in efforts}, budget, processes, True, efforts)
+    return plan.plan(lambda shape: RATES, budget, processes, efforts)
 
 
 def test_the_most_important_comes_first_and_in_pairs():
@@ -281,8 +281,22 @@ def test_more_budget_is_longer_runs_and_main_arms_take_half_of_it():
     assert planned(6_000, processes=4).effort == planned(24_000).effort
 
 
+def test_larger_models_are_measured_where_they_could_fit():
+    asked = []
+
+    def rates(shape):
+        asked.append(shape)
+        return plan.Rates(dict.fromkeys(RATES.train, 1e-4 * shape.width), 1e-5, shape.width < 100)
+
+    small = plan.plan(rates, 600, 1)
+    assert small.effort == plan.EFFORTS[0] and small.amp and set(asked) == {plan.EFFORTS[0].shape}
+    asked.clear()
+    assert plan.plan(rates, 110_000, 1).effort.width == 96 and asked[-1].width == 192
+    assert not plan.plan(rates, 1e9, 1).amp
+
+
 def test_what_does_not_fit_is_named():
-    small = plan.EFFORTS[-1:]
+    small = plan.EFFORTS[:1]
     whole, half = planned(105.0, efforts=small), planned(52.5, efforts=small)
     assert half.count < 30 < whole.count and "main" not in whole.left_out
     assert sum(half.left_out.values()) + half.count == len(plan.ordered(TINY, 1e-3, True))
@@ -368,9 +382,7 @@ def test_the_command_goes_on_where_it_was_stopped(folders, tmp_path, monkeypatch
 def test_no_run_is_begun_that_would_not_end_in_time(folders, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(work, "_pool", Here)
     figures = {arm.name: {"median": 1e-6, "cost": 1e-6} for arm in arms.MAIN} | {"test": {"median": 1e-6, "cost": 1e-6}}
-    monkeypatch.setattr(
-        command, "calibration", lambda shapes, place: {"amp": False, "steps": {str(shapes[0]): figures}}
-    )
+    monkeypatch.setattr(work, "measured", lambda shape, amp, device, rounds: figures)
     words = ["x", str(folders), "--out", str(tmp_path), "--device", "cpu", "--processes", "1", *OPTIONS]
     monkeypatch.setattr(sys, "argv", [*words, "--budget", "0.0s"])
     with pytest.raises(SystemExit, match="the budget ended before the pilot did: start again to go on"):
@@ -414,7 +426,7 @@ def figures_of(values):
     }
     step = {arm.name: 100.0 + 10 * number for number, arm in enumerate(arms.MAIN)}
     pilot = [{"lr": 0.001, "accuracy": {"32x32": 31.26}}]
-    settings = {"lr": 0.002, "amp": True} | vars(plan.EFFORTS[-1])
+    settings = {"lr": 0.002, "amp": True} | vars(plan.EFFORTS[0])
     return dict(machine=machine, settings=settings, parts=parts, step=step, pilot=pilot, runs=runs)
 
 

@@ -23,7 +23,7 @@ from benchmarks import common
 
 from . import collect, plan
 from .fit import Effort, Run
-from .work import Place, calibration, carry_out, finished, rates_of, write
+from .work import Calibration, Place, carry_out, finished, rates_of, write
 
 OF_EFFORT = ("pictures", "epochs", "test_pictures", "batch", "width", "heads", "depth")
 
@@ -34,17 +34,15 @@ def settled(options: argparse.Namespace, place: Place) -> tuple[dict[str, Any], 
     wanted = plan.chosen_effort(**{name: getattr(options, name) for name in OF_EFFORT})
     if not kept.exists():
         efforts = (wanted,) if wanted else plan.EFFORTS
-        shapes = list(dict.fromkeys(effort.shape for effort in efforts))
         print(f"measuring steps on {place.device}, {place.processes} at once", flush=True)
-        found = calibration(shapes, place)
-        rates = {shape: rates_of(found["steps"][str(shape)]) for shape in shapes}
+        measured = Calibration(place)
         whole, half = (
-            plan.plan(rates, budget, place.processes, found["amp"], efforts)
+            plan.plan(measured.rates, budget, place.processes, efforts)
             for budget in (options.budget, options.budget / 2)
         )
-        print(f"bfloat16 autocast: {'on' if found['amp'] else 'off, it does not pay here'}")
         print(f"in {options.budget / 60:g} minutes: {whole.words()}\nin half of it: {half.words()}", flush=True)
-        write(kept, found | {"effort": asdict(whole.effort), "machine": common.machine(place.device)})
+        chosen = {"effort": asdict(whole.effort), "amp": whole.amp, "machine": common.machine(place.device)}
+        write(kept, chosen | {"steps": {str(shape): steps for shape, steps in measured.steps.items()}})
     found = json.loads(kept.read_text())
     effort = Effort(**found["effort"])
     if wanted and wanted != effort:
@@ -58,7 +56,7 @@ def results(options: argparse.Namespace, place: Place) -> None:
     place.out.mkdir(parents=True, exist_ok=True)
     place.tensors()
     found, effort = settled(options, place)
-    rates = rates_of(found["steps"][str(effort.shape)])
+    rates = rates_of(found["steps"][str(effort.shape)], found["amp"])
 
     def go_on(runs: list[Run], ended: dict[str, dict[str, Any]]) -> None:
         todo = [run for run in runs if run.name not in ended]

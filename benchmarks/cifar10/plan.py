@@ -1,7 +1,7 @@
 """Which runs, and how long ones, fit in a budget."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,22 +10,23 @@ from .fit import SIZES, Effort, Run
 
 RATES = (1e-3, 2e-3, 4e-3)  # of which the pilot chooses one for all arms
 SEEDS, MORE_SEEDS = range(3), range(3, 5)
-# from the longest to the shortest
+# from the shortest to the longest; the first two are narrower than DeiT-Tiny: what two cores can train in minutes
 EFFORTS = (
-    *(Effort(epochs=epochs) for epochs in (60, 30, 15, 8)),
-    Effort(pictures=20_000, epochs=8, batch=128),
-    Effort(pictures=10_000, epochs=6, test_pictures=5_000, batch=64, depth=4),
-    # narrower than DeiT-Tiny: what two cores can train far enough for differences to show
     Effort(pictures=4_000, epochs=4, test_pictures=2_000, batch=32, width=64, heads=2, depth=2),
+    Effort(pictures=10_000, epochs=5, test_pictures=4_000, batch=32, width=64, heads=2, depth=2),
+    Effort(pictures=20_000, epochs=8, test_pictures=5_000, batch=64, width=96, depth=3),
+    Effort(pictures=20_000, epochs=8, batch=128, depth=4),
+    *(Effort(epochs=epochs) for epochs in (8, 15, 30, 60)),
 )
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds for a picture of a step of each timed arm, and of a test at 32x32, in one of the processes."""
+    """Seconds for a picture of a step of each main arm, and of a test at 32x32; whether in bfloat16."""
 
     train: Mapping[str, float]
     test: float
+    amp: bool = False
 
     def train_of(self, arm: Arm) -> float:
         """That of the arm itself, or of the one on keys."""
@@ -64,9 +65,10 @@ def ordered(effort: Effort, lr: float, amp: bool) -> list[tuple[str, Run]]:
 
 @dataclass(frozen=True)
 class Plan:
-    """The effort of every run, how many of `ordered` fit, and the parts that are left out, with the number of runs."""
+    """The effort of every run, whether in bfloat16, how many of `ordered` fit, and {part: runs of it left out}."""
 
     effort: Effort
+    amp: bool
     count: int
     seconds: float
     left_out: dict[str, int]
@@ -81,39 +83,46 @@ class Plan:
         )
 
 
-def plan(
-    rates: Mapping[Shape, Rates], budget: float, processes: int, amp: bool, efforts: Sequence[Effort] = EFFORTS
-) -> Plan:
+def plan(rates: Callable[[Shape], Rates], budget: float, processes: int, efforts: Sequence[Effort] = EFFORTS) -> Plan:
     """The longest effort at which pilot and main arms take at most half of the budget, and the runs that fit then.
 
     Where none is short enough the shortest, and as many runs as fit.
 
     Args:
-        rates: those of each model.
+        rates: measures a model. It is not asked for a larger one that would not fit at the speed of the one before.
         budget: seconds for all of it.
         processes: how many runs go on at once.
+        efforts: from the shortest to the longest.
     """
-    for effort in efforts:
-        one = rates[effort.shape]
-        runs = ordered(effort, RATES[0], amp)
-        pilot = sum(seconds_of(run, one) for run in pilots(effort, amp)) / processes
-        times = [seconds_of(run, one) / processes for _, run in runs]
-        main = sum(time for time, (part, _) in zip(times, runs, strict=True) if part == "main")
-        if pilot + main <= budget / 2:
+
+    def times(effort: Effort, one: Rates) -> tuple[float, list[tuple[str, float]]]:
+        """Seconds of the pilot, and (part, seconds) of each run."""
+        pilot = sum(seconds_of(run, one) for run in pilots(effort, one.amp)) / processes
+        return pilot, [(part, seconds_of(run, one) / processes) for part, run in ordered(effort, RATES[0], one.amp)]
+
+    def fits(effort: Effort, one: Rates) -> bool:
+        pilot, runs = times(effort, one)
+        return pilot + sum(seconds for part, seconds in runs if part == "main") <= budget / 2
+
+    chosen, best = efforts[0], rates(efforts[0].shape)
+    for effort in efforts[1:]:
+        if not fits(effort, best) or not fits(effort, found := rates(effort.shape)):
             break
-    spent, count = pilot, 0
-    while count < len(runs) and spent + times[count] <= budget:
-        spent, count = spent + times[count], count + 1
+        chosen, best = effort, found
+    spent, runs = times(chosen, best)
+    count = 0
+    while count < len(runs) and spent + runs[count][1] <= budget:
+        spent, count = spent + runs[count][1], count + 1
     left: dict[str, int] = {}
     for part, _ in runs[count:]:
         left[part] = left.get(part, 0) + 1
-    return Plan(effort, count, spent, left)
+    return Plan(chosen, best.amp, count, spent, left)
 
 
 def chosen_effort(**wanted: int | None) -> Effort | None:
     """The shortest effort with what was asked for in place of its own; None where nothing was."""
     given: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
-    return replace(EFFORTS[-1], **given) if given else None
+    return replace(EFFORTS[0], **given) if given else None
 
 
 def parsed(budget: str) -> float:

@@ -77,25 +77,36 @@ def measured(shape: Shape, amp: bool, device: str, rounds: int, batch: int = 64)
     }
 
 
-def calibration(shapes: list[Shape], place: Place) -> dict[str, Any]:
-    """{"amp": whether bfloat16 pays, "steps": {shape: figures}}, with as many processes at work as there will be."""
-    rounds = 3 if place.device == "cpu" else 10
-    with _pool(place.processes) as workers:
+class Calibration:
+    """Measures models, each once, with as many processes at work as there will be."""
 
-        def of(shape: Shape, amp: bool) -> dict[str, Any]:
-            jobs = [workers.submit(measured, shape, amp, place.device, rounds) for _ in range(place.processes)]
-            return [job.result() for job in jobs][-1]
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.steps: dict[Shape, dict[str, Any]] = {}  # with bfloat16 autocast where that is faster
+        self._rates: dict[Shape, plan.Rates] = {}
 
-        both = {amp: of(shapes[0], amp) for amp in (True, False)}
-        whole = {amp: sum(one["median"] for one in figures.values()) for amp, figures in both.items()}
-        amp = whole[True] <= whole[False]
-        return {"amp": amp, "steps": {str(shapes[0]): both[amp]} | {str(one): of(one, amp) for one in shapes[1:]}}
+    def rates(self, shape: Shape) -> plan.Rates:
+        """Of a model, as a plan takes them."""
+        if shape not in self._rates:
+            place, rounds = self.place, 3 if self.place.device == "cpu" else 10
+            both = {}
+            with _pool(place.processes) as workers:
+                for amp in (True, False):
+                    jobs = [workers.submit(measured, shape, amp, place.device, rounds) for _ in range(place.processes)]
+                    both[amp] = [job.result() for job in jobs][-1]
+            amp = _whole(both[True]) <= _whole(both[False])
+            self.steps[shape], self._rates[shape] = both[amp], rates_of(both[amp], amp)
+        return self._rates[shape]
 
 
-def rates_of(figures: dict[str, Any]) -> plan.Rates:
+def _whole(steps: dict[str, Any]) -> float:
+    return sum(one["median"] for one in steps.values())
+
+
+def rates_of(steps: dict[str, Any], amp: bool) -> plan.Rates:
     """What `measured` gives, as a plan takes it."""
-    train = {name: one["median"] for name, one in figures.items() if name != "test"}
-    return plan.Rates(train, figures["test"]["median"])
+    train = {name: one["median"] for name, one in steps.items() if name != "test"}
+    return plan.Rates(train, steps["test"]["median"], amp)
 
 
 def _work(run: Run, place: Place) -> dict[str, Any]:
