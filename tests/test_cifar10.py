@@ -5,6 +5,7 @@ import json
 import pickle
 import re
 import sys
+import time
 from concurrent.futures import Future
 from dataclasses import replace
 
@@ -337,7 +338,7 @@ class Here:
 
 
 def test_the_command_goes_on_where_it_was_stopped(folders, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(work, "_pool", Here)
+    monkeypatch.setattr(command, "pool", Here)
     monkeypatch.setattr(fit, "HELD_OUT", 6)
     trained = []
     train = work.fit
@@ -380,7 +381,7 @@ def test_the_command_goes_on_where_it_was_stopped(folders, tmp_path, monkeypatch
 
 
 def test_no_run_is_begun_that_would_not_end_in_time(folders, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(work, "_pool", Here)
+    monkeypatch.setattr(command, "pool", Here)
     figures = {arm.name: {"median": 1e-6, "cost": 1e-6} for arm in arms.MAIN} | {"test": {"median": 1e-6, "cost": 1e-6}}
     monkeypatch.setattr(work, "measured", lambda shape, amp, device, rounds: figures)
     words = ["x", str(folders), "--out", str(tmp_path), "--device", "cpu", "--processes", "1", *OPTIONS]
@@ -399,17 +400,17 @@ def test_results_of_other_settings_are_not_taken(tensors, tmp_path):
 
 
 @pytest.mark.slow
-def test_in_processes_of_its_own(folders, tmp_path):
-    import subprocess
-
-    words = [sys.executable, "-m", "benchmarks.cifar10", str(folders), "--out", str(tmp_path), "--budget", "8s"]
-    words += ["--device", "cpu", "--processes", "2", *OPTIONS]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    words[words.index("8s")] = "20m"
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "cifar10_cpu.json").read_text())
-    assert len(found["runs"]) == 89 and found["left out"] == []
+def test_processes_leave_the_same_results_as_this_one(folders, tmp_path):
+    place = work.Place(folders, tmp_path, "cpu", 2)
+    tensors = place.tensors()
+    runs = [fit.Run(arm, 0, 1e-3, TINY, False) for arm in (arms.WITHOUT, arms.MAIN[3], arms.ROPE)]
+    with work.pool(2) as workers:
+        ended = {run.name: result for run, result in work.carry_out(runs, place, workers, time.monotonic() + 1e6)}
+        assert list(work.carry_out(runs, place, workers, time.monotonic())) == []
+    assert ended == work.finished(runs, tmp_path) and len(ended) == 3
+    for run in runs:
+        here = fit.fit(run, tensors, "cpu")
+        assert ended[run.name]["loss"] == pytest.approx(here["loss"], rel=1e-5)
 
 
 def figures_of(values):

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+from concurrent.futures import Executor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,19 +24,19 @@ from benchmarks import common
 
 from . import collect, plan
 from .fit import Effort, Run
-from .work import Calibration, Place, carry_out, finished, rates_of, write
+from .work import Calibration, Place, carry_out, finished, pool, rates_of, write
 
 OF_EFFORT = ("pictures", "epochs", "test_pictures", "batch", "width", "heads", "depth")
 
 
-def settled(options: argparse.Namespace, place: Place) -> tuple[dict[str, Any], Effort]:
+def settled(options: argparse.Namespace, place: Place, workers: Executor) -> tuple[dict[str, Any], Effort]:
     """What was measured and chosen in this folder, at the first start there."""
     kept = place.out / "plan.json"
     wanted = plan.chosen_effort(**{name: getattr(options, name) for name in OF_EFFORT})
     if not kept.exists():
         efforts = (wanted,) if wanted else plan.EFFORTS
         print(f"measuring steps on {place.device}, {place.processes} at once", flush=True)
-        measured = Calibration(place)
+        measured = Calibration(place, workers)
         whole, half = (
             plan.plan(measured.rates, budget, place.processes, efforts)
             for budget in (options.budget, options.budget / 2)
@@ -50,19 +51,19 @@ def settled(options: argparse.Namespace, place: Place) -> tuple[dict[str, Any], 
     return found, effort
 
 
-def results(options: argparse.Namespace, place: Place) -> None:
+def results(options: argparse.Namespace, place: Place, workers: Executor) -> None:
     """All of it: data, calibration, pilot, runs, and the file of figures."""
     until = time.monotonic() + options.budget
     place.out.mkdir(parents=True, exist_ok=True)
     place.tensors()
-    found, effort = settled(options, place)
+    found, effort = settled(options, place, workers)
     rates = rates_of(found["steps"][str(effort.shape)], found["amp"])
 
     def go_on(runs: list[Run], ended: dict[str, dict[str, Any]]) -> None:
         todo = [run for run in runs if run.name not in ended]
         # what would not end in time is not begun
         last = until - max((plan.seconds_of(run, rates) for run in todo), default=0.0)
-        for run, result in carry_out(todo, place, last):
+        for run, result in carry_out(todo, place, workers, last):
             ended[run.name] = result
             sizes = "  ".join(f"{size} {value:.1f}" for size, value in result["accuracy"].items())
             left = max(0.0, until - time.monotonic()) / 60
@@ -103,7 +104,8 @@ def main() -> None:
     options.figures = options.figures or options.out / f"cifar10_{options.device}.json"
     processes = options.processes or (4 if options.device == "cuda" else os.cpu_count() or 1)
     try:
-        results(options, Place(options.data, options.out, options.device, processes))
+        with pool(processes) as workers:
+            results(options, Place(options.data, options.out, options.device, processes), workers)
     except ValueError as error:
         sys.exit(str(error))
 

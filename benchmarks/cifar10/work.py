@@ -6,7 +6,7 @@ import math
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,8 @@ def _start_worker() -> None:
     torch.set_num_threads(1)  # sums come out the same however many workers there are
 
 
-def _pool(processes: int) -> ProcessPoolExecutor:
+def pool(processes: int) -> ProcessPoolExecutor:
+    """Processes of one thread each, which start when there is work for them."""
     return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_worker)
 
 
@@ -80,23 +81,24 @@ def measured(shape: Shape, amp: bool, device: str, rounds: int, batch: int = 64)
 class Calibration:
     """Measures models, each once, with as many processes at work as there will be."""
 
-    def __init__(self, place: Place) -> None:
-        self.place = place
+    def __init__(self, place: Place, workers: Executor) -> None:
+        self.place, self.workers = place, workers
         self.steps: dict[Shape, dict[str, Any]] = {}  # with bfloat16 autocast where that is faster
         self._rates: dict[Shape, plan.Rates] = {}
 
     def rates(self, shape: Shape) -> plan.Rates:
         """Of a model, as a plan takes them."""
         if shape not in self._rates:
-            place, rounds = self.place, 3 if self.place.device == "cpu" else 10
-            both = {}
-            with _pool(place.processes) as workers:
-                for amp in (True, False):
-                    jobs = [workers.submit(measured, shape, amp, place.device, rounds) for _ in range(place.processes)]
-                    both[amp] = [job.result() for job in jobs][-1]
+            both = {amp: self._measured(shape, amp) for amp in (True, False)}
             amp = _whole(both[True]) <= _whole(both[False])
             self.steps[shape], self._rates[shape] = both[amp], rates_of(both[amp], amp)
         return self._rates[shape]
+
+    def _measured(self, shape: Shape, amp: bool) -> dict[str, Any]:
+        device = self.place.device
+        rounds = 3 if device == "cpu" else 10
+        jobs = [self.workers.submit(measured, shape, amp, device, rounds) for _ in range(self.place.processes)]
+        return [job.result() for job in jobs][-1]
 
 
 def _whole(steps: dict[str, Any]) -> float:
@@ -131,16 +133,15 @@ def finished(runs: list[Run], out: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def carry_out(runs: list[Run], place: Place, until: float) -> Iterator[tuple[Run, dict[str, Any]]]:
+def carry_out(runs: list[Run], place: Place, workers: Executor, until: float) -> Iterator[tuple[Run, dict[str, Any]]]:
     """(run, result) as they end. None is begun at `until` or later, in seconds of time.monotonic()."""
     waiting = list(runs)
     jobs: dict[Future[dict[str, Any]], Run] = {}
-    with _pool(place.processes) as workers:
-        while True:
-            while waiting and len(jobs) < place.processes and time.monotonic() < until:
-                run = waiting.pop(0)
-                jobs[workers.submit(_work, run, place)] = run
-            if not jobs:
-                return
-            for job in wait(jobs, return_when=FIRST_COMPLETED).done:
-                yield jobs.pop(job), job.result()
+    while True:
+        while waiting and len(jobs) < place.processes and time.monotonic() < until:
+            run = waiting.pop(0)
+            jobs[workers.submit(_work, run, place)] = run
+        if not jobs:
+            return
+        for job in wait(jobs, return_when=FIRST_COMPLETED).done:
+            yield jobs.pop(job), job.result()
