@@ -307,10 +307,14 @@ def test_what_does_not_fit_is_named():
     assert planned(1e9, efforts=small).words().endswith("left out: nothing")
 
 
-def test_budgets_are_read():
+def test_budgets_are_read(capsys):
     assert [plan.parsed(words) for words in ("90s", "10m", "1.5h")] == [90, 600, 5400]
     with pytest.raises(ValueError, match=r"budget '10'; expected a number and s, m or h"):
         plan.parsed("10")
+    with pytest.raises(SystemExit):
+        command.parser().parse_args(["data", "--budget", "10"])
+    assert "budget '10'; expected a number and s, m or h, such as 10m" in capsys.readouterr().err
+    assert command.parser().parse_args(["data"]).budget == 600
 
 
 def test_steps_are_measured_side_by_side():

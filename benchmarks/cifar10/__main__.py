@@ -86,10 +86,18 @@ def results(options: argparse.Namespace, place: Place, workers: Executor) -> Non
     print(f"{options.figures}: {len(ended)} runs; left out: {', '.join(left_out) or 'none'}")
 
 
+def seconds(words: str) -> float:
+    """`plan.parsed`, with its sentence as argparse shows it."""
+    try:
+        return plan.parsed(words)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def parser() -> argparse.ArgumentParser:
     given = argparse.ArgumentParser(prog="python -m benchmarks.cifar10", description=__doc__.splitlines()[0])
     given.add_argument("data", type=Path, help="folders train and test of class folders, or torchvision's folder")
-    given.add_argument("--budget", type=plan.parsed, default=plan.parsed("10m"), help="such as 90s, 10m, 2h; 10m")
+    given.add_argument("--budget", type=seconds, default="10m", help="such as 90s, 10m, 2h; 10m")
     given.add_argument("--out", type=Path, default=Path("runs/cifar10"), help="of the runs, one JSON each")
     given.add_argument("--figures", type=Path, help="default: cifar10_cpu.json or cifar10_cuda.json in --out")
     given.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
