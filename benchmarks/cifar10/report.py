@@ -50,7 +50,7 @@ def paired(runs: Runs, base: Runs, size: str) -> str:
     if not seeds:
         return ""
     differences = [runs[seed]["accuracy"][size] - base[seed]["accuracy"][size] for seed in seeds]
-    mean = statistics.mean(differences)
+    mean = round(statistics.mean(differences), 1) + 0.0  # no -0.0
     if len(seeds) == 1:
         return f"{mean:+.1f}"
     return f"{mean:+.1f} ± {statistics.stdev(differences) / math.sqrt(len(seeds)):.1f}"
