@@ -83,7 +83,7 @@ def results(options: argparse.Namespace, place: Place, workers: Executor) -> Non
     results_of_all = [*tried.values(), *(ended[run.name] for run in runs if run.name in ended)]
     left_out = [run.name for run in runs if run.name not in ended]
     collect.write(options.figures, collect.Found(found, lr, results_of_all, left_out))
-    print(f"{options.figures}: {len(ended)} runs; left out: {', '.join(left_out) or 'none'}")
+    print(f"{options.figures}: {len(ended)} runs; {len(left_out)} are left out, which the file names")
 
 
 def seconds(words: str) -> float:

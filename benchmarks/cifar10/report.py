@@ -20,6 +20,15 @@ def _runs(found: dict[str, Any], arm: str) -> Runs:
     return {run["seed"]: run for run in found["runs"] if run["arm"] == arm}
 
 
+def _comparable(found: dict[str, Any], part: str) -> list[tuple[dict[str, Any], Runs]]:
+    """The arms of a part that have run, each with the runs of the seeds that all of them have: seeds differ by more
+    than arms do.
+    """
+    arms = [(arm, runs) for arm in found["parts"][part] if (runs := _runs(found, arm["arm"]))]
+    seeds = set.intersection(*(set(runs) for _, runs in arms)) if arms else set()
+    return [(arm, {seed: runs[seed] for seed in sorted(seeds)}) for arm, runs in arms if seeds]
+
+
 def _table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows]).replace(
         "| --- " * len(head) + "|", "|---" * len(head) + "|"
@@ -61,14 +70,13 @@ def _sizes(found: dict[str, Any]) -> list[str]:
 
 
 def accuracy(results: Path) -> str:
-    """Main arms: mean and deviation at each size."""
+    """Main arms: mean and deviation at each size, over the seeds that all of them have."""
     parts = []
     for found in _figures(results):
         rows = []
-        for arm in found["parts"]["main"]:
-            if runs := _runs(found, arm["arm"]):
-                cells = [spread([run["accuracy"][size] for run in runs.values()]) for size in _sizes(found)]
-                rows.append([arm["title"], *cells, str(len(runs))])
+        for arm, runs in _comparable(found, "main"):
+            cells = [spread([run["accuracy"][size] for run in runs.values()]) for size in _sizes(found)]
+            rows.append([arm["title"], *cells, str(len(runs))])
         parts += [_table(["positions", *_sizes(found), "seeds"], rows), _under(found)]
     return "\n\n".join(parts)
 
@@ -82,9 +90,10 @@ def differences(results: Path, base: str) -> str:
         for arm in found["parts"]["main"]:
             runs = _runs(found, arm["arm"])
             if arm["arm"] != base and runs.keys() & of.keys():
-                rows.append([arm["title"], *(paired(runs, of, size) for size in _sizes(found))])
+                cells = [paired(runs, of, size) for size in _sizes(found)]
+                rows.append([arm["title"], *cells, str(len(runs.keys() & of.keys()))])
         title = next(arm["title"] for arm in found["parts"]["main"] if arm["arm"] == base)
-        parts.append(_table([f"over {title}", *_sizes(found)], rows))
+        parts.append(_table([f"over {title}", *_sizes(found), "seeds"], rows))
     return "\n\n".join(parts)
 
 
@@ -94,11 +103,9 @@ def rows_of_paper(results: Path, part: str) -> str:
     for found in _figures(results):
         rows, base = [], _runs(found, "learned")
         size = _sizes(found)[0]
-        for arm in found["parts"][part]:
-            if runs := _runs(found, arm["arm"]):
-                cells = [spread([run["accuracy"][size] for run in runs.values()]), paired(runs, base, size)]
-                paper = "" if arm["paper"] is None else f"{arm['paper']:g}"
-                rows.append([arm["title"], paper, *cells, str(len(runs))])
+        for arm, runs in _comparable(found, part):
+            cells = [spread([run["accuracy"][size] for run in runs.values()]), paired(runs, base, size)]
+            rows.append([arm["title"], f"{arm['paper']:g}", *cells, str(len(runs))])
         if len(rows) > 1:
             head = ["row", "paper, ImageNet", f"here, {size}", "over learned absolute", "seeds"]
             parts += [_table(head, rows), _under(found)]
@@ -110,10 +117,9 @@ def buckets(results: Path) -> str:
     parts = []
     for found in _figures(results):
         rows = []
-        for arm in found["parts"]["buckets"]:
-            if runs := _runs(found, arm["arm"]):
-                cells = [spread([run["accuracy"][size] for run in runs.values()]) for size in _sizes(found)]
-                rows.append([arm["title"], *cells, str(len(runs))])
+        for arm, runs in _comparable(found, "buckets"):
+            cells = [spread([run["accuracy"][size] for run in runs.values()]) for size in _sizes(found)]
+            rows.append([arm["title"], *cells, str(len(runs))])
         if len(rows) > 1:
             parts += [_table(["product on k", *_sizes(found), "seeds"], rows), _under(found)]
     return "\n\n".join(parts)
