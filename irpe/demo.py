@@ -28,7 +28,7 @@ NONE, ABSOLUTE = "none", "absolute"
 RPE = ("rpe-1.9-product-ctx-1-k", "rpe-1.9-product-ctx-1-qkv")
 MODEL: dict[str, Any] = dict(embed_dim=48, depth=3, num_heads=3, mlp_ratio=2.0)
 GRID = (2e-3, 4e-3, 8e-3, 1.6e-2)  # learning rates that every side was offered
-RATES = {NONE: 8e-3, ABSOLUTE: 4e-3, RPE[0]: 1.6e-2, RPE[1]: 8e-3}  # what `best_rates` chose: benchmarks/results/digits_tune_cpu.json
+RATES = {NONE: 8e-3, ABSOLUTE: 4e-3, RPE[0]: 1.6e-2, RPE[1]: 8e-3}  # what `best_rates` chose, docs/digits.md
 WEIGHT_DECAY = 0.05
 TUNE_SEEDS = (100, 101)  # never among the reported ones
 

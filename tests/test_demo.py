@@ -78,6 +78,15 @@ def test_models_take_every_canvas_and_decay_only_matrices(side):
     assert [group["weight_decay"] for group in demo.parameter_groups(model)] == [demo.WEIGHT_DECAY, 0]
 
 
+def test_the_rates_are_those_that_were_chosen_on_validation_images():
+    results = Path(demo.__file__).resolve().parents[1] / "benchmarks" / "results" / "digits_tune_cpu.json"
+    found = json.loads(results.read_text())
+    assert found["chosen"] == demo.RATES
+    assert found["recipe"]["test_on"] == "valid" and found["recipe"]["epochs"] == demo.Run.epochs
+    assert {run["seed"] for run in found["runs"]} == {*demo.TUNE_SEEDS}
+    assert {run["lr"] for run in found["runs"]} == {*demo.GRID}
+
+
 def test_sides_differ_in_positions_alone():
     counts = {side: sum(p.numel() for p in demo.build_model(side).parameters()) for side in (*demo.RATES,)}
     bare = counts[demo.NONE]
