@@ -141,7 +141,7 @@ def test_results_do_not_depend_on_the_number_of_workers():
 def test_an_exception_in_a_worker_arrives_with_its_reason(monkeypatch):
     # as the command starts a worker is seen in the quick run below
     context = multiprocessing.get_context("fork" if FORK else "spawn")
-    monkeypatch.setattr(demo.multiprocessing, "get_context", lambda kind: context)
+    monkeypatch.setattr(paired.multiprocessing, "get_context", lambda kind: context)
     with pytest.raises(ValueError, match="it has another form"):
         paired.fit_all(demo.fit, [demo.Run("nonsense", 0, 4e-3, **TINY), demo.Run(demo.NONE, 0, 4e-3, **TINY)], 1)
 
