@@ -171,11 +171,7 @@ def fit(run: Run, on_epoch: Callable[[int], None] = lambda epoch: None) -> dict[
     parts = digits.splits()
     data = digits.Digits(*(part[: run.limit] for part in parts[run.fit_on]))
     model = Mover(run.side)
-    decayed, spared = [], []
-    for name, weight in model.named_parameters():
-        (decayed if weight.ndim > 1 and "lookup_table" not in name and "pos_" not in name else spared).append(weight)
-    groups = [dict(params=decayed, weight_decay=0.05), dict(params=spared, weight_decay=0.0)]
-    optimizer = torch.optim.AdamW(groups, lr=run.lr)
+    optimizer = torch.optim.AdamW(paired.parameter_groups(model), lr=run.lr)
     steps = run.epochs * math.ceil(len(data.labels) / run.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, run.lr, total_steps=steps)
     losses = []
@@ -278,7 +274,7 @@ def record(results: Sequence[dict[str, Any]], tune: bool, wall: float) -> dict[s
     """What goes into the file, and from there into docs/axes.md."""
     order = [*TITLES]
     rows = sorted(paired.summarise(results), key=lambda row: (order.index(row["side"]), row["lr"]))
-    recipe = {"optimizer": "AdamW, one-cycle", "weight_decay": 0.05}
+    recipe = {"optimizer": "AdamW, one-cycle", "weight_decay": paired.WEIGHT_DECAY}
     recipe |= {name: results[0][name] for name in ("epochs", "batch_size", "fit_on", "test_on", "limit")}
     found = {
         "machine": paired.machine(),

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from . import digits
+from . import digits, paired
 from .encodings import Encodings, learned
 from .equip import equip
 
@@ -29,7 +29,6 @@ RPE = ("rpe-1.9-product-ctx-1-k", "rpe-1.9-product-ctx-1-qkv")
 MODEL: dict[str, Any] = dict(embed_dim=48, depth=3, num_heads=3, mlp_ratio=2.0)
 GRID = (2e-3, 4e-3, 8e-3, 1.6e-2)  # learning rates that every side was offered
 RATES = {NONE: 8e-3, ABSOLUTE: 4e-3, RPE[0]: 1.6e-2, RPE[1]: 8e-3}  # what `best_rates` chose, docs/digits.md
-WEIGHT_DECAY = 0.05
 TUNE_SEEDS = (100, 101)  # never among the reported ones
 
 
@@ -73,15 +72,6 @@ def build_model(side: str) -> VisionTransformer:
     return model if side in (NONE, ABSOLUTE) else equip(model, side)
 
 
-def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Two groups for the optimizer: weight decay for the matrices; none for iRPE's tables, positions and vectors."""
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for name, parameter in model.named_parameters():
-        positional = "lookup_table" in name or "pos_embed" in name
-        groups[parameter.ndim > 1 and not positional].append(parameter)
-    return [dict(params=groups[True], weight_decay=WEIGHT_DECAY), dict(params=groups[False], weight_decay=0.0)]
-
-
 def standardised(images: Tensor) -> Tensor:
     """Images in [0, 1] as models take them: about mean 0 and deviation 1 over all pixels of the digits."""
     return (images - 0.3) / 0.38
@@ -115,7 +105,7 @@ def fit(run: Run, on_epoch: Callable[[int], None] = lambda epoch: None) -> dict[
     images, labels = standardised(data.images[: run.limit]), data.labels[: run.limit]
     tests = {width: digits.on_canvas(digits.splits()[run.test_on], width) for width in digits.WIDTHS}
     model = build_model(run.side)
-    optimizer = torch.optim.AdamW(parameter_groups(model), lr=run.lr)
+    optimizer = torch.optim.AdamW(paired.parameter_groups(model), lr=run.lr)
     steps = run.epochs * math.ceil(len(labels) / run.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, run.lr, total_steps=steps)
     measured_at: list[int] = []

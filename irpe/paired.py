@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from rpe_ops import _native, rpe_attention_cpu
 
@@ -23,7 +24,18 @@ from ._version import __version__
 
 Fit = Callable[..., dict[str, Any]]  # (run, on_epoch=...): trains one model, and tells the number of each epoch done
 
+WEIGHT_DECAY = 0.05
+
 _events: Any = None  # of a worker process: where it tells its progress
+
+
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Two groups for the optimizer: weight decay for the matrices; none for iRPE's tables, positions and vectors."""
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        positional = "lookup_table" in name or "pos_" in name
+        groups[parameter.ndim > 1 and not positional].append(parameter)
+    return [dict(params=groups[True], weight_decay=WEIGHT_DECAY), dict(params=groups[False], weight_decay=0.0)]
 
 
 def _start_worker(events: Any) -> None:

@@ -22,6 +22,7 @@ from PIL import Image
 sys.path.insert(0, str(ROOT))
 from benchmarks.cifar10 import __main__ as command
 from benchmarks.cifar10 import arms, collect, data, fit, plan, report, work
+from irpe import paired
 
 TINY = fit.Effort(pictures=24, epochs=2, test_pictures=8, batch=8, width=12, heads=3, depth=1)
 OPTIONS = [f"--{name.replace('_', '-')}={getattr(TINY, name)}" for name in command.OF_EFFORT]
@@ -237,7 +238,7 @@ def test_a_pilot_is_measured_on_pictures_that_no_run_trains_on(tensors, monkeypa
 
 def test_tables_and_positions_are_not_decayed():
     model = arms.build(next(arm for arm in arms.MAIN if arm.rpe and arm.positions == arms.LEARNED), TINY.shape, 0)
-    decayed, free = ({id(one) for one in group["params"]} for group in fit.parameter_groups(model))
+    decayed, free = ({id(one) for one in group["params"]} for group in paired.parameter_groups(model))
     names = {name: id(one) for name, one in model.named_parameters()}
     assert decayed | free == set(names.values())
     assert {name for name, one in names.items() if one in decayed} == {

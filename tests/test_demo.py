@@ -70,12 +70,12 @@ def test_models_take_every_canvas_and_decay_only_matrices(side):
     model = demo.build_model(side)
     for width in digits.WIDTHS:
         assert model(torch.rand(2, 1, 8, width)).shape == (2, 10)
-    decayed, spared = (group["params"] for group in demo.parameter_groups(model))
+    decayed, spared = (group["params"] for group in paired.parameter_groups(model))
     assert len(decayed) + len(spared) == len(list(model.parameters()))
     names = {parameter: name for name, parameter in model.named_parameters()}
     assert all(parameter.ndim > 1 for parameter in decayed)
     assert not any("lookup_table" in names[parameter] or "pos_embed" in names[parameter] for parameter in decayed)
-    assert [group["weight_decay"] for group in demo.parameter_groups(model)] == [demo.WEIGHT_DECAY, 0]
+    assert [group["weight_decay"] for group in paired.parameter_groups(model)] == [paired.WEIGHT_DECAY, 0]
 
 
 def test_the_rates_are_those_that_were_chosen_on_validation_images():

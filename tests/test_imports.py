@@ -56,7 +56,7 @@ ALLOWED = {
     "irpe.viz_image": {"matplotlib", "numpy", "irpe.attention_maps", "irpe.viz"},
     "irpe.viz": {"matplotlib", "numpy", "irpe.encodings", "irpe.viz_maps"},
     "irpe.paired": {"irpe._version", "rpe_ops"},
-    "irpe.demo": {"timm", "irpe.digits", "irpe.encodings", "irpe.equip"},
+    "irpe.demo": {"timm", "irpe.digits", "irpe.encodings", "irpe.equip", "irpe.paired"},
     "irpe.runs": RUNS,  # of train and detect nothing, and none of them knows the other
     "irpe.runs.trackers": {"irpe.runs", "wandb", "mlflow"},
     "irpe.train": ABOVE | {"irpe.train", "irpe.encodings"},

@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks import common
+from irpe import paired
 
 from . import data
 from .arms import Arm, Shape, build
 
 SIZES = ((32, 32), (32, 48), (24, 40), (48, 48))  # height, width
 HELD_OUT = 5_000  # the last training pictures: learning rates are chosen on them, and no run trains on them
-WEIGHT_DECAY = 0.05
 
 
 @dataclass(frozen=True)
@@ -60,22 +60,13 @@ class Run:
         return {"positions": self.arm.positions, "rpe": self.arm.rpe} | {k: v for k, v in found.items() if k != "arm"}
 
 
-def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Weight decay for matrices; none for iRPE's tables, positions, biases and norms."""
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for name, parameter in model.named_parameters():
-        positional = "lookup_table" in name or "pos_embed" in name
-        groups[parameter.ndim > 1 and not positional].append(parameter)
-    return [dict(params=groups[True], weight_decay=WEIGHT_DECAY), dict(params=groups[False], weight_decay=0.0)]
-
-
 class Training:
     """A model, its optimizer, and one step of both."""
 
     def __init__(self, run: Run, device: str) -> None:
         self.device, self.amp = device, run.amp
         self.model = build(run.arm, run.effort.shape, run.seed).to(device)
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.model), lr=run.lr, fused=True)
+        self.optimizer = torch.optim.AdamW(paired.parameter_groups(self.model), lr=run.lr, fused=True)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device, torch.bfloat16, enabled=self.amp)

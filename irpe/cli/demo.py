@@ -92,7 +92,7 @@ def _run(folder: Path, runs: list[Any], options: Options, sides: Sequence[str], 
         "tests": tests,
         "model": job.MODEL,
         "recipe": {
-            "weight_decay": job.WEIGHT_DECAY,
+            "weight_decay": paired.WEIGHT_DECAY,
             "batch_size": runs[0].batch_size,
             "optimizer": "AdamW, one-cycle",
             **rest,
