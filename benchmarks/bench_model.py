@@ -88,7 +88,7 @@ def check(size: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", type=int, nargs="+", default=[224, 384], choices=BATCH)
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(BATCH), choices=BATCH)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, help="the first is the base")
     parser.add_argument("--threads", type=int, default=2)

@@ -40,13 +40,13 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 def _start_worker(events: Any) -> None:
     global _events
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends the workers
     torch.set_num_threads(1)  # the operations are tiny, and sums come out the same however many workers there are
     _events = events
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Ends this worker when its parent is gone without having said so (killed): it would wait for work for ever."""
     if (parent := multiprocessing.parent_process()) is not None:
         parent.join()

@@ -148,16 +148,27 @@ def test_an_exception_in_a_worker_arrives_with_its_reason(monkeypatch):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks processes up in /proc")
 @pytest.mark.slow
-def test_workers_end_when_their_parent_is_killed(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(
+@pytest.mark.parametrize(
+    "lines",
+    [
         "import multiprocessing\n"
         "from irpe import demo, paired\n"
         "def tell(index, epoch):\n"
         "    print(*[one.pid for one in multiprocessing.active_children()], flush=True)\n"
         "if __name__ == '__main__':\n"
-        "    paired.fit_all(demo.fit, [demo.Run('none', 0, 4e-3, epochs=10**7, limit=64)], 1, tell)\n"
-    )
+        "    paired.fit_all(demo.fit, [demo.Run('none', 0, 4e-3, epochs=10**7, limit=64)], 1, tell)\n",
+        "import os, time\n"
+        "from benchmarks.cifar10 import work\n"
+        "if __name__ == '__main__':\n"
+        "    with work.pool(1) as workers:\n"
+        "        print(workers.submit(os.getpid).result(), flush=True)\n"
+        "        workers.submit(time.sleep, 10**6).result()\n",
+    ],
+    ids=["demo", "make results"],
+)
+def test_workers_end_when_their_parent_is_killed(lines, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(lines)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
         [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import multiprocessing
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks import common
+from irpe import paired
 
 from . import data, plan
 from .arms import MAIN, Shape
@@ -41,6 +43,7 @@ def write(file: Path, values: Any) -> None:
 
 
 def _start_worker() -> None:
+    threading.Thread(target=paired.end_with_parent, daemon=True).start()
     torch.set_num_threads(1)  # sums come out the same however many workers there are
 
 
