@@ -354,18 +354,18 @@ def test_opcheck():
         opcheck(torch.ops.rpe_ops.rpe_attention_backward.default, (out, sums, q, k, v, lse, *rest))
 
 
-BLOCKS = {  # height, width, skip, method on q, k and v
-    "product": ((71, 60, 2), ("product",) * 3),
-    "cross": ((60, 71, 0), ("cross_rows", "cross_cols", "cross_rows")),
-    "keys": ((65, 66, 1), (None, "product", None)),
-    "rows longer than a block": ((2, 2100, 3), ("product",) * 3),
-    "none": ((4300, 1, 0), (None,) * 3),
-    "distances": ((71, 60, 2), (None, "euc", "product")),  # whole, as all that is no sum of two axes
+BLOCKS = {  # height, width, skip, methods on q, k and v
+    "product": ((71, 60, 2), [["product"]] * 3),
+    "cross": ((60, 71, 0), [["cross_rows", "cross_cols"]] * 3),
+    "keys": ((65, 66, 1), [[], ["product"], []]),
+    "rows longer than a block": ((2, 2100, 3), [["product"]] * 3),
+    "none": ((4300, 1, 0), [[], [], []]),
+    "distances": ((71, 60, 2), [[], ["euc"], ["product"]]),  # whole, as all that is no sum of two axes
 }
 
 
 def some_rows(rows, maps, mask, keep, q, k, v, *tables):
-    """(B, H, rows, D) of the law: tables are W of one encoding on each of q, k, v at most."""
+    """(B, H, rows, D) of the law: tables are W, in the order of the maps."""
     tables, scale = iter(tables), q.shape[-1] ** -0.5
     scores = scale * q[:, :, rows] @ k.mT
     for _, _, ids in maps[0]:
@@ -391,7 +391,7 @@ def test_long_sequences_take_keys_in_blocks(case, isa, monkeypatch):
     (height, width, skip), methods = BLOCKS[case]
     dtypes = {"plain": torch.float64, "avx512_bf16": torch.bfloat16}
     dtype, L = dtypes.get(isa, torch.float32), skip + height * width
-    maps = [[] if method is None else [grid(method, height, width, skip)] for method in methods]
+    maps = [[grid(method, height, width, skip) for method in some] for some in methods]
     inputs = problem((1, 1, L, L, 12), maps, dtype, weights=True)
     late = torch.zeros(L).index_fill(0, torch.arange(L // 2 + 5), -math.inf)  # blocks without a key come first
     holes = torch.randn(2 * L).masked_fill(torch.rand(2 * L) > 0.7, -math.inf).as_strided((L, L), (1, 1))
