@@ -14,6 +14,23 @@ from irpe.equip import equip, unequip
 QKV = get_rpe_config(ratio=1.9, method="product", rpe_on="qkv")
 
 
+def structure(model):
+    """All modules of a model, and the names of all that they hold."""
+    return [
+        (name, type(module), sorted(vars(module)), list(module._parameters), list(module._modules), module.training)
+        for name, module in model.named_modules()
+    ]
+
+
+def assert_refused(model, reason, config=QKV, error=ValueError, said="", **options):
+    """equip raises `error` with the reason, and with what else is `said`, and leaves the model as it was."""
+    before = structure(model)
+    with pytest.raises(error, match=reason) as caught:
+        equip(model, config, **options)
+    assert said in str(caught.value)
+    assert structure(model) == before
+
+
 def fill(model):
     """The model, with random tables."""
     torch.manual_seed(1)

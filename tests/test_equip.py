@@ -1,7 +1,9 @@
 """equip and unequip: what they take, what they refuse, and that a refusal changes nothing."""
 
+import equipped
 import pytest
 import torch
+from equipped import structure
 from torch import nn
 
 from irpe import RPEConfig, get_rpe_config, get_single_rpe_config
@@ -21,19 +23,8 @@ SMALL = dict(img_size=(8, 12), patch_size=4, embed_dim=24, depth=2, num_heads=3,
 SUPPORTED = "Supported are timm's VisionTransformer"
 
 
-def snapshot(model):
-    return [
-        (name, type(one), sorted(vars(one)), list(one._parameters), list(one._modules), one.training)
-        for name, one in model.named_modules()
-    ]
-
-
-def refused(model, reason, config="rpe-1.9-product-ctx-1-k", error=ValueError):
-    before = snapshot(model)
-    with pytest.raises(error, match=reason) as caught:
-        equip(model, config)
-    assert SUPPORTED in str(caught.value)
-    assert snapshot(model) == before
+def assert_refused(model, reason, config="rpe-1.9-product-ctx-1-k", error=ValueError):
+    equipped.assert_refused(model, reason, config, error, SUPPORTED)
 
 
 def test_a_string_says_the_same_as_a_configuration():
@@ -69,24 +60,26 @@ def test_skip_is_the_models(extra, prefix):
         assert model.blocks[1].attn.rpe_k.rpe_config.skip == prefix
         assert model(torch.randn(1, 3, 8, 12)).shape == (1, 5)
     model = VisionTransformer(**SMALL, **extra)
-    refused(model, rf"rpe_v has skip=7, but the model has {prefix} prefix tokens?;", get_rpe_config(skip=7, rpe_on="v"))
+    assert_refused(
+        model, rf"rpe_v has skip=7, but the model has {prefix} prefix tokens?;", get_rpe_config(skip=7, rpe_on="v")
+    )
 
 
 @pytest.mark.parametrize("config", [None, 3, RPEConfig(), get_single_rpe_config(), {"ratio": 1.9}])
 def test_configurations_of_another_type(config):
     model = VisionTransformer(**SMALL)
-    before = snapshot(model)
+    before = structure(model)
     with pytest.raises(TypeError, match="get_rpe_config returns"):
         equip(model, config)
-    assert snapshot(model) == before
+    assert structure(model) == before
 
 
 def test_configurations_with_another_form():
     model = VisionTransformer(**SMALL)
-    before = snapshot(model)
+    before = structure(model)
     with pytest.raises(ValueError, match="expected rpe-RATIO-METHOD-MODE-SHARED-ON"):
         equip(model, "rpe-1.9-product-ctx-1")
-    assert snapshot(model) == before
+    assert structure(model) == before
 
 
 class Replaced(Attention):
@@ -106,7 +99,7 @@ class Replaced(Attention):
 )
 def test_refused_parts(extra, reason):
     kwargs = {**SMALL, "num_heads": 2} if extra.get("attn_layer") == "diff" else SMALL
-    refused(VisionTransformer(**kwargs, **extra), reason)
+    assert_refused(VisionTransformer(**kwargs, **extra), reason)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +109,7 @@ def test_refused_parts(extra, reason):
 def test_unknown_models(name, kwargs):
     with torch.device("meta"):
         model = timm.create_model(name, **kwargs)
-    refused(model, "is not a model that iRPE can be added to", error=TypeError)
+    assert_refused(model, "is not a model that iRPE can be added to", error=TypeError)
 
 
 @pytest.mark.parametrize(
@@ -130,12 +123,12 @@ def test_unknown_models(name, kwargs):
 def test_refused_models(name, kwargs, reason):
     with torch.device("meta"):
         model = timm.create_model(name, **kwargs)
-    refused(model, reason)
-    refused(nn.Sequential(VisionTransformer(**SMALL), model), reason)
+    assert_refused(model, reason)
+    assert_refused(nn.Sequential(VisionTransformer(**SMALL), model), reason)
 
 
 def test_refused_modules():
-    refused(nn.Sequential(nn.Linear(2, 3)), "Sequential is not a model", error=TypeError)
+    assert_refused(nn.Sequential(nn.Linear(2, 3)), "Sequential is not a model", error=TypeError)
     with pytest.raises(TypeError, match=r"model is a str; expected a torch\.nn\.Module"):
         equip("deit_small_patch16_224", "rpe-1.9-product-ctx-1-k")
 
@@ -144,7 +137,7 @@ def test_refused_subclass():
     class Mine(VisionTransformer):
         pass
 
-    refused(Mine(**SMALL), "Mine: Mine changes the forward of VisionTransformer")
+    assert_refused(Mine(**SMALL), "Mine: Mine changes the forward of VisionTransformer")
 
 
 def test_refused_patch_embedding():
@@ -154,7 +147,9 @@ def test_refused_patch_embedding():
         def __init__(self, **kwargs):
             super().__init__()
 
-    refused(VisionTransformer(**SMALL, embed_layer=Embedding), "patch embedding Embedding does not tell the size")
+    assert_refused(
+        VisionTransformer(**SMALL, embed_layer=Embedding), "patch embedding Embedding does not tell the size"
+    )
 
 
 @pytest.mark.parametrize("where", ["", "blocks.1", "blocks.1.attn"])
@@ -162,12 +157,12 @@ def test_refused_where_the_forward_is_the_objects_own(where):
     model = VisionTransformer(**SMALL)
     module = model.get_submodule(where)
     module.forward = type(module).forward.__get__(module)
-    refused(model, f"the forward of {where or 'the model'} has been replaced")
+    assert_refused(model, f"the forward of {where or 'the model'} has been replaced")
 
 
 def test_refused_twice():
     model = equip(VisionTransformer(**SMALL), "rpe-1.9-product-ctx-1-k")
-    refused(model, "has iRPE already; call unequip first", "rpe-1.9-product-ctx-1-q")
+    assert_refused(model, "has iRPE already; call unequip first", "rpe-1.9-product-ctx-1-q")
     equip(unequip(model), "rpe-1.9-product-ctx-1-q")
 
 
@@ -175,7 +170,7 @@ def test_blocks_of_an_equipped_model_are_refused_elsewhere():
     model = equip(VisionTransformer(**SMALL), "rpe-1.9-product-ctx-1-k")
     other = VisionTransformer(**SMALL)
     other.blocks[1] = model.blocks[1]
-    refused(other, "blocks.1.attn is a RPEAttention")
+    assert_refused(other, "blocks.1.attn is a RPEAttention")
 
 
 def test_several_models_in_one_or_none_of_them():
@@ -183,9 +178,9 @@ def test_several_models_in_one_or_none_of_them():
     equip(pair, get_rpe_config())
     assert [one.blocks[0].attn.rpe_k.rpe_config.skip for one in pair.values()] == [1, 3]
     assert [type(one) for one in unequip(pair).values()] == [VisionTransformer] * 2
-    refused(pair, "rpe_k has skip=1, but the model has 3", get_rpe_config(skip=1))
+    assert_refused(pair, "rpe_k has skip=1, but the model has 3", get_rpe_config(skip=1))
     pair["teacher"].patch_drop = VisionTransformer(**SMALL, patch_drop_rate=0.5).patch_drop
-    refused(pair, "patch dropout")
+    assert_refused(pair, "patch dropout")
     pair["teacher"] = nn.Identity()
     equip(pair, get_rpe_config(skip=1))
 
@@ -237,7 +232,7 @@ def test_some_blocks(blocks, expected):
     torch.manual_seed(0)
     model = VisionTransformer(**{**SMALL, "depth": 4}).eval()
     image = torch.randn(1, 3, 8, 12)
-    before, snap = model(image), snapshot(model)
+    before, snap = model(image), structure(model)
     assert equipped_blocks(equip(model, "rpe-1.9-product-ctx-1-k", blocks=blocks)) == expected
     torch.testing.assert_close(model(image), before)
     tables = rpe_parameters(model)["params"]
@@ -245,13 +240,13 @@ def test_some_blocks(blocks, expected):
     with torch.no_grad():
         tables[0].normal_()
     assert not torch.allclose(model(image), before)
-    assert snapshot(unequip(model)) == snap
+    assert structure(unequip(model)) == snap
 
 
 def test_different_configurations_for_different_blocks():
     model = VisionTransformer(**{**SMALL, "depth": 3})
     equip(model, "rpe-1.9-product-ctx-1-k", blocks=slice(0, 2))
-    refused(model, "has iRPE already; call unequip first, or name other blocks")
+    assert_refused(model, "has iRPE already; call unequip first, or name other blocks")
     equip(model, "rpe-20-cross-bias-0-q", blocks=slice(2, None))
     model(torch.randn(1, 3, 8, 12)).sum().backward()
     assert model.blocks[1].attn.rpe_k.lookup_table_weight.grad is not None
@@ -275,10 +270,10 @@ def test_different_configurations_for_different_blocks():
 )
 def test_refused_blocks(blocks, error, reason):
     model = VisionTransformer(**SMALL)
-    before = snapshot(model)
+    before = structure(model)
     with pytest.raises(error, match=reason):
         equip(model, "rpe-1.9-product-ctx-1-k", blocks=blocks)
-    assert snapshot(model) == before
+    assert structure(model) == before
 
 
 def test_refused_grids():
@@ -294,10 +289,10 @@ def test_refused_grids():
 @pytest.mark.parametrize("ndim", [1, 3])
 def test_models_of_images_refuse_other_axes(ndim):
     model = VisionTransformer(**SMALL)
-    before = snapshot(model)
+    before = structure(model)
     with pytest.raises(ValueError, match=rf"rpe_k has ndim={ndim}, but the maps of the model are images.*ndim=2 in"):
         equip(model, f"rpe-1.9-product-ctx-1-k-{ndim}d")
-    assert snapshot(model) == before
+    assert structure(model) == before
 
 
 def test_tables_as_a_parameter_group():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from equipped import QKV, fill
+from equipped import QKV, assert_refused, fill
 from families import DYNAMIC, FAMILIES, SMALL, attention_by_hand, images, make
 from family_matrix import Matrix
 from timm.models.beit import Attention, Beit
@@ -117,22 +117,15 @@ class MyAttention(Attention):
     pass
 
 
-def refused(model, reason):
-    before = [(name, type(one)) for name, one in model.named_modules()]
-    with pytest.raises(ValueError, match=reason):
-        equip(model, QKV)
-    assert [(name, type(one)) for name, one in model.named_modules()] == before
-
-
 def test_refused():
-    refused(MyBeit(**SMALL), "MyBeit changes the forward of Beit")
+    assert_refused(MyBeit(**SMALL), "MyBeit changes the forward of Beit")
     model = Beit(**SMALL)
     model.blocks[1].attn = MyAttention(24, 3)
-    refused(model, "blocks.1.attn is a MyAttention; expected timm.models.beit.Attention")
+    assert_refused(model, "blocks.1.attn is a MyAttention; expected timm.models.beit.Attention")
     model.blocks[1] = nn.Identity()
-    refused(model, "blocks.1 is a Identity; expected timm.models.beit.Block")
+    assert_refused(model, "blocks.1 is a Identity; expected timm.models.beit.Block")
     for where in ("", "blocks.1", "blocks.1.attn"):
         model = Beit(**SMALL)
         module = model.get_submodule(where)
         module.forward = type(module).forward.__get__(module)
-        refused(model, f"the forward of {where or 'the model'} has been replaced")
+        assert_refused(model, f"the forward of {where or 'the model'} has been replaced")

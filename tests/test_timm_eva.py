@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from equipped import QKV, fill, spread
+from equipped import QKV, assert_refused, fill, spread
 from families import DYNAMIC, FAMILIES, SMALL, attention_by_hand, images, make
 from family_matrix import Matrix
 from timm.layers import AttentionRope, apply_rot_embed_cat
@@ -174,25 +174,20 @@ class MyAttention(EvaAttention):
     pass
 
 
-def refused(model, reason):
-    before = [(name, type(one)) for name, one in model.named_modules()]
-    with pytest.raises(ValueError, match=reason):
-        equip(model, QKV)
-    assert [(name, type(one)) for name, one in model.named_modules()] == before
-
-
 def test_refused():
-    refused(Eva(**SMALL, patch_drop_rate=0.5), "patch dropout removes tokens.*patch_drop_rate=0")
-    refused(MyEva(**SMALL), "MyEva changes the forward of Eva")
+    assert_refused(Eva(**SMALL, patch_drop_rate=0.5), "patch dropout removes tokens.*patch_drop_rate=0")
+    assert_refused(MyEva(**SMALL), "MyEva changes the forward of Eva")
     model = Eva(**SMALL)
     model.blocks[1].attn = MyAttention(24, 3, scale_norm=False)
-    refused(model, "blocks.1.attn is a MyAttention; expected timm.models.eva.EvaAttention or timm.layers.attention.Att")
+    assert_refused(
+        model, "blocks.1.attn is a MyAttention; expected timm.models.eva.EvaAttention or timm.layers.attention.Att"
+    )
     model.blocks[1] = nn.Identity()
-    refused(model, "blocks.1 is a Identity; expected timm.models.eva.EvaBlock or ")
+    assert_refused(model, "blocks.1 is a Identity; expected timm.models.eva.EvaBlock or ")
     for where in ("", "blocks.1", "blocks.1.attn"):
         model = Eva(**SMALL)
         module = model.get_submodule(where)
         module.forward = type(module).forward.__get__(module)
-        refused(model, f"the forward of {where or 'the model'} has been replaced")
+        assert_refused(model, f"the forward of {where or 'the model'} has been replaced")
     with pytest.raises(ValueError, match="the model knows the size of its map; leave grid out"):
         equip(Eva(**SMALL), QKV, grid=(2, 3))

@@ -2,9 +2,8 @@
 
 from typing import ClassVar
 
-import pytest
 import torch
-from equipped import QKV
+from equipped import QKV, assert_refused
 from families import SWIN, attention_by_hand, images, make
 from family_matrix import Matrix
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, SwinTransformerStage, WindowAttention
@@ -120,25 +119,20 @@ class MyAttention(WindowAttention):
     pass
 
 
-def refused(model, reason):
-    before = [(name, type(one)) for name, one in model.named_modules()]
-    with pytest.raises(ValueError, match=reason):
-        equip(model, QKV)
-    assert [(name, type(one)) for name, one in model.named_modules()] == before
-
-
 def test_refused():
     model = SwinTransformer(**SWIN)
     model.layers[1].blocks[1].attn = MyAttention(24, 3)
-    refused(model, "SwinTransformerStage: blocks.1.attn is a MyAttention; expected .*swin_transformer.WindowAttention")
+    assert_refused(
+        model, "SwinTransformerStage: blocks.1.attn is a MyAttention; expected .*swin_transformer.WindowAttention"
+    )
     model.layers[1].blocks[1] = nn.Identity()
-    refused(model, "blocks.1 is a Identity; expected timm.models.swin_transformer.SwinTransformerBlock")
+    assert_refused(model, "blocks.1 is a Identity; expected timm.models.swin_transformer.SwinTransformerBlock")
     model = SwinTransformer(**SWIN)
     model.layers[1].__class__ = MyStage
-    refused(model, "MyStage changes the forward of SwinTransformerStage")
+    assert_refused(model, "MyStage changes the forward of SwinTransformerStage")
     for where in ("layers.0", "layers.1.blocks.1", "layers.0.blocks.1.attn"):
         model = SwinTransformer(**SWIN)
         module = model.get_submodule(where)
         module.forward = type(module).forward.__get__(module)
-        refused(model, "the forward of .* has been replaced")
+        assert_refused(model, "the forward of .* has been replaced")
     assert isinstance(SwinTransformer(**SWIN).layers[0].blocks[0], SwinTransformerBlock)
