@@ -145,17 +145,10 @@ class Mover(nn.Module):
 
 
 @dataclass(frozen=True)
-class Run:
-    """One training of a side; lr is the peak, fit_on and test_on are parts of the digits."""
+class Run(paired.Run):
+    """One training of a side."""
 
-    side: str
-    seed: int
-    lr: float
     epochs: int = 16
-    batch_size: int = 64
-    fit_on: str = "train"
-    test_on: str = "test"
-    limit: int | None = None  # of digits to fit on
 
 
 def fit(run: Run, on_epoch: Callable[[int], None] = lambda epoch: None) -> dict[str, Any]:
@@ -177,15 +170,8 @@ def fit(run: Run, on_epoch: Callable[[int], None] = lambda epoch: None) -> dict[
     losses = []
     for epoch in range(1, run.epochs + 1):
         videos, labels = clips(data, TRAIN, drawn)
-        total = 0.0
-        for batch in torch.randperm(len(labels), generator=drawn).split(run.batch_size):
-            loss = F.cross_entropy(model(videos[batch]), labels[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            total += loss.item() * len(batch)
-        losses.append(total / len(labels))
+        batches = torch.randperm(len(labels), generator=drawn).split(run.batch_size)
+        losses.append(paired.train_epoch(model, optimizer, schedule, videos, labels, batches))
         if epoch < run.epochs:
             on_epoch(epoch)
     tested = {str(size): [accuracy(model, *test_clips(run.test_on, size))] for size in TESTS}

@@ -33,17 +33,9 @@ TUNE_SEEDS = (100, 101)  # never among the reported ones
 
 
 @dataclass(frozen=True)
-class Run:
-    """One training: side "none", "absolute" or the string form of iRPE; lr is the peak; fit_on a part of the digits."""
+class Run(paired.Run):
+    """One training: side "none", "absolute" or the string form of iRPE."""
 
-    side: str
-    seed: int
-    lr: float
-    epochs: int = 40
-    batch_size: int = 64
-    fit_on: str = "train"
-    test_on: str = "test"
-    limit: int | None = None  # of images to fit on
     points: int = 5  # how often accuracy is measured, about; always at the end
 
 
@@ -113,15 +105,8 @@ def fit(run: Run, on_epoch: Callable[[int], None] = lambda epoch: None) -> dict[
     losses = []
     for epoch in range(1, run.epochs + 1):
         model.train()
-        total = 0.0
-        for batch in torch.randperm(len(labels), generator=order).split(run.batch_size):
-            loss = F.cross_entropy(model(images[batch]), labels[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            total += loss.item() * len(batch)
-        losses.append(total / len(labels))
+        batches = torch.randperm(len(labels), generator=order).split(run.batch_size)
+        losses.append(paired.train_epoch(model, optimizer, schedule, images, labels, batches))
         if (run.epochs - epoch) % max(1, run.epochs // run.points) == 0:
             measured_at.append(epoch)
             for width, test in tests.items():

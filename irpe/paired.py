@@ -12,11 +12,13 @@ import statistics
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from rpe_ops import _native, rpe_attention_cpu
 
@@ -27,6 +29,35 @@ Fit = Callable[..., dict[str, Any]]  # (run, on_epoch=...): trains one model, an
 WEIGHT_DECAY = 0.05
 
 _events: Any = None  # of a worker process: where it tells its progress
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of a side; lr is the peak, fit_on and test_on are parts of the digits."""
+
+    side: str
+    seed: int
+    lr: float
+    epochs: int = 40
+    batch_size: int = 64
+    fit_on: str = "train"
+    test_on: str = "test"
+    limit: int | None = None  # of digits to fit on
+
+
+def train_epoch(
+    model: nn.Module, optimizer: Any, schedule: Any, inputs: Tensor, labels: Tensor, batches: Sequence[Tensor]
+) -> float:
+    """A step of optimizer and schedule on each of the batches, which are indices; returns the mean loss of an input."""
+    total = 0.0
+    for batch in batches:
+        loss = F.cross_entropy(model(inputs[batch]), labels[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        total += loss.item() * len(batch)
+    return total / len(labels)
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
